@@ -1,5 +1,5 @@
 //! Measures the cost of a register hop: the protocol alone, raw ractor casts, the protocol over ractor, and a firing on
-//! a CPU stream. Two actors, `ping` and `pong`, exchange pieces; each result is per message or per firing.
+//! a CPU stream. Two actors, `ping` and `pong`, exchange pieces. Each result is per message or per firing.
 
 use std::collections::VecDeque;
 use std::hint::black_box;
@@ -22,7 +22,7 @@ use shardflow_kernels::memory::Base;
 
 const PING: ActorId = ActorId(0);
 
-/// `ping` consumes a token and `pong` reads its piece; each piece is one `Filled` and one `Released`.
+/// `ping` consumes a token and writes a piece, which `pong` reads. Each piece needs one `Filled` and one `Released`.
 fn spec() -> Arc<Spec> {
     let mut b = Builder::new();
     let (ping, pong) = (b.actor("ping", 0, Firing::Credit), b.actor("pong", 0, Firing::Credit));
@@ -147,7 +147,7 @@ fn hops(c: &mut Criterion) {
         for protocol in &mut protocols {
             protocol.handle(ProtocolEvent::Start, &mut Vec::new()).expect("starts");
         }
-        // Two messages per piece.
+        // Each piece needs two messages.
         b.iter_custom(|n| {
             let start = Instant::now();
             protocol_only(black_box(&mut protocols), n.div_ceil(2) as u32);

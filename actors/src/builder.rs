@@ -17,7 +17,7 @@ impl Builder {
         Self::default()
     }
 
-    /// Continues a plan.
+    /// Creates a builder that adds to an existing plan.
     #[cfg(test)]
     pub(crate) fn extend(spec: Spec) -> Self {
         Self { spec }
@@ -33,7 +33,7 @@ impl Builder {
     /// Adds an action of priority 0.
     ///
     /// # Panics
-    /// If the actor does not belong to this builder. The methods below do the same for their ids.
+    /// If the actor does not belong to this builder. The methods below also panic on unknown ids.
     pub fn action(&mut self, actor: ActorId, name: impl Into<String>, per_step: u32) -> ActionRef {
         let actions = &mut self.spec.actors[actor.0 as usize].actions;
         actions.push(ActionSpec { name: name.into(), per_step, ..ActionSpec::default() });
@@ -47,7 +47,7 @@ impl Builder {
         action
     }
 
-    /// Adds a register written by `writer`; `firings_per_piece` firings share a piece.
+    /// Adds a register that `writer` writes. `firings_per_piece` firings in a row write the same piece.
     pub fn register(
         &mut self,
         name: impl Into<String>,
@@ -73,17 +73,17 @@ impl Builder {
         RegisterId(self.spec.registers.len() as u32 - 1)
     }
 
-    /// Adds an output port that writes these pieces.
+    /// Adds an output port to `writer`. The port writes `pieces` of the register.
     pub fn write(&mut self, register: RegisterId, writer: ActionRef, pieces: Pieces) {
         self.action_mut(writer).outputs.push(OutputSpec { register, pieces, early: false });
     }
 
-    /// Adds a reader; `firings_per_piece` firings share a piece.
+    /// Adds a reader. `firings_per_piece` firings in a row read the same piece.
     pub fn read(&mut self, register: RegisterId, reader: ActionRef, firings_per_piece: u32) {
         self.read_pieces(register, reader, Pieces::Rate(firings_per_piece));
     }
 
-    /// Adds a reader of these pieces.
+    /// Adds a reader that reads `pieces`.
     pub fn read_pieces(&mut self, register: RegisterId, reader: ActionRef, pieces: Pieces) {
         self.spec.registers[register.0 as usize].readers.push(reader);
         self.action_mut(reader).inputs.push(InputSpec { register, pieces });
@@ -111,7 +111,7 @@ impl Builder {
         &mut self.spec.registers[register.0 as usize]
     }
 
-    /// Marks a register as early: a signal publishes its pieces before the last firing that writes them ends.
+    /// Marks a register as early: a signal publishes each piece, before the piece's last write firing has ended.
     pub fn early(&mut self, register: RegisterId) {
         let writers: Vec<_> = self.spec.writers(register).collect();
         for (action, port) in writers {

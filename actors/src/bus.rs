@@ -1,7 +1,7 @@
 //! Delivers messages: maps an actor's id to its mailbox, or to the peer that hosts it.
 //!
-//! ractor's mailboxes are unbounded, so the bus counts and checks the entries of each. Credits limit them: one entry
-//! per slot of each input (CR-3), one per slot and reader of each output, and those of a firing.
+//! ractor's mailboxes are unbounded, so the bus counts each mailbox's entries and checks the count. Credits bound the
+//! count: one entry per slot of each input (CR-3), one per slot and reader of each output, and a firing's events.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,7 +16,7 @@ use crate::remote::Remote;
 use crate::snapshot::ActorSnapshot;
 use crate::spec::{ActorId, RegisterId, Spec};
 
-/// One mailbox entry. It stays within the process; other actors send only the event's [`crate::protocol::Message`].
+/// One mailbox entry. Entries stay within the process. Processes exchange only [`crate::protocol::Message`]s.
 #[derive(Debug)]
 pub(crate) enum Cast {
     Event(ProtocolEvent),
@@ -30,7 +30,7 @@ pub(crate) type Mail = Stamped<Cast>;
 
 #[derive(Debug)]
 pub(crate) struct Bus {
-    /// By actor; `None` for actors of other processes.
+    /// Mailboxes by actor; `None` for actors of other processes.
     actors: OnceLock<Vec<Option<ActorRef<Mail>>>>,
     remote: Remote,
     mailboxes: Vec<Mailbox>,
@@ -60,7 +60,7 @@ impl Bus {
     pub(crate) fn connect(&self, actors: Vec<(ActorId, ActorRef<Mail>)>) {
         let mut by_id = vec![None; self.mailboxes.len()];
         actors.into_iter().for_each(|(id, actor)| by_id[id.0 as usize] = Some(actor));
-        // A second call would be a bug in `prepare`; it has no effect.
+        // Only a bug in `prepare` calls this twice. The second call has no effect.
         let _ = self.actors.set(by_id);
     }
 
@@ -68,7 +68,7 @@ impl Bus {
         &self.remote
     }
 
-    /// Queues an entry for an actor, or a message for its peer. False if the actor has stopped or does not exist yet.
+    /// Queues an entry for a local actor, or a message for the actor's peer. Returns false if no such actor runs.
     pub(crate) fn send(&self, to: ActorId, cast: Cast) -> bool {
         #[cfg(test)]
         if self.is_lost(&cast) {
@@ -97,13 +97,13 @@ impl Bus {
         self.fault.get().is_some_and(|(fault, spec)| fault.apply(spec, 0, *message).is_empty())
     }
 
-    /// True if a mailbox holds more entries than credits allow. Messages from peers are then rejected.
+    /// True if a mailbox holds more entries than credits allow. Connections then reject messages from peers.
     pub(crate) fn is_overfull(&self, actor: ActorId) -> bool {
         let Mailbox { entries, bound } = &self.mailboxes[actor.0 as usize];
         entries.load(Ordering::Relaxed) > *bound
     }
 
-    /// Counts an entry taken out of a mailbox. An error of CR-3 if the mailbox held more entries than credits allow.
+    /// Counts an entry as taken out. Returns a CR-3 error if the mailbox held more entries than credits allow.
     pub(crate) fn dequeued(&self, actor: ActorId, name: &str, cast: &Cast) -> Result<(), ProtocolError> {
         if !is_bounded(cast) {
             return Ok(());
@@ -117,7 +117,7 @@ impl Bus {
         Err(ProtocolError::Invariant { label: "CR-3", at: format!("actor {name}"), numbers })
     }
 
-    /// Stops all actors; entries in their mailboxes are dropped.
+    /// Stops all actors and drops the entries in their mailboxes.
     pub(crate) fn stop(&self) {
         for actor in self.actors.get().into_iter().flatten().flatten() {
             actor.stop(None);
@@ -125,7 +125,7 @@ impl Bus {
     }
 }
 
-/// True for entries that credits bound. The host sends at its own pace.
+/// True for entries whose number credits bound. The host's entries have no such bound.
 fn is_bounded(cast: &Cast) -> bool {
     match cast {
         Cast::Event(ProtocolEvent::Token { .. } | ProtocolEvent::Start) | Cast::Snapshot(_) => false,
@@ -141,7 +141,7 @@ pub(crate) fn mailbox_bound(spec: &Spec, actor: ActorId) -> u32 {
     let slots = own.actions.iter().flat_map(|a| &a.inputs).map(|i| register(i.register).slots);
     let releases = own.actions.iter().flat_map(|a| &a.outputs).map(|o| register(o.register));
     let releases = releases.map(|r| r.slots * r.readers.len() as u32);
-    // The firing in flight sends a signal per early output and its end.
+    // The firing in flight sends one signal per early output, and one notification of its end.
     let notifications = own.actions.iter().map(|a| 1 + a.outputs.iter().filter(|o| o.early).count() as u32);
     slots.sum::<u32>() + releases.sum::<u32>() + notifications.max().unwrap_or(0)
 }

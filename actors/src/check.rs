@@ -9,7 +9,7 @@ mod tables;
 
 pub use error::{PERIOD_STEPS_MAX, SpecError};
 
-/// Checks a plan's structure, up to the first inconsistency. [`crate::protocol::Protocol`] relies on this.
+/// Checks a plan's structure and returns the first inconsistency. [`crate::protocol::Protocol`] relies on this check.
 pub fn check(spec: &Spec) -> Result<(), SpecError> {
     for index in 0..spec.registers.len() {
         check_register(spec, RegisterId(index as u32))?;
@@ -62,7 +62,7 @@ fn check_register(spec: &Spec, id: RegisterId) -> Result<(), SpecError> {
     check_slots(register)
 }
 
-/// Checks that each entry of the slot table is a slot, each slot has a piece, and initial pieces have slots of their own.
+/// Checks that slot table entries are valid slots, each slot has a piece, and no two initial pieces share a slot.
 fn check_slots(register: &RegisterSpec) -> Result<(), SpecError> {
     let name = || register.name.clone();
     if let Some(slot) = register.slot_of.iter().find(|slot| **slot >= register.slots) {
@@ -119,7 +119,7 @@ fn check_actor(spec: &Spec, id: ActorId) -> Result<(), SpecError> {
     Ok(())
 }
 
-/// A submission has one `repeat` flag for all outputs, so all that accumulate must begin their pieces in the same firings.
+/// A submission has one `repeat` flag, so all accumulating outputs must begin their pieces in the same firings.
 fn check_accumulation(spec: &Spec, name: &str, action: &ActionSpec) -> Result<(), SpecError> {
     let mut accumulating = action.outputs.iter().filter(|output| output.pieces.accumulates());
     let Some(one) = accumulating.next() else { return Ok(()) };
@@ -135,13 +135,13 @@ fn check_accumulation(spec: &Spec, name: &str, action: &ActionSpec) -> Result<()
     Ok(())
 }
 
-/// The entry of a table, or an error with the place that holds its index.
+/// Returns the entry at `index`, or an error that names `at`, the place that holds the index.
 fn known<'a, T>(table: &'a [T], index: u32, kind: &'static str, at: &str) -> Result<&'a T, SpecError> {
     let index = index as usize;
     table.get(index).ok_or_else(|| SpecError::UnknownIndex { at: at.into(), kind, index })
 }
 
-/// Checks that a register and its reading action list each other once.
+/// Checks that a register lists a reader exactly once, and that the reader has exactly one input port for the register.
 fn check_reader(spec: &Spec, id: RegisterId, reader: ActionRef) -> Result<(), SpecError> {
     let register = spec.register(id);
     let listed = register.readers.iter().filter(|r| **r == reader).count();
@@ -153,7 +153,7 @@ fn check_reader(spec: &Spec, id: RegisterId, reader: ActionRef) -> Result<(), Sp
     Err(SpecError::Readers { register: register.name.clone(), action, listed, ports })
 }
 
-/// Checks a port on its own: the rate fits the firings and pieces of a step, and a table's length and entries do.
+/// Checks one port: its rate, or its table's length and entries, must fit the firings and pieces of a step.
 fn check_pieces(
     action: &str,
     register: &RegisterSpec,
@@ -199,16 +199,16 @@ fn check_decision(spec: &Spec) -> Result<(), SpecError> {
     Ok(())
 }
 
-/// Checks that host tokens bound every action: it is external, or a bounded action writes one of its inputs.
+/// Checks that host tokens bound every action: the action is external, or a bounded action writes one of its inputs.
 fn check_bounded(spec: &Spec) -> Result<(), SpecError> {
     let is_external = |(_, action): &(ActionRef, &ActionSpec)| action.external;
     let mut bounded: HashSet<ActionRef> = spec.all_actions().filter(is_external).map(|(at, _)| at).collect();
-    // If several actions write a register, their list bounds all of them as soon as one is bounded.
+    // All writers of a register share an ordered list. Once one of them is bounded, the list bounds all.
     let writers = |(register, of): (u32, &RegisterSpec)| -> Vec<ActionRef> {
         spec.writers(RegisterId(register)).map(|(action, _)| ActionRef { actor: of.producer, action }).collect()
     };
     let writers: Vec<_> = (0..).zip(&spec.registers).map(writers).collect();
-    // Each pass adds at least one more action, or is the last.
+    // Each pass adds at least one bounded action. The loop ends after a pass that adds none.
     loop {
         let before = bounded.len();
         for (at, action) in spec.all_actions() {

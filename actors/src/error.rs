@@ -19,7 +19,7 @@ pub enum Failure {
     Panic { actor: String, device: usize, action: Option<String>, message: String },
     #[error("rank {process}: {cause}")]
     Peer { process: u32, cause: PeerError },
-    /// No progress although work is left. `process` contains the cause, if it is another one; `report` lists waits.
+    /// No progress although work is left. `process`: the other process with the cause, if any. `report`: the waits.
     #[error("no progress for {idle_ms} ms: {cause}\n{report}")]
     Stalled { idle_ms: u64, cause: String, process: Option<u32>, report: String },
 }

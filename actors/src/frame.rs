@@ -1,7 +1,7 @@
 //! Frames of a register connection: messages, and headers of register data.
 //!
 //! Each has [`FRAME_BYTES`] bytes: magic "SF", the version, the frame as bincode with fixed-size little-endian numbers,
-//! and zeros. Each frame has one encoding, without session and epoch: the handshake fixes both for a connection.
+//! and zeros. Each frame has exactly one encoding. It omits session and epoch, because the handshake fixes both.
 
 use bincode::config::{Configuration, Fixint, LittleEndian, legacy};
 use serde::{Deserialize, Serialize};
@@ -11,7 +11,7 @@ use crate::spec::RegisterId;
 
 /// Size of a frame in bytes, without the data that follows it.
 pub const FRAME_BYTES: usize = 32;
-/// Any change to the layout increments it.
+/// Version of the frame layout. Every change to the layout increments it.
 pub const FRAME_VERSION: u8 = 2;
 
 const MAGIC: [u8; 2] = *b"SF";
@@ -22,20 +22,20 @@ const CONFIG: Configuration<LittleEndian, Fixint> = legacy();
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum Frame {
-    /// A message between actors. Before `Filled`, all bytes of the piece have been sent or are in shared memory.
+    /// A message between actors. `Filled` follows only after all bytes of the piece were sent or are in shared memory.
     Message(Message),
-    /// `bytes` raw bytes follow: the parts of the slot that the receiver's readers read, in order. If the register uses
-    /// a pipe, no bytes follow; the pipe carries them.
+    /// Without a pipe, `bytes` raw bytes follow: the parts of the slot that the receiver's readers read, in order. If
+    /// the register uses a pipe, the pipe carries these bytes, and none follow here.
     Data { register: RegisterId, slot: u32, piece: u64, bytes: u64 },
     /// `bytes` raw bytes follow: the tensors of a host port, in order.
     Host { port: u32, bytes: u64 },
     /// The sender has sent the bytes of its initial registers for the `round`th time, counted from 1.
     Ready { round: u64 },
-    /// The last frame: the sender closes the connection in order.
+    /// The last frame before the sender closes the connection in an orderly way.
     Bye,
 }
 
-/// A header that no correct peer sends.
+/// Why a header is invalid. No correct peer sends such a header.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum FrameError {
@@ -58,7 +58,7 @@ impl Frame {
         frame
     }
 
-    /// Decodes a frame. The caller must check that registers, slots and ports exist, and the length of the data.
+    /// Decodes a frame. The caller must check the length of the data, and that registers, slots and ports exist.
     pub fn decode(frame: &[u8; FRAME_BYTES]) -> Result<Self, FrameError> {
         let &[first, second, version, ref body @ ..] = frame;
         if [first, second] != MAGIC {

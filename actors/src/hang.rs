@@ -1,4 +1,4 @@
-//! Explains hangs: follows waits from an action with firings left to the root cause. Pure, on snapshots of actors.
+//! Explains hangs: follows the waits of an unfinished action to the root cause. Pure: works on snapshots of actors.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::{fmt, iter};
@@ -7,19 +7,19 @@ use crate::protocol::{ActorWaits, Missing};
 use crate::snapshot::ActorSnapshot;
 use crate::spec::{ActionRef, ActorId, RegisterId, Spec};
 
-/// Maximum number of further roots of the same rank in a text; a stuck device has a few.
+/// Maximum number of further roots of equal rank that a text names. A stuck device causes only a few.
 const NAMED_MAX: usize = 4;
 
-/// A rank that waits for another rank in a collective: communicator id, own rank, peer rank.
+/// A wait in a collective: communicator id, waiting rank, and the rank that it waits for.
 pub(crate) type CollectiveWait = (u32, usize, usize);
 
 /// The explanation of a hang.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hang {
     pub(crate) root: Root,
-    /// Further roots of the same rank; each may be the cause.
+    /// Further roots with the same `Root::rank`. Each of them may be the cause.
     pub(crate) also: Vec<Root>,
-    /// The waits from an action with firings left to the root. In a cycle the last action waits for the first.
+    /// The waits that lead from an unfinished action to the root. In a cycle, the last action waits for the first one.
     pub(crate) chain: Vec<WaitingAction>,
     text: String,
 }
@@ -41,10 +41,10 @@ pub(crate) enum Root {
     },
     /// A firing that has not ended although it waits for nobody: its kernels, stream or device hang.
     Firing(ActionRef),
-    /// A firing that has not ended although all members of its collectives have begun; the late member is unknown.
+    /// A firing that has not ended although all members of its collectives have begun. The late member is unknown.
     Collective(ActionRef),
     Unresponsive(ActorId),
-    /// Another process: with an actor that it hosts, or with an actor here whose host program waits for it.
+    /// Another process. `actor` runs there, or runs here and lacks a token while the host program waits for `process`.
     Process {
         process: u32,
         actor: ActorId,
@@ -55,7 +55,7 @@ pub(crate) enum Root {
 }
 
 impl Root {
-    /// Among several roots, the one with the lowest rank explains the others.
+    /// Among several roots, the root with the lowest rank explains the others.
     fn rank(&self, is_acyclic: bool) -> u8 {
         match self {
             Self::LostPiece { .. } | Self::LostRelease { .. } => 0,
@@ -63,7 +63,7 @@ impl Root {
             Self::Collective(_) => 2,
             Self::Unresponsive(_) => 3,
             Self::Process { .. } => 4,
-            // In an acyclic plan an apparent cycle is not real: a member may join by any of several actions.
+            // In an acyclic plan, a cycle is only apparent: a member may join a group through any of several actions.
             Self::Cycle if is_acyclic => 7,
             Self::Cycle => 5,
             Self::Token(_) => 6,
@@ -116,11 +116,11 @@ pub(crate) struct WaitingAction {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum WaitReason {
-    /// It lacks a piece, a slot, a token or its turn.
+    /// The action lacks a piece, a slot, a token or its turn.
     Missing(Missing),
-    /// It is in flight, and another member of a group has not begun or is in an earlier round.
+    /// The action is in flight, and another member of a group has not begun or is in an earlier round.
     Group { group: u32, member: ActorId },
-    /// Its actor has another firing in flight.
+    /// The action's actor has another firing in flight.
     Busy { action: u32 },
 }
 
@@ -142,7 +142,7 @@ impl Hang {
         self.root.describe(spec)
     }
 
-    /// Describes the chain: pairs of a waiting action and what it waits for.
+    /// Describes the chain as pairs of texts: a waiting action, and what the action waits for.
     pub fn steps(&self, spec: &Spec) -> Vec<(String, String)> {
         let describe = |waiting: &WaitingAction| {
             let WaitingAction { action, wait } = waiting;
@@ -151,12 +151,12 @@ impl Hang {
         self.chain.iter().map(describe).collect()
     }
 
-    /// The process that contains the cause, if it is another one.
+    /// The process that contains the cause; `None` if the cause is in this process.
     pub fn process(&self) -> Option<u32> {
         self.root.process()
     }
 
-    /// All other processes that may contain the cause, each once.
+    /// All other processes that may contain the cause, without duplicates.
     pub fn processes(&self) -> Vec<u32> {
         let all: BTreeSet<u32> = iter::once(&self.root).chain(&self.also).filter_map(Root::process).collect();
         all.into_iter().collect()
@@ -181,14 +181,14 @@ pub(crate) struct HangSnapshot<'a> {
     pub knows_collectives: bool,
     /// Whether a simulation has shown that the plan has no deadlock.
     pub is_acyclic: bool,
-    /// The process whose part of a step the host program waits for.
+    /// The process that must finish its part of a step before the host program continues.
     pub host_waits_for: Option<u32>,
-    /// Returns the process that hosts an actor, if it is another one.
+    /// Returns the process that hosts an actor; `None` for this process.
     pub process_of: &'a dyn Fn(ActorId) -> Option<u32>,
 }
 
 impl<'a> HangSnapshot<'a> {
-    /// The snapshot of a process that hosts all actors of an acyclic plan and has no reports from collective engines.
+    /// Creates the input for a process that hosts a whole acyclic plan and has no reports from collective engines.
     pub(crate) fn of_one_process(spec: &'a Spec, snapshots: &'a [ActorSnapshot]) -> Self {
         let (collectives, process_of) = (&[], &|_| None);
         let (knows_collectives, is_acyclic, host_waits_for) = (false, true, None);
@@ -196,7 +196,7 @@ impl<'a> HangSnapshot<'a> {
     }
 }
 
-/// Explains why the first `steps` steps do not finish; `None` when no action has firings left.
+/// Explains why the first `steps` steps do not finish. Returns `None` if no action has firings left.
 pub(crate) fn explain(snapshot: HangSnapshot<'_>, steps: u64) -> Option<Hang> {
     let mut search = Search::new(snapshot, steps);
     let spec = snapshot.spec;
@@ -231,7 +231,7 @@ pub(crate) fn explain(snapshot: HangSnapshot<'_>, steps: u64) -> Option<Hang> {
     Some(hang)
 }
 
-/// Describes waits in communicators that no action uses: pipes that carry registers between devices of two processes.
+/// Describes waits in communicators that no action uses. They belong to pipes between devices of two processes.
 pub(crate) fn describe_pipe_waits(spec: &Spec, waits: &[CollectiveWait]) -> Vec<String> {
     let of_actions: HashSet<u32> = spec.all_actions().flat_map(|(_, action)| action.communicators.clone()).collect();
     let of_pipes = waits.iter().filter(|(communicator, ..)| !of_actions.contains(communicator));
@@ -247,10 +247,10 @@ enum Next {
     Root(Root),
 }
 
-/// Depth-first search over the actions; none is visited twice.
+/// Depth-first search over the actions. The search visits no action twice.
 struct Search<'a> {
     input: HangSnapshot<'a>,
-    /// Steps that the host has begun since the start.
+    /// Number of steps that the host has begun since the start.
     steps: u64,
     snapshots: BTreeMap<ActorId, &'a ActorSnapshot>,
     visited: HashSet<ActionRef>,
@@ -277,7 +277,7 @@ impl<'a> Search<'a> {
         completed.is_none_or(|completed| completed < u64::from(per_step) * self.steps)
     }
 
-    /// The next root that can be reached from an action, with the chain to it.
+    /// Returns the next root that the search reaches from an action, and the chain to that root.
     fn next_root(&mut self, at: ActionRef) -> Option<(Root, Vec<WaitingAction>)> {
         if self.path.is_empty() {
             self.visit(at)?;
@@ -304,7 +304,7 @@ impl<'a> Search<'a> {
     fn chain(&self, start: usize, root: &Root) -> Vec<WaitingAction> {
         let mut chain: Vec<WaitingAction> = self.path[start..].iter().map(|(waiting, _)| waiting.clone()).collect();
         if matches!(root, Root::Firing(_) | Root::Collective(_) | Root::Unresponsive(_)) {
-            // The root itself waits for nobody.
+            // The chain lists only waiting actions, and this root waits for nobody.
             chain.pop();
         }
         chain
@@ -312,7 +312,7 @@ impl<'a> Search<'a> {
 
     fn visit(&mut self, at: ActionRef) -> Option<()> {
         self.visited.insert(at).then(|| {
-            // A placeholder; the search overwrites it with each wait that it follows.
+            // A placeholder. The search overwrites it with each wait that it follows.
             let wait = WaitReason::Missing(Missing::Token);
             self.path.push((WaitingAction { action: at, wait }, self.waits(at).into_iter()));
         })
@@ -361,7 +361,7 @@ impl<'a> Search<'a> {
                 if !is_waited_for && !is_late {
                     continue;
                 }
-                // A member that has begun has its action in flight; a late member may join by any of its actions.
+                // A member that has begun has its action in flight. A late member may join through any of its actions.
                 let in_flight = self.snapshots.get(&member).and_then(|other| other.waiting.in_flight);
                 let next = actions.iter().filter(|action| is_late || in_flight.is_none_or(|own| own == **action));
                 let next = next.map(|&action| ActionRef { actor: member, action }).filter(|at| self.is_unfinished(at));
@@ -376,7 +376,7 @@ impl<'a> Search<'a> {
         waits
     }
 
-    /// Number of begun firings of an actor's actions that belong to a group.
+    /// Number of firings that an actor has begun in actions of a group.
     fn begun(&self, group: u32, snapshot: &ActorSnapshot) -> u64 {
         let actions = &self.input.spec.actor(snapshot.actor).actions;
         let own = actions.iter().zip(&snapshot.firings).filter(|(action, _)| action.groups.contains(&group));
@@ -392,7 +392,7 @@ impl<'a> Search<'a> {
         found
     }
 
-    /// The action as a target, or its process if that is another one.
+    /// Returns the action as the next target, or its process if another process hosts the action.
     fn target(&self, at: ActionRef) -> Next {
         match (self.input.process_of)(at.actor) {
             Some(process) => Next::Root(Root::Process { process, actor: at.actor }),
@@ -431,7 +431,7 @@ impl<'a> Search<'a> {
         readers.iter().position(|r| *r == reader).map(|index| index as u32)
     }
 
-    /// True if a reader has released a piece, as far as its own snapshot says.
+    /// True if the reader's own snapshot shows that the reader has released the piece.
     fn has_released(&self, register: RegisterId, reader: ActionRef, piece: u64) -> bool {
         let Some(snapshot) = self.snapshots.get(&reader.actor) else { return false };
         let pieces_per_step = self.input.spec.register(register).pieces_per_step;

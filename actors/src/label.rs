@@ -1,4 +1,4 @@
-//! What an action does, for people and schedules: traces, metrics and reports read it; the protocol does not.
+//! Labels that describe actions. Traces, metrics, reports and schedules read them; the protocol does not.
 
 use std::fmt;
 use std::sync::Arc;
@@ -11,11 +11,11 @@ pub enum Role {
     Forward,
     /// Computes gradients, once per micro-batch.
     Backward,
-    /// Gives gradients their parameters' layouts and computes their norm, once per step after all micro-batches.
+    /// Converts gradients to their parameters' layouts and computes their norm, once per step after all micro-batches.
     Norm,
-    /// Updates parameters, once per step after the host has decided.
+    /// Updates parameters, once per step after the host's decision.
     Update,
-    /// Moves tensors between devices, on a stream other than that of the layers.
+    /// Moves tensors between devices, on a different stream from the layers.
     Communication,
     /// Exchanges tensors with the host.
     Host,
@@ -41,13 +41,13 @@ impl fmt::Display for Role {
     }
 }
 
-/// The segment that an action runs, as people know it.
+/// Describes the segment that an action runs, for reports and schedules.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Label {
-    /// What it does.
+    /// What the segment does.
     pub role: Role,
-    /// Its number among the segments of this role on its device, in the order of the program.
+    /// Index of the segment among the segments of this role on its device, in program order.
     pub chunk: u16,
-    /// The program that it belongs to, such as `train`.
+    /// The program that contains the segment, such as `train`.
     pub program: Arc<str>,
 }

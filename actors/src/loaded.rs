@@ -16,7 +16,7 @@ use crate::spec::{ActionSpec, ActorId, RegisterId, Spec};
 /// The program that one action launches.
 #[derive(Clone, Debug)]
 pub struct ActionProgram {
-    /// The tags of its signals are the `early` output ports, each once.
+    /// Each signal's tag is the index of an `early` output port. Each of these ports has exactly one signal.
     pub program: Arc<Program>,
     /// Base addresses of the program, in order.
     pub bases: Vec<BaseRef>,
@@ -64,17 +64,17 @@ pub struct ActorHost {
 pub struct LoadedPlan {
     /// The whole plan.
     pub spec: Arc<Spec>,
-    /// The actors of this process: all that no peer hosts.
+    /// The actors of this process: all actors of the plan that no other process hosts.
     pub hosted: BTreeMap<ActorId, ActorHost>,
-    /// Memory of the registers that these actors write or read. That of a peer's register is mapped or a mirror.
+    /// Memory of the registers that these actors write or read. For a peer's register, it is mapped memory or a mirror.
     pub memory: BTreeMap<RegisterId, RegisterMemory>,
     /// The collective engine; aborted when the session fails.
     pub engine: Arc<dyn Collective>,
-    /// The other processes; empty when this one hosts all actors.
+    /// The other processes; empty when this process hosts all actors.
     pub peers: Peers,
 }
 
-/// Checks the plan, and the loaded parts against it. Returns the first inconsistency.
+/// Checks the plan, then checks that the loaded parts match the plan. Returns the first inconsistency.
 pub(crate) fn check_loaded(loaded: &LoadedPlan) -> Result<(), ActorError> {
     let spec = &loaded.spec;
     check(spec)?;

@@ -17,7 +17,7 @@ pub enum PipelineSchedule {
 pub struct Pipeline {
     /// Micro-batches in a step.
     pub micro_batches: u32,
-    /// Slots of each stage's stash: at most this many micro-batches are between their forward and backward on it.
+    /// Stash slots by stage: the maximum number of micro-batches between their forward and backward on that stage.
     pub credits: Vec<u32>,
     /// The schedule.
     pub schedule: PipelineSchedule,
@@ -42,8 +42,8 @@ impl Pipeline {
         }
         for s in 0..p.saturating_sub(1) {
             let (here, next) = (stages[s], stages[s + 1]);
-            // As many slots as the earlier stage's stash cost no time: a micro-batch in either register also holds a
-            // stash slot, or its release arrives before the micro-batch that takes the stash slot reaches the register.
+            // With the slot count of the earlier stage's stash, these registers never delay a firing. A micro-batch in
+            // one of them still holds a stash slot, or frees its slot before the stash slot's next holder needs one.
             let slots = self.credits[s];
             b.edge(format!("stage{s}.activation"), slots, here.0, next.0);
             b.edge(format!("stage{}.gradient", s + 1), slots, next.1, here.1);
@@ -51,7 +51,7 @@ impl Pipeline {
         b.build()
     }
 
-    /// As a list: `warm_up` forwards, then alternating backwards and forwards, then the remaining backwards.
+    /// Returns the firing rule. A list has `warm_up` forwards, then backwards and forwards in turn, then backwards.
     fn firing(&self, credits: u32) -> Firing {
         if !self.ordered {
             return Firing::Credit;

@@ -1,17 +1,17 @@
 //! The register protocol of one actor: a pure state machine from events to effects, for shell, simulator and tests.
 //!
-//! The plan fixes the piece and the slot of each firing at each port, by a rate or a table. The producer holds the state
-//! of each slot of its registers, and each input port the piece that it holds in each slot. Events do not allocate.
+//! At each port, the plan fixes each firing's piece and slot, by a rate or a table. The producer stores the state of
+//! each slot of its registers. Each input port stores which piece it holds in each slot. Events do not allocate.
 //!
 //! - **CR-1**, **CR-2**: see `protocol/slots.rs`.
 //! - **CR-3**: a reader holds at most one piece in each slot; this bounds every queue of messages.
-//! - **CR-4**: pieces reach each reader, and each reader releases them, in the order that the plan fixes, each once, in
-//!   the slot that the plan gives them.
+//! - **CR-4**: the plan fixes the order in which pieces reach each reader, the order in which the reader releases them,
+//!   and the slot of each piece. Each reader receives and releases each of its pieces exactly once.
 //! - **CR-5**: at most one firing of an actor is in flight.
-//! - **CR-6** (across actors): `released at the producer <= released by the reader <= filled at the reader <=
-//!   published to it`; the differences are messages in transit. A slot that a reader holds is filled at the producer,
-//!   with the same piece, and the producer waits for this reader.
-//! - **CR-7** (across actors): the inputs of a firing do not change while it is in flight; the simulator checks it.
+//! - **CR-6** (across actors): `released at the producer <= released by the reader <= filled at the reader <= published
+//!   to it`. The differences are messages in transit. If a reader holds a piece in a slot, that slot is filled with the
+//!   same piece at the producer, and the producer still waits for this reader's release.
+//! - **CR-7** (across actors): the inputs of a firing do not change while it is in flight. The simulator checks this.
 
 use std::sync::Arc;
 
@@ -35,13 +35,13 @@ pub use slots::RegisterSlots;
 pub(crate) use slots::SlotFault;
 pub use waiting::{ActionWaits, ActorWaits, Holder, Missing};
 
-/// A message between actors: ids and slots, never addresses. `reader` is an index in the register's readers.
+/// A message between actors. Carries ids and slots, never addresses. `reader` is an index in the register's readers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the comments of the types name the fields")]
 pub enum Message {
     /// From the producer: a piece can be read.
     Filled { register: RegisterId, reader: u32, slot: u32, piece: u64 },
-    /// From a reader: it no longer needs a piece.
+    /// From a reader: the reader no longer needs a piece.
     Released { register: RegisterId, reader: u32, slot: u32, piece: u64 },
 }
 
@@ -58,7 +58,7 @@ impl Message {
     }
 }
 
-/// The input of an actor. `action` is an index in its actions, `output` an output port.
+/// An input event of an actor. `action` is the index of an action, and `output` is the index of an output port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the comments of the types name the fields")]
 pub enum ProtocolEvent {
@@ -85,7 +85,7 @@ pub enum ProtocolEvent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the comments of the types name the fields")]
 pub enum Effect {
-    /// Launch a firing, counted from 0; its slots are [`Protocol::input_slot`] and [`Protocol::output_slot`].
+    /// Launch firing `firing`, counted from 0. [`Protocol::input_slot`] and [`Protocol::output_slot`] return its slots.
     Launch { action: u32, firing: u64 },
     /// Send a message to an actor. Messages between the same two actors must keep their order.
     Send { to: ActorId, message: Message },
@@ -100,7 +100,7 @@ pub struct Protocol {
     in_flight: Option<u32>,
     actions: Box<[ActionState]>,
     slots: Box<[RegisterSlots]>,
-    /// Sorted; the position is the index in `slots`.
+    /// Sorted. The position of a register is its index in `slots`.
     produced: Box<[RegisterId]>,
     /// Sorted.
     reading: Box<[Reading]>,
@@ -168,7 +168,7 @@ impl Protocol {
         Ok(())
     }
 
-    /// Processes an event without launching a firing, so that the caller can apply several before the next choice.
+    /// Processes an event without a launch. The caller can apply several events before it calls [`Protocol::fire`].
     ///
     /// # Errors
     /// An event that no correct peer sends. The state is then unspecified, and the session must end.
@@ -285,7 +285,7 @@ impl Protocol {
         let Some(port) = outputs.get(output as usize).filter(|o| o.early) else {
             return unexpected("not an early output");
         };
-        // Programs signal on every firing; only the last that writes a slot publishes it.
+        // Programs signal in every firing. Only the last firing that writes a piece publishes the piece.
         if !port.current.last {
             return Ok(());
         }
@@ -334,7 +334,7 @@ impl Protocol {
         Ok(())
     }
 
-    /// Publishes the slot of an output to the piece's readers; those in this actor see it at once.
+    /// Publishes an output's slot to the piece's readers. Readers in this actor get the piece at once.
     fn publish(&mut self, action: u32, port: usize, effects: &mut Vec<Effect>) {
         let output = &self.actions[action as usize].outputs[port];
         let (register, ports::Reach { piece, slot, .. }) = (output.register, output.current);
@@ -390,22 +390,22 @@ impl Protocol {
         self.in_flight
     }
 
-    /// Slot that a firing reads at an input port.
+    /// The slot that a firing reads at an input port.
     pub fn input_slot(&self, action: u32, port: usize, firing: u64) -> u32 {
         self.actions[action as usize].inputs[port].map.reach(firing).slot
     }
 
-    /// Slot that a firing writes at an output port.
+    /// The slot that a firing writes at an output port.
     pub fn output_slot(&self, action: u32, port: usize, firing: u64) -> u32 {
         self.actions[action as usize].outputs[port].map.reach(firing).slot
     }
 
-    /// True if an earlier firing has already written that slot's piece, so that this one accumulates into it.
+    /// True if an earlier firing has already written the slot's piece, and this firing accumulates into the piece.
     pub fn repeats(&self, action: u32, port: usize, firing: u64) -> bool {
         !self.actions[action as usize].outputs[port].map.reach(firing).first
     }
 
-    /// True if this firing is the last one that writes that slot's piece.
+    /// True if this firing is the last one that writes the slot's piece.
     pub fn completes(&self, action: u32, port: usize, firing: u64) -> bool {
         self.actions[action as usize].outputs[port].map.reach(firing).last
     }
@@ -426,7 +426,7 @@ impl Protocol {
         (input.filled, input.released)
     }
 
-    /// The slots with the pieces that an input port holds: filled, and not released.
+    /// The pieces that an input port holds (filled and not released), as `(slot, piece)`.
     pub fn input_held(&self, action: u32, port: usize) -> impl Iterator<Item = (u32, u64)> + '_ {
         self.actions[action as usize].inputs[port].held()
     }

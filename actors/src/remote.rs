@@ -1,18 +1,18 @@
 //! Registers between processes. Messages to an actor on a peer go to the peer's outbox. One thread writes the outbox to
-//! the connection; another reads the peer's messages and casts them to the actors here.
+//! the connection. Another thread reads the peer's messages and delivers them to the local actors.
 //!
-//! A slot's bytes are sent at most once per process, before the `Filled` message, to the same slot of a mirror. Credits
-//! also bound the mirror: the producer cannot rewrite a slot before all readers have released it. Processes that share
-//! memory exchange only ids. Between GPUs a pipe may carry the bytes, which the connection only announces.
+//! A slot's bytes are sent at most once to each process, before the `Filled` message, to the same slot of a mirror.
+//! Credits also bound the mirror: the producer cannot rewrite a slot before all readers have released it. Processes
+//! with shared memory exchange only ids. Between GPUs, a pipe may carry the bytes; the connection announces them.
 //!
-//! Only processes whose registers cross are connected, and those on a tree that reaches all: along the tree, host
-//! programs send tensors to each other, and every process passes on what it receives.
+//! Two processes are connected if they exchange registers or are neighbours on a tree of all processes. Host programs
+//! send tensors along the tree, and every process passes on the tensors that it receives.
 //!
 //! - **RM-1**: every message from a peer is checked against the plan before use: the hosts of the register's producer
-//!   and reader, the number of bytes of a slot, the expected piece and slot.
-//! - **RM-2**: an outbox holds at most what the credits of the peer's actors allow (CR-3) and the host sends in a step.
-//! - **RM-3**: a mirror's slot is written only after all readers here have released the piece that it holds; a refresh
-//!   writes it only while no reader here is in the middle of a step.
+//!   and reader, the number of bytes of a slot, and the expected piece and slot.
+//! - **RM-2**: an outbox holds at most the messages that credits allow (CR-3) and the pieces that hosts send in a step.
+//! - **RM-3**: a mirror's slot is written only after all local readers have released the slot's piece. A refresh writes
+//!   the slot only while no local reader is in the middle of a step.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -42,29 +42,29 @@ pub struct ByteRun {
     pub bytes: usize,
 }
 
-/// The registers that this process exchanges with one peer. Both ends derive it from the same plan.
+/// The registers that this process exchanges with one peer. Both processes derive this from the same plan.
 #[derive(Debug)]
 pub struct PeerSpec {
     /// Number of the peer.
     pub process: u32,
-    /// The actors that it hosts.
+    /// The actors that the peer hosts.
     pub actors: Vec<ActorId>,
     /// The connection.
     pub connection: Connection,
-    /// Registers produced here whose memory the peer's readers cannot access, with the parts of a slot that they read.
+    /// Local registers whose memory the peer cannot access, with the parts of a slot that the peer's readers read.
     pub pushes: BTreeMap<RegisterId, Vec<ByteRun>>,
-    /// Registers produced there whose bytes are sent here, with the parts of a slot that readers here read.
+    /// The peer's registers whose bytes arrive here, with the parts of a slot that local readers read.
     pub mirrors: BTreeMap<RegisterId, Vec<ByteRun>>,
-    /// Pipes that carry the bytes of some of these registers instead of the connection; registers may share a pipe.
+    /// Pipes by register. A pipe carries the register's bytes instead of the connection. Registers may share a pipe.
     pub pipes: BTreeMap<RegisterId, Arc<Pipe>>,
 }
 
-/// A port through which the host program of one process sends tensors to those of others, along the tree.
+/// A port through which one process's host program sends tensors to other host programs, along the tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostRoute {
     /// The sending process.
     pub process: u32,
-    /// The only receiver; `None` for all others.
+    /// The only receiver; `None` if all other processes receive the tensors.
     pub to: Option<u32>,
     /// Shape and element type of each tensor.
     pub tensors: Vec<(Vec<usize>, DType)>,
@@ -73,11 +73,11 @@ pub struct HostRoute {
 /// The peers of a process and the ports between host programs.
 #[derive(Debug, Default)]
 pub struct Peers {
-    /// The processes that this one is connected to.
+    /// The processes with a connection to this one.
     pub peers: Vec<PeerSpec>,
-    /// The actors of processes without a connection to this one.
+    /// Actors on processes without a connection to this one, with the number of their process.
     pub distant: BTreeMap<ActorId, u32>,
-    /// By process: the peer on the way to it, and this process itself for its own entry. Empty if all others are peers.
+    /// By process: the next peer on the way. This process maps to itself. Empty if all other processes are peers.
     pub hops: Vec<u32>,
     /// Ports between the host programs of all processes, outside the plan.
     pub host_ports: Vec<HostRoute>,
@@ -90,7 +90,7 @@ pub struct Peers {
 #[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum PeerMessage {
     Piece(Arc<HostPiece>),
-    /// The process has ended in order and sends nothing more.
+    /// The process has ended in an orderly way and sends nothing more.
     Ended {
         process: u32,
     },
@@ -117,21 +117,21 @@ pub(crate) enum Outgoing {
 /// The outboxes of a session, and the state of its peers.
 #[derive(Debug)]
 pub(crate) struct Remote {
-    /// By actor: index of the peer that hosts it, if one does.
+    /// By actor: index of the peer that hosts the actor, if any.
     peer_of: Vec<Option<usize>>,
     distant: BTreeMap<ActorId, u32>,
     hops: Vec<u32>,
-    /// The peers that host pieces are sent to: by index of the peer.
+    /// By index of the peer: true if the peer receives host pieces.
     carries_host: Vec<bool>,
     outboxes: Vec<(u32, Sender<Outgoing>)>,
     pub(crate) host_ports: Vec<HostRoute>,
     pub(crate) host: Option<Sender<PeerMessage>>,
-    /// By peer: the last received `Ready` round, its stamp, and whether the peer has ended in order.
+    /// By peer: the last received `Ready` round, the round's stamp, and whether the peer has ended in an orderly way.
     ready: Mutex<Vec<(u64, Stamped<()>, bool)>>,
     changed: Condvar,
-    /// By register: race clocks of the sends about it; they precede later messages from peers about it.
+    /// By register: race clocks of this process's messages about it. They precede later messages of peers about it.
     pub(crate) sent: Vec<ReleaseClocks>,
-    /// By register and reader: number of pieces that readers here have released to a remote producer.
+    /// By register and local reader: number of pieces that the reader has released to a remote producer.
     released: Vec<Box<[AtomicU64]>>,
 }
 
@@ -161,7 +161,7 @@ impl Remote {
     pub(crate) fn send(&self, to: ActorId, message: Message) -> bool {
         let Some(peer) = self.peer_of.get(to.0 as usize).copied().flatten() else { return false };
         if let Message::Released { register, reader, .. } = message {
-            // Counted before the producer can receive it.
+            // Counts the release before the producer can receive it.
             self.released[register.0 as usize][reader as usize].fetch_add(1, Ordering::Release);
         }
         // If the peer's writer thread has ended, the peer is lost; the reader thread reports that.
@@ -169,8 +169,8 @@ impl Remote {
         true
     }
 
-    /// Sends a piece to the next processes on the tree, except the peer that it came from; only towards its receiver, if
-    /// it has one.
+    /// Sends a piece to the neighbours on the tree, but not back to the peer that sent it. If the port has only one
+    /// receiver, sends the piece only towards this receiver.
     pub(crate) fn send_host_piece(&self, piece: &Arc<HostPiece>, from: Option<usize>) {
         let to = self.host_ports.get(piece.port as usize).and_then(|port| port.to);
         for (index, (_, outbox)) in self.outboxes.iter().enumerate() {
@@ -182,24 +182,24 @@ impl Remote {
         }
     }
 
-    /// True if the pieces of a port are for this process's host program.
+    /// True if this process's host program receives the pieces of a port.
     pub(crate) fn is_for_host(&self, port: &HostRoute) -> bool {
-        // Along the tree, a receiver behind no peer is this process.
+        // If no peer leads to the receiver, this process is the receiver.
         port.to.is_none_or(|to| !(0..self.outboxes.len()).any(|peer| self.is_behind(peer, to)))
     }
 
-    /// True if the pieces of a process come from this peer, and those for it go there.
+    /// True if host pieces from and to the process pass through this peer.
     pub(crate) fn is_behind(&self, peer: usize, process: u32) -> bool {
         let hop = self.hops.get(process as usize).copied().unwrap_or(process);
         self.carries_host[peer] && self.outboxes[peer].0 == hop
     }
 
-    /// Ends the writer threads after the queued messages.
+    /// Ends the writer threads after they have sent the queued messages.
     pub(crate) fn end(&self) {
         self.outboxes.iter().for_each(|(_, outbox)| drop(outbox.send(Outgoing::End)));
     }
 
-    /// Records that a peer has sent the initial registers' bytes of this round; false unless it is its next round.
+    /// Records a peer's `Ready`. Returns false and records nothing if `round` is not the peer's next round.
     pub(crate) fn set_ready(&self, peer: usize, round: u64) -> bool {
         let mut ready = self.ready.lock();
         let is_next = ready[peer].0.checked_add(1) == Some(round);
@@ -215,13 +215,12 @@ impl Remote {
         self.changed.notify_all();
     }
 
-    /// The readers of a register in this process.
     pub(crate) fn local_readers(&self, spec: &Spec, register: RegisterId) -> Vec<ActionRef> {
         let readers = spec.register(register).readers.iter();
         readers.filter(|reader| self.is_local(reader.actor)).copied().collect()
     }
 
-    /// RM-3: true if a reader here has not released a piece that it has received or will receive.
+    /// RM-3: true if a local reader reads the piece and has not released it.
     pub(crate) fn is_held(&self, spec: &Spec, register: RegisterId, piece: u64) -> bool {
         let pieces_per_step = spec.register(register).pieces_per_step;
         let readers = spec.register(register).readers.iter().zip(&self.released[register.0 as usize]);
@@ -233,7 +232,7 @@ impl Remote {
         })
     }
 
-    /// The process that hosts the actor, if it is another one.
+    /// The process that hosts the actor; `None` for this process.
     pub(crate) fn process_of(&self, actor: ActorId) -> Option<u32> {
         let peer = self.peer_of.get(actor.0 as usize).copied().flatten().map(|peer| self.outboxes[peer].0);
         peer.or_else(|| self.distant.get(&actor).copied())
@@ -282,7 +281,7 @@ mod tests {
     use super::*;
     use crate::builder::Builder;
 
-    /// Process 3 of 8: below 0, above 5 and 7, which is behind 5. Registers also cross to 6, which is behind 0.
+    /// Process 3 of 8. Its neighbours on the tree are 0 and 5; 7 is behind 5. It exchanges registers with 6, behind 0.
     fn remote() -> (Remote, Vec<Receiver<Outgoing>>) {
         let peer = |process| {
             let connection = UnixStream::pair().expect("a pair").0.into();

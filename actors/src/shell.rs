@@ -29,7 +29,7 @@ pub use crate::loaded::{ActionProgram, ActorHost, BaseRef, LoadedPlan, RegisterM
 use connections::{Connections, serve};
 use shard::{Shard, ShardActor};
 
-/// A running session. Dropping it stops it. After a failure, its methods fail with the first cause.
+/// A running session. A drop stops the session. After a failure, all methods fail with the first cause.
 #[derive(Debug)]
 pub struct RunningSession {
     session: Arc<Session>,
@@ -86,7 +86,7 @@ pub fn prepare(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSe
     };
     let actors = spawn(devices, &session, &mut running.threads)?;
     session.bus.connect(actors);
-    // Started last, so that a peer's message finds its actor.
+    // Starts the connections last, so that the receiving actor of a peer's message exists.
     let connections = serve(&session, ends, &memory);
     running.connections = connections.map_err(|e| ActorError::Thread { device: 0, message: e.to_string() })?;
     if let Some(every) = running.options.check_every {
@@ -95,7 +95,7 @@ pub fn prepare(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSe
     Ok(running)
 }
 
-/// Starts all actors, on one thread per device; all or none.
+/// Starts all actors, with one thread per device. If one device fails to start, stops all others.
 fn spawn(
     devices: BTreeMap<usize, Vec<(ActorId, Shard)>>,
     session: &Arc<Session>,
@@ -111,7 +111,7 @@ fn spawn(
         match started {
             Ok(started) => actors.extend(started),
             Err(error) => {
-                // Their threads end with them.
+                // A device's thread ends when the device's actors have stopped.
                 actors.iter().for_each(|a| a.1.stop(None));
                 return Err(error);
             }
@@ -152,10 +152,10 @@ fn start_device(
         // `spawn` waits for this message, so the receiver exists.
         let _ = started.send(Ok(refs));
         for end in ends.drain(1..) {
-            // An error is a panic, which the supervisor has reported.
+            // An error means a panic, which the supervisor has already reported.
             let _ = end.await;
         }
-        // Processes the reports of the last actors first; `stop` would drop them.
+        // The supervisor first processes the last actors' reports, because `stop` would drop them.
         let _ = supervisor.0.drain();
         for end in ends {
             let _ = end.await;
@@ -167,7 +167,7 @@ fn start_device(
 }
 
 impl RunningSession {
-    /// Waits up to [`WatchdogOptions::wait_max`] until all peers have called this too, then starts the actors.
+    /// Waits up to [`WatchdogOptions::wait_max`] until all peers have also called this, then starts the actors.
     pub fn begin(&mut self) -> Result<(), Failure> {
         self.refresh()?;
         for actor in self.session.streams.keys() {
@@ -176,7 +176,7 @@ impl RunningSession {
         Ok(())
     }
 
-    /// Lets an external action fire `tokens` more times. Fails with [`Failure::Protocol`] if it is not external.
+    /// Lets an external action fire `tokens` more times. Fails with [`Failure::Protocol`] for any other action.
     pub fn add_tokens(&self, actor: ActorId, action: u32, tokens: u32) -> Result<(), Failure> {
         if let Some(failure) = self.session.first_failure() {
             return Err(failure);
@@ -191,13 +191,13 @@ impl RunningSession {
         let (whole, begun) = step_counts(&self.session.spec, &all);
         self.session.steps.set_steps(whole, begun);
         drop(all);
-        // An actor that has stopped receives nothing: the session fails, and the wait for results returns the cause.
+        // If the actor has stopped, the session fails, and the wait for results returns the cause.
         self.session.bus.send(actor, Cast::Event(ProtocolEvent::Token { action, count: tokens }));
         Ok(())
     }
 
-    /// Blocks until all firings of the steps that have all their tokens have ended; false when `timeout` passes first.
-    /// The host may access the arenas only after this returns true.
+    /// Blocks until every step that has all its tokens has ended. Returns false if `timeout` passes first. The host may
+    /// access the arenas only after this returns true.
     pub fn quiesce(&self, timeout: Duration) -> Result<bool, Failure> {
         let Session { steps, failure, .. } = &*self.session;
         let ended = failure.wait_until(timeout, || steps.whole_steps_have_ended())?;
@@ -205,9 +205,9 @@ impl RunningSession {
         Ok(ended)
     }
 
-    /// Sends the bytes of `initial` registers to the peers that read them; waits up to [`WatchdogOptions::wait_max`]
-    /// for theirs. All processes call it, with no work in flight, after such a register was written outside the plan.
-    /// After the first step, it is exact for registers with as many slots as initial pieces.
+    /// Sends the bytes of `initial` registers to the peers that read them. Waits up to [`WatchdogOptions::wait_max`]
+    /// for the peers' bytes. All processes must call this, with no work in flight, after such a register was written
+    /// outside the plan. After the first step, it is exact only for registers whose slots all hold initial pieces.
     pub fn refresh(&mut self) -> Result<(), Failure> {
         self.rounds += 1;
         let session = &self.session;
@@ -219,7 +219,7 @@ impl RunningSession {
         self.session.bus.remote().send_host_piece(piece, None);
     }
 
-    /// Sets the process whose part of a step the host program waits for, if any. Stall reports use it.
+    /// Sets the process that the host program waits for in a step, if any. Stall reports use it.
     pub fn host_waits_for(&self, process: Option<u32>) {
         self.session.hints.waits_for.store(process.map_or(-1, i64::from), Ordering::Relaxed);
     }
@@ -229,12 +229,12 @@ impl RunningSession {
         Control(Arc::downgrade(&self.session))
     }
 
-    /// Receives the first cause, once, when the session fails.
+    /// The channel receives the first cause, once, when the session fails.
     pub fn failures(&self) -> &Receiver<Failure> {
         &self.failures
     }
 
-    /// Enables or disables Inf/NaN checks on launch outputs, from the next firing on. Slow.
+    /// Enables or disables Inf/NaN checks on launch outputs, from the next firing on. The checks are slow.
     pub fn check_finite(&self, on: bool) {
         for stream in self.session.streams.values() {
             // A stream that has ended checks nothing.
@@ -247,13 +247,13 @@ impl RunningSession {
         std::mem::take(&mut self.session.records.not_finite.lock())
     }
 
-    /// Runs a watchdog check at `now` since the start, for hosts with their own clock. Returns a new stall's report.
+    /// For hosts with their own clock: runs a watchdog check; `now` counts from the start. Returns a stall's report.
     pub fn check_progress(&self, now: Duration) -> Option<String> {
         self.watchdog.lock().check(now, &self.session)
     }
 
-    /// Stops the actors after their firings in flight, and returns the last snapshot of each; unused tokens are
-    /// discarded. Call [`RunningSession::quiesce`] first to finish all work.
+    /// Stops the actors after their firings in flight, and discards unused tokens. Returns the last snapshot of each
+    /// actor. Call [`RunningSession::quiesce`] first to finish all work.
     pub fn shutdown(mut self) -> Result<Vec<ActorSnapshot>, Failure> {
         self.stop();
         self.session.first_failure().map_or_else(|| Ok(self.session.snapshot()), Err)
@@ -300,7 +300,7 @@ impl RunningSession {
     }
 }
 
-/// A handle for monitoring a session and its peers, from any thread. Does nothing once the session has been dropped.
+/// A handle to monitor a session and its peers from any thread. It does nothing once the session has been dropped.
 #[derive(Clone, Debug)]
 pub struct Control(Weak<Session>);
 
@@ -321,7 +321,7 @@ impl Control {
         self.0.upgrade().map(|session| session.activity.now_ns())
     }
 
-    /// Sets the 99th percentile of the step time, from which the watchdog derives [`WatchdogOptions::stall_after`].
+    /// Sets the 99th percentile of the step time. The watchdog derives its stall limit from this time.
     pub fn set_step_p99(&self, p99: Duration) {
         let store = |session: Arc<Session>| session.hints.step_p99_ns.store(p99.as_nanos() as u64, Ordering::Relaxed);
         self.0.upgrade().into_iter().for_each(store);
@@ -332,12 +332,12 @@ impl Control {
         self.0.upgrade().map(|session| session.activity.idle_ns())
     }
 
-    /// True while a step that the host program has begun has firings left.
+    /// True while a begun step has firings left.
     pub fn is_under_way(&self) -> bool {
         self.0.upgrade().is_some_and(|session| session.steps.outstanding())
     }
 
-    /// Explains a hang; `None` when there is progress, no step is in progress, or the session has been dropped.
+    /// Explains a hang. Returns `None` if there is progress, no step is in progress, or the session has been dropped.
     pub fn hang(&self) -> Option<Hang> {
         self.0.upgrade()?.explain().0
     }
@@ -357,12 +357,12 @@ impl Control {
         self.0.upgrade().into_iter().for_each(|session| session.fail(failure.clone()));
     }
 
-    /// Records that a peer leaves in order: a broken connection to it is not a failure.
+    /// Records that a peer leaves in an orderly way. A broken connection to this peer is then not a failure.
     pub fn peer_left(&self, process: u32) {
         self.0.upgrade().into_iter().for_each(|session| session.peer_left(process));
     }
 
-    /// Sets a callback for the first cause. It runs before anything stops. A session keeps only its first callback.
+    /// Sets a callback that receives the first cause before anything stops. A session keeps only its first callback.
     pub fn on_failure(&self, callback: impl Fn(&Failure) + Send + Sync + 'static) {
         if let Some(session) = self.0.upgrade() {
             session.failure.set_callback(Box::new(callback));
@@ -376,7 +376,7 @@ impl Drop for RunningSession {
     }
 }
 
-/// Returns how many steps' tokens every external action has, and the maximum that any of them has.
+/// Returns the numbers of steps for which the host has added tokens: minimum and maximum over the external actions.
 fn step_counts(spec: &Spec, tokens: &BTreeMap<ActionRef, u64>) -> (u64, u64) {
     let steps = || tokens.iter().map(|(at, count)| count / u64::from(spec.action(at.actor, at.action).per_step));
     (steps().min().unwrap_or(0), steps().max().unwrap_or(0))

@@ -1,7 +1,7 @@
-//! Runs a plan's protocols in virtual time. Reports makespan, timeline and peaks, data races and causes of deadlocks.
+//! Runs a plan's protocols in virtual time. Reports makespan, timeline, slot peaks, data races and causes of deadlocks.
 //!
-//! Data is symbolic: a slot holds a hash, and a firing mixes the hashes that it reads. The protocol is deterministic:
-//! all runs of one plan must end with equal digests, whatever the delays.
+//! Data is symbolic: a slot holds a hash, and a firing mixes the hashes that it reads. The protocol is deterministic.
+//! So all runs of one plan must end with equal digests, whatever the delays.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -36,8 +36,8 @@ impl Timing {
         Self { action_ticks, hop_ticks }
     }
 
-    /// From measured durations by actor and action, without latency. In a collective, early members wait inside their
-    /// firing for the last one. The simulator adds this wait, so actions of one group and name get the shortest.
+    /// Takes durations measured by actor and action, without latency. They include waits for late members of a
+    /// collective. The simulator adds these waits itself, so actions of one group and name get the shortest duration.
     pub fn measured(spec: &Spec, mut action_ticks: Vec<Vec<u64>>) -> Self {
         let mut least: HashMap<(u32, &str), u64> = HashMap::new();
         for (at, action) in spec.all_actions() {
@@ -71,7 +71,7 @@ pub struct Jitter {
 pub struct SimulationOptions {
     /// Number of steps; each action fires `per_step` times per step.
     pub steps: u32,
-    /// Random delays and tie-breaking. Without it a run is exact: a tick's messages arrive before firings are chosen.
+    /// Random delays and tie-breaking. Without jitter, all messages of a tick arrive before firings are chosen (exact).
     pub jitter: Option<Jitter>,
     /// A fault to inject, for tests of the checks themselves.
     #[cfg(test)]
@@ -180,7 +180,7 @@ impl Simulator<'_> {
     fn start(&mut self) -> Result<(), SimulationError> {
         let (spec, steps) = (self.spec, self.options.steps);
         for (at, action) in spec.all_actions().filter(|(_, action)| action.external) {
-            // The host's decision adds the others, once the actions that it depends on have fired.
+            // The host's decision adds the tokens of `granted` actions after the observed actions have fired.
             if !spec.decision.granted.contains(&at) {
                 let count = action.per_step * steps;
                 #[cfg(test)]
@@ -188,7 +188,7 @@ impl Simulator<'_> {
                 self.apply(at.actor, ProtocolEvent::Token { action: at.action, count })?;
             }
         }
-        // All actors fire below.
+        // The list of touched actors is not needed, because all actors fire below.
         self.decide(&mut Vec::new())?;
         for actor in 0..self.spec.actors.len() as u32 {
             self.apply(ActorId(actor), ProtocolEvent::Start)?;
@@ -216,7 +216,7 @@ impl Simulator<'_> {
         Ok(())
     }
 
-    /// Adds the decision's tokens for each step whose observed actions have all fired.
+    /// Adds the decision's tokens for each step in which all observed actions have fired.
     fn decide(&mut self, touched: &mut Vec<ActorId>) -> Result<(), SimulationError> {
         let spec = self.spec;
         let Decision { observed, granted } = &spec.decision;
@@ -373,7 +373,7 @@ impl Simulator<'_> {
         self.rng.as_mut().map_or(0, |rng| rng.below(max + 1))
     }
 
-    /// Checks CR-6 for one register; with `settled`, also that no message is in transit.
+    /// Checks CR-6 for one register. With `settled`, also checks that no message is in transit.
     fn check_conservation(&self, id: RegisterId, settled: bool) -> Result<(), SimulationError> {
         let register = self.spec.register(id);
         let Some(slots) = self.protocols[register.producer.0 as usize].slots(id) else { return Ok(()) };
@@ -387,7 +387,7 @@ impl Simulator<'_> {
             let (credited, published) = (credited[index], slots.published_to(index));
             let in_order = credited <= released && released <= filled && filled <= published;
             let at_rest = credited == released && filled == published;
-            // The producer may not free a slot that the reader still holds.
+            // The producer must not free a slot that the reader still holds.
             let is_filled = |(slot, piece): (u32, u64)| {
                 let state = slots.states()[slot as usize];
                 matches!(state, SlotState::Filled { piece: held, .. } if held == piece) && slots.is_left(slot, index)

@@ -9,16 +9,16 @@ use crate::spec::{ActorId, Spec};
 
 /// Number of recent samples that count.
 const WINDOW: usize = 10;
-/// Minimum number of samples that wait for a process before it is reported. A pipeline's bubbles cause fewer, unless it
-/// has many stages and few micro-batches.
+/// A process is reported if at least this number of samples waited for it. A pipeline's bubbles cause fewer, except
+/// with many stages and few micro-batches.
 const WAITS_MIN: usize = 8;
 /// Number of samples between reports of a process that stays slow.
 const REPEAT_AFTER: u64 = 60;
 
-/// What this process waits for, by the number of the process that it waits for.
+/// By the number of the awaited process: what this process waits for.
 pub(crate) type Sample = BTreeMap<u32, String>;
 
-/// Returns the other processes that this one waits for now; empty while any of its streams works.
+/// Returns the other processes that this one waits for now; empty while any stream of this process works.
 pub(crate) fn sample(
     spec: &Spec,
     snapshots: &[ActorSnapshot],
@@ -72,7 +72,7 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// Adds a sample; returns a report for each process that is waited for most of the time, unless it is recent.
+    /// Adds a sample. Returns a report for each process that most recent samples wait for, once per [`REPEAT_AFTER`].
     pub(crate) fn add(&mut self, sample: Sample) -> Vec<String> {
         self.count += 1;
         if self.window.len() == WINDOW {

@@ -13,17 +13,17 @@ pub struct ActorSnapshot {
     pub firings: Vec<u64>,
     /// Total time from launch to end of the ended firings, as this actor observed it, by action.
     pub busy_ns: Vec<u64>,
-    /// Total time of its stream in collectives: waits for other members, and transfers.
+    /// Total time of the actor's stream in collectives: waits for other members, and transfers.
     pub collective_ns: u64,
     /// The firing in flight, and why other actions do not fire.
     pub waiting: ActorWaits,
-    /// Idle time by cause, up to its last launch.
+    /// Idle time by cause, up to the actor's last launch.
     pub idle: Idle,
-    /// Current idle time; 0 while a firing is in flight, and before the session's start.
+    /// Current idle time. It is 0 while a firing is in flight and before the session's start.
     pub idle_now_ns: u64,
     /// Launch time of the firing in flight, nanoseconds since the session's start.
     pub in_flight_since_ns: Option<u64>,
-    /// The registers that it produces.
+    /// The registers that the actor produces.
     pub registers: Vec<RegisterUse>,
 }
 
@@ -40,9 +40,9 @@ pub struct RegisterUse {
     pub slots_peak: u32,
     /// Number of published pieces since the start, including the initial ones.
     pub published: u64,
-    /// Number of pieces that each reader has released, as far as the producer knows, by reader index.
+    /// Number of pieces that each reader has released, as far as the producer knows. Ordered by reader index.
     pub released: Vec<u64>,
-    /// The state of each slot, and the indices of the readers that have not released it.
+    /// The state of each slot, and the indices of the readers that have not released the slot.
     pub states: Vec<(SlotState, Vec<u32>)>,
 }
 
@@ -59,18 +59,18 @@ impl RegisterUse {
     }
 }
 
-/// The first output tensor of one firing that contains Inf or NaN.
+/// The first output tensor with Inf or NaN in one firing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotFinite {
-    /// The actor that wrote it.
+    /// The actor that wrote the tensor.
     pub actor: ActorId,
     /// Index of the action.
     pub action: u32,
-    /// Firings of the action before this one, since the start.
+    /// Number of earlier firings of the action since the start.
     pub firing: u64,
     /// Index of the launch in the action's program.
     pub launch: usize,
-    /// Index among the launch's writes.
+    /// Index of the tensor among the launch's writes.
     pub write: usize,
     /// Number of elements that are Inf or NaN.
     pub elements: usize,
@@ -111,7 +111,7 @@ impl ActorSnapshot {
         begun - u64::from(self.waiting.in_flight == Some(action))
     }
 
-    /// Slot usage of a register that it produces.
+    /// Slot usage of a register that the actor produces.
     pub fn register(&self, register: RegisterId) -> Option<&RegisterUse> {
         self.registers.iter().find(|used| used.register == register)
     }

@@ -33,7 +33,7 @@ pub struct Spec {
 /// A decision of the host within a step. All external actions other than `granted` get their tokens when a step begins.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Decision {
-    /// Actions that must all have fired for the step before the host decides.
+    /// The host decides for a step after all these actions have fired for the step.
     pub observed: Vec<ActionRef>,
     /// External actions that get the step's tokens after the decision.
     pub granted: Vec<ActionRef>,
@@ -47,7 +47,7 @@ pub struct Decision {
 pub struct RegisterSpec {
     /// Shown in errors, e.g. `stage0.forward/h`.
     pub name: String,
-    /// The actor whose actions write it. If several do, the actor fires by an ordered list.
+    /// The actor whose actions write the register. If several actions write it, the actor fires by an ordered list.
     pub producer: ActorId,
     /// Number of slots; these are the producer's credits.
     pub slots: u32,
@@ -55,7 +55,7 @@ pub struct RegisterSpec {
     pub slot_bytes: usize,
     /// Number of pieces written in one step.
     pub pieces_per_step: u32,
-    /// Pieces `0..initial` exist before any firing; parameters have one.
+    /// Pieces `0..initial` exist before any firing. A parameter register has one initial piece.
     pub initial: u32,
     /// Piece `n` lies in slot `slot_of[n mod slot_of.len()]`. If empty, it lies in slot `n mod slots` (a ring).
     pub slot_of: Arc<[u32]>,
@@ -79,9 +79,9 @@ pub struct ActorSpec {
     pub name: String,
     /// Rank of the device in the mesh.
     pub device: usize,
-    /// The stream of the device that it owns.
+    /// Which of the device's streams the actor owns.
     pub stream: StreamKind,
-    /// How it chooses among ready actions.
+    /// How the actor chooses among ready actions.
     pub firing: Firing,
     /// Actions by index.
     pub actions: Vec<ActionSpec>,
@@ -101,9 +101,9 @@ pub enum StreamKind {
 /// How an actor chooses its next action.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Firing {
-    /// Any action whose inputs and credits are available: the lowest `priority` value first, then the lowest index.
+    /// Any action with available inputs and credits may fire: the lowest `priority` value first, then the lowest index.
     Credit,
-    /// This list of action indices, repeated in every step; each action waits until it is ready and its turn comes.
+    /// The order of this list of action indices, which repeats every step. The next action waits until it is ready.
     Ordered(Vec<u32>),
 }
 
@@ -112,7 +112,7 @@ pub enum Firing {
 pub struct ActionSpec {
     /// Shown in errors, e.g. `forward`.
     pub name: String,
-    /// What it does.
+    /// What the action does.
     pub label: Label,
     /// Lower values fire first under [`Firing::Credit`].
     pub priority: i32,
@@ -124,8 +124,8 @@ pub struct ActionSpec {
     pub outputs: Vec<OutputSpec>,
     /// True if each firing also consumes one token from the host.
     pub external: bool,
-    /// Ids of groups whose collectives run in this action: its n-th firing ends only after every other member's n-th has
-    /// begun. If several actions of an actor belong to a group, n counts the firings of all of them in the actor's order.
+    /// Ids of groups whose collectives run in this action. A member's n-th firing ends only after the n-th firings of
+    /// all members have begun. If several actions of an actor belong to a group, n counts the firings of all of them.
     pub groups: Vec<u32>,
     /// Ids of the communicators that those collectives use. Engines report waits by these ids.
     pub communicators: Vec<u32>,
@@ -145,10 +145,10 @@ pub struct InputSpec {
 pub struct OutputSpec {
     /// The register written; this actor is its producer.
     pub register: RegisterId,
-    /// The piece that each firing writes. The first write of a piece acquires its slot, later ones add to it
-    /// (accumulation), and the last one publishes it.
+    /// The piece that each firing writes. The first write of a piece acquires its slot, later writes accumulate into
+    /// the piece, and the last write publishes it.
     pub pieces: Pieces,
-    /// True if a signal of the program publishes the piece, before the firing that completes it ends.
+    /// True if a signal of the program publishes the piece before the piece's last write firing has ended.
     pub early: bool,
 }
 
@@ -172,8 +172,8 @@ impl RegisterSpec {
         slot_in(self.slots, &self.slot_of, piece)
     }
 
-    /// Number of steps after which the slots of pieces repeat, if slots that exchange their roles count as equal.
-    /// Always 1 for a ring.
+    /// Number of steps after which the assignment of pieces to slots repeats, up to a renaming of the slots. Always 1
+    /// for a ring.
     pub fn period_steps(&self) -> u32 {
         let count = self.slot_of.len();
         let renames = |steps: usize| {
@@ -188,7 +188,7 @@ impl RegisterSpec {
     }
 }
 
-/// The slot of a piece in a ring of `slots`, or by the table if that is not empty.
+/// The slot of a piece: by `table`, or in a ring of `slots` if the table is empty.
 pub(crate) fn slot_in(slots: u32, table: &[u32], piece: u64) -> u32 {
     if table.is_empty() { (piece % u64::from(slots)) as u32 } else { table[(piece % table.len() as u64) as usize] }
 }
@@ -225,12 +225,12 @@ impl Spec {
         format!("{} {name}", own.name)
     }
 
-    /// Name of a register; `register N` for an unknown id.
+    /// Name of a register, or `register N` if the id is unknown.
     pub fn register_name(&self, register: RegisterId) -> String {
         self.registers.get(register.0 as usize).map_or_else(|| format!("register {}", register.0), |r| r.name.clone())
     }
 
-    /// The actions and output ports that write a register, by action.
+    /// Each action and output port that writes a register, ordered by action.
     pub fn writers(&self, register: RegisterId) -> impl Iterator<Item = (u32, u32)> + '_ {
         let producer = self.registers.get(register.0 as usize).and_then(|r| self.actors.get(r.producer.0 as usize));
         let actions = producer.into_iter().flat_map(|actor| (0..).zip(&actor.actions));
@@ -245,8 +245,8 @@ impl Spec {
         self.writers(register).next()
     }
 
-    /// The writes of a register in one step, in their order: the writing action and its access. With several writers
-    /// the order is that of the actor's list.
+    /// The writes of a register in one step, in order: the writing action and its access. If several actions write the
+    /// register, they write in the order of the actor's list.
     pub fn writes(&self, register: RegisterId) -> Vec<(u32, PieceAccess)> {
         let Some(actor) = self.registers.get(register.0 as usize).map(|r| self.actor(r.producer)) else {
             return Vec::new();
@@ -289,7 +289,7 @@ impl Spec {
         action.inputs.iter().find(|input| input.register == register)
     }
 
-    /// Number of steps whose simulation covers all steps: the least common multiple of the registers' periods.
+    /// Number of steps that a simulation must cover: the least common multiple of the registers' periods.
     pub fn period_steps(&self) -> u64 {
         let divisor = |mut a: u64, mut b: u64| {
             while b > 0 {

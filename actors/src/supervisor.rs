@@ -30,13 +30,13 @@ use step_counters::StepCounters;
 
 /// Timeout for actor snapshots. Actors never block, so only an actor that has ended takes longer.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(2);
-/// Maximum number of repeated snapshots when an actor made progress during the previous one.
+/// Maximum number of retries if an actor made progress while the snapshots were taken.
 const SNAPSHOT_TRIES: u32 = 3;
 
 pub(crate) struct Session {
     pub(crate) spec: Arc<Spec>,
     pub(crate) bus: Bus,
-    /// Streams of this process's actors. Kept here so that they end only after their collectives have been aborted.
+    /// Streams of this process's actors. The session keeps them until their collectives have been aborted.
     pub(crate) streams: BTreeMap<ActorId, Stream>,
     pub(crate) engine: Arc<dyn Collective>,
     pub(crate) activity: Activity,
@@ -92,7 +92,7 @@ pub(crate) struct HostHints {
     pub(crate) step_p99_ns: AtomicU64,
 }
 
-/// Processes that have left in order; broken connections of these are not failures.
+/// Processes that have left in an orderly way. Broken connections to them are not failures.
 #[derive(Default)]
 pub(crate) struct Departures {
     peers: BTreeSet<u32>,
@@ -159,7 +159,7 @@ impl Session {
         }
     }
 
-    /// Snapshots of this process's actors, ordered by id. Actors that do not answer (after a panic) are left out.
+    /// Snapshots of this process's actors, ordered by id. Omits actors that do not answer, such as after a panic.
     pub(crate) fn snapshot(&self) -> Vec<ActorSnapshot> {
         let (reply, replies) = bounded(self.streams.len());
         for actor in self.streams.keys() {

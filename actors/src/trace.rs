@@ -1,4 +1,4 @@
-//! Records each actor's newest firings in a ring buffer: launch, end, and the last event that each one waited for.
+//! Records each actor's newest firings in a ring buffer: launch, end, and the last event that the firing waited for.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -15,7 +15,7 @@ pub const RING_FIRINGS: usize = 4096;
 pub enum Cause {
     /// A piece of an input.
     Input(RegisterId),
-    /// A slot of an output that its readers released.
+    /// A slot of an output, released by the output's readers.
     Credit(RegisterId),
     /// A token from the host.
     Host,
@@ -40,17 +40,17 @@ impl Cause {
 pub struct FiringRecord {
     /// Index of the action.
     pub action: u32,
-    /// Firings of the action before this one.
+    /// Number of earlier firings of the action.
     pub firing: u64,
     /// When the actor became idle.
     pub idle_ns: u64,
-    /// When it was launched. From `idle_ns` until then the actor waited for `cause`.
+    /// When the firing was launched. From `idle_ns` until then, the actor waited for `cause`.
     pub launched_ns: u64,
     /// When the actor received the signal of its first early output; `ended_ns` if there is none.
     pub early_ns: u64,
-    /// When the actor received its end.
+    /// When the actor received the notification of the firing's end.
     pub ended_ns: u64,
-    /// What it waited for before the launch.
+    /// What the actor waited for before the launch.
     pub cause: Cause,
 }
 
@@ -63,7 +63,7 @@ pub struct Idle {
     pub credit_ns: BTreeMap<RegisterId, u64>,
     /// Waiting for the host.
     pub host_ns: u64,
-    /// Not waiting for others: the actor's own messages were in transit.
+    /// No wait for others: the actor's own messages were in transit.
     pub own_ns: u64,
 }
 
@@ -85,7 +85,7 @@ pub(crate) struct Ring(Mutex<RingState>);
 #[derive(Debug, Default)]
 struct RingState {
     firings: VecDeque<FiringRecord>,
-    /// Index of the first kept firing, counted since the start.
+    /// Index of the oldest kept firing, counted since the start.
     first: u64,
 }
 

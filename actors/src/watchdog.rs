@@ -9,7 +9,7 @@ use crate::error::Failure;
 use crate::slow::Tally;
 use crate::supervisor::Session;
 
-/// Called with a report on the checking thread. It must not call [`crate::shell::RunningSession::check_progress`].
+/// Receives a report on the checking thread. It must not call [`crate::shell::RunningSession::check_progress`].
 pub type OnStall = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// Options of the watchdog.
@@ -17,16 +17,16 @@ pub type OnStall = Arc<dyn Fn(&str) + Send + Sync>;
 pub struct WatchdogOptions {
     /// Time without progress, with firings outstanding, after which the session counts as stalled. It must be longer
     /// than the longest firing, since kernels in flight show no progress. Once the step time is known
-    /// ([`crate::shell::Control::set_step_p99`]), the limit is five steps, at least 10 s and at most this.
+    /// ([`crate::shell::Control::set_step_p99`]), the limit is five step times, at least 10 s and at most this value.
     pub stall_after: Duration,
-    /// Interval of checks; `None` for no thread: the host calls [`crate::shell::RunningSession::check_progress`].
+    /// Interval of checks. With `None`, the host calls [`crate::shell::RunningSession::check_progress`].
     pub check_every: Option<Duration>,
-    /// Time without progress until [`Failure::Stalled`]; must be longer than any firing. `None` for no limit.
+    /// Time without progress until [`Failure::Stalled`]. It must be longer than any firing. `None` means no limit.
     pub abort_after: Option<Duration>,
     /// Receives stall reports, in addition to the log.
     pub on_stall: Option<OnStall>,
-    /// Receives a line, in addition to the log, about another process that this one waits for most of the time: in 8 of
-    /// the last 10 checks all streams here were idle and waited for it. Repeated every 60 checks.
+    /// Receives a line about each slow process, in addition to the log. A process is slow if all streams here were idle
+    /// and waited for the process in 8 of the last 10 checks. The line repeats every 60 checks.
     pub on_slow: Option<OnStall>,
 }
 
@@ -59,7 +59,7 @@ impl fmt::Debug for WatchdogOptions {
     }
 }
 
-/// A stall lasts at least this number of steps and at least this time.
+/// Minimum duration of a stall, in steps and as a time. Both limits apply.
 const STALL_STEPS: u32 = 5;
 const STALL_MIN: Duration = Duration::from_secs(10);
 
@@ -67,7 +67,7 @@ const STALL_MIN: Duration = Duration::from_secs(10);
 struct Stall {
     idle: Duration,
     aborts: bool,
-    /// Not reported before.
+    /// True if this stall was not reported before.
     is_new: bool,
 }
 
@@ -92,7 +92,7 @@ impl Watchdog {
         by_steps.min(self.options.stall_after)
     }
 
-    /// Returns a stall when it is first detected, and from the abort time on at every check.
+    /// Returns a stall when it is first detected. From the abort time on, returns the stall at every check.
     fn observe(&mut self, now: Duration, progress: u64, outstanding: bool, step_p99: Duration) -> Option<Stall> {
         if progress != self.progress || !outstanding {
             (self.progress, self.since, self.reported) = (progress, now, false);
@@ -107,7 +107,7 @@ impl Watchdog {
         Some(Stall { idle, aborts, is_new })
     }
 
-    /// Runs one check; `now` counts from the session's start. Returns the report when the session has just stalled.
+    /// Runs one check; `now` counts from the session's start. Returns the report of a new stall or of an abort.
     pub(crate) fn check(&mut self, now: Duration, session: &Session) -> Option<String> {
         if session.has_peers() && session.steps.outstanding() {
             for text in self.tally.add(session.waits()) {

@@ -1,5 +1,5 @@
-//! An authenticated peer that sends invalid messages: everything that the plan does not allow ends the session with an
-//! error that names the peer and the violation.
+//! Tests an authenticated peer that sends invalid messages. Each message that the plan does not allow ends the session
+//! with an error. The error names the peer and the violation.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -29,20 +29,20 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 const WORLD: SettledWorld = SettledWorld { session: SessionId([3; 16]), epoch: 2, processes: 8 };
 /// Process number of the malicious peer.
 const PEER: u32 = 7;
-/// From the peer to this process; 2 slots of 8 bytes, of which 4 are sent.
+/// A register from the peer to this process, with 2 slots of 8 bytes. The peer sends 4 bytes of each slot.
 const IN: RegisterId = RegisterId(0);
-/// From this process to the peer.
+/// A register from this process to the peer.
 const OUT: RegisterId = RegisterId(1);
-/// Between two actors of the peer.
+/// A register between two actors of the peer.
 const THEIRS: RegisterId = RegisterId(2);
 
-/// An initial register from the peer to this process; one slot of 8 bytes, of which 4 are sent.
+/// An initial register from the peer to this process, with one slot of 8 bytes. The peer sends 4 bytes of the slot.
 const WEIGHTS: RegisterId = RegisterId(3);
-/// An actor of this process: reads `WEIGHTS` twice per step when it has tokens.
+/// An actor of this process. It reads `WEIGHTS` twice per step when it has tokens.
 const USER: ActorId = ActorId(4);
 
-/// From the peer to this process: pieces 1 and then 0 of each step, of which readers here take only piece 0; 2 slots of 8
-/// bytes, of which 4 are sent.
+/// A register from the peer to this process, with 2 slots of 8 bytes. The peer sends 4 bytes of each slot. Each step
+/// publishes piece 1 and then piece 0. Local readers read only piece 0.
 const TURNED: RegisterId = RegisterId(5);
 /// An actor of this process that reads `TURNED`.
 const TAKER: ActorId = ActorId(5);
@@ -89,7 +89,7 @@ fn authenticated() -> (Connection, Connection) {
     (listener.wait(PEER, purpose, deadline).unwrap(), peer)
 }
 
-/// A running session of this process's part, the peer's end of the connection, and the memory of the mirrors.
+/// Starts this process's part of a session. Also returns the peer's end of the connection and the mirrors' memory.
 fn running() -> (RunningSession, Connection, [Arena; 2]) {
     let (connection, mut peer_end) = authenticated();
     let engine = Arc::new(InProcess::new());
@@ -185,7 +185,7 @@ fn wrong_sizes_are_rejected() {
     check(&[], data(IN, 0, 0, 8), "8 bytes for a slot of register 'in', expected 4");
     check(&[], data(IN, 0, 0, 0), "0 bytes for a slot of register 'in', expected 4");
     check(&[], data(IN, 0, 0, u64::MAX), "18446744073709551615 bytes for a slot of register 'in', expected 4");
-    // The size of another element type, and of another shape.
+    // One size fits a different element type, and the other one fits a different shape.
     check(&[], Frame::Host { port: 0, bytes: 4 }, "4 bytes for port 0, expected 8");
     let huge = Frame::Host { port: 0, bytes: 1 << 40 };
     check(&[], huge, "1099511627776 bytes for port 0, expected 8");
@@ -224,7 +224,7 @@ fn wrong_slots_and_pieces_are_rejected() {
     check(&[], released(OUT, 0, 0, 0), early);
 }
 
-/// Sends four pieces. The credits of `out` allow two firings, which release two pieces; the other two stay held.
+/// Sends four pieces. The credits of `out` allow two firings, which release two pieces. The reader still holds two.
 fn with_two_pieces_held() -> (RunningSession, Connection, [Arena; 2]) {
     let (running, mut peer, mirrors) = running();
     peer.write_all(&[valid_piece(0, 0), valid_piece(1, 1)].concat()).unwrap();
@@ -260,7 +260,7 @@ fn a_slot_that_is_in_use_is_not_overwritten() {
 proptest::proptest! {
     #![proptest_config(proptest::test_runner::Config { cases: 32, ..Default::default() })]
 
-    /// No bytes that the peer sends, for any slot and piece, change slots that the readers have not released.
+    /// Slots that the readers have not released never change, whatever bytes, slot and piece the peer sends.
     #[test]
     fn no_bytes_reach_a_slot_that_is_in_use(
         piece in 0u64..7,
@@ -289,7 +289,7 @@ fn weights_are_refreshed_only_between_steps() {
     running.refresh().unwrap();
     assert_eq!(mirror.read_host(0, &[1], DType::I32).unwrap().as_i32().unwrap(), [i32::from_le_bytes([7; 4])]);
 
-    // The second step has begun: one of its two firings has ended.
+    // The second step has begun, and one of its two firings has ended.
     let update = [&data(WEIGHTS, 0, 1, 4).encode()[..], &[8; 4], &filled(WEIGHTS, 0, 0, 1).encode()].concat();
     peer.write_all(&update).unwrap();
     running.add_tokens(USER, 0, 1).unwrap();
@@ -306,7 +306,7 @@ fn the_bytes_of_pieces_follow_the_table() {
     let piece = |slot, piece| {
         [&data(TURNED, slot, piece, 4).encode()[..], &[5; 4], &filled(TURNED, 0, slot, piece).encode()].concat()
     };
-    // Piece 1 is not for this process. Piece 0 lies in slot 1, and piece 2 follows it, in the same slot.
+    // This process does not read piece 1. It reads piece 0 in slot 1, and then piece 2 in the same slot.
     check(&[], data(TURNED, 0, 1, 4), &due(1, 0, 0));
     check(&[], data(TURNED, 0, 0, 4), &due(0, 0, 0));
     check(&[], data(TURNED, 1, 2, 4), &due(2, 1, 0));

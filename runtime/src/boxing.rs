@@ -2,7 +2,7 @@
 //! The same planner serves cost estimates, the choice of layouts and execution.
 //!
 //! A step costs `alpha` for each round of messages and `beta` for each byte that the busiest device receives. `search`
-//! finds the cheapest sequence of steps, its **route**, which does not depend on the ranks of the devices.
+//! finds the cheapest sequence of steps, the **route**. A route does not depend on the ranks of the devices.
 
 mod cost;
 #[cfg(test)]
@@ -27,7 +27,7 @@ use step::BoxingStep;
 pub struct BoxingPlan {
     /// The steps in order; each starts from the previous step's target layout. Empty if nothing changes.
     pub steps: Vec<BoxingStep>,
-    /// The sum over the steps.
+    /// The sum of the costs of the steps.
     pub cost_seconds: f64,
 }
 
@@ -52,8 +52,8 @@ impl fmt::Display for BoxingPlan {
     }
 }
 
-/// Finds the cheapest layout change for a tensor of this shape. A pure function of its arguments. For many changes, use
-/// a [`Planner`].
+/// Finds the cheapest layout change for a tensor of this shape. This is a pure function of its arguments. For many
+/// changes, use a [`Planner`].
 ///
 /// # Errors
 /// When a layout does not fit its placement or the shape, or is `Partial` for an integer tensor.
@@ -67,18 +67,18 @@ pub fn plan(
     Planner::new(*model).plan(shape, dtype, from, to)
 }
 
-/// Finds layout changes, and searches only once for all that are alike: those with the same shape, type and layouts on
-/// placements with axes of the same sizes. So the changes of all layers, and of all stages, are searched once.
+/// Finds layout changes, and keeps their routes. A route serves all changes with the same shape, type and layouts, on
+/// placements with the same sizes of axes and the same overlap. So all layers and stages share one search.
 #[derive(Debug, Default)]
 pub struct Planner {
     model: CostModel,
     routes: HashMap<RouteKey, Option<Route>>,
     overlaps: HashMap<(Placement, Placement), Overlap>,
-    /// Edges that the searches have evaluated, as a measure of their work.
+    /// Number of edges that the searches have evaluated, as a measure of their work.
     edges_evaluated: usize,
 }
 
-/// What the route between two layouts depends on.
+/// All values that the route between two layouts depends on.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct RouteKey {
     shape: Vec<usize>,
@@ -120,7 +120,7 @@ impl Planner {
         Ok(BoxingPlan { steps: route.iter().map(step).collect(), cost_seconds: cost_seconds(route) })
     }
 
-    /// The cost of [`Planner::plan`]; infinity if it would fail.
+    /// The cost of the change that [`Planner::plan`] returns; infinity if it returns an error.
     pub fn seconds(&mut self, shape: &[usize], dtype: DType, from: &PlacedLayout, to: &PlacedLayout) -> f64 {
         self.route(shape, dtype, from, to).map_or(f64::INFINITY, cost_seconds)
     }
@@ -159,7 +159,7 @@ impl Planner {
         route.as_deref().ok_or_else(|| error("no sequence of collectives makes this change"))
     }
 
-    /// Edges that the searches have evaluated, as a measure of their work.
+    /// Number of edges that the searches have evaluated, as a measure of their work.
     #[cfg(test)]
     pub(crate) fn edges_evaluated(&self) -> usize {
         self.edges_evaluated

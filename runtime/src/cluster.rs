@@ -35,13 +35,13 @@ pub struct Cluster {
     by_mpi: ByMpi,
     /// Options of the rendezvous and the connections.
     pub options: ClusterOptions,
-    /// The exit codes that caused the launcher's restarts of the job so far.
+    /// The exit codes for which the launcher has restarted the job so far.
     pub restart_causes: Vec<u8>,
     /// When the launcher began the job: Unix time in milliseconds, the same for all attempts.
     pub job_began_ms: Option<u64>,
 }
 
-/// True once the program has read what its launcher has set.
+/// True once the program has read the variables of its launcher.
 static READ: AtomicBool = AtomicBool::new(false);
 
 impl Cluster {
@@ -111,9 +111,9 @@ impl Cluster {
         self.world().map_or(1, |world| world.local_processes)
     }
 
-    /// How many of the mesh's devices are on this node and share its cores and memory. Called before the rendezvous, so
-    /// it assumes that the ranks of a node are consecutive. If they are not and the devices do not divide evenly, the
-    /// result may be off by one for each process.
+    /// How many of the mesh's devices are on this node and share its cores and memory. The rendezvous may not have
+    /// happened yet, so this assumes that the ranks of a node are consecutive. If they are not consecutive and the
+    /// devices do not divide evenly, the result may be off by one for each process.
     pub fn devices_here(&self, devices: usize) -> usize {
         let Some(world) = self.world() else { return devices };
         let first = world.process.saturating_sub(world.local_process);

@@ -1,4 +1,4 @@
-//! Opens this process's devices, of the plan's kind, and the engine that runs collectives between them.
+//! Opens this process's devices and the engine that runs collectives between them.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -26,7 +26,7 @@ const QUEUES_MAX: usize = 32;
 
 pub(crate) type IdSource<'a> = &'a dyn Fn(&[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError>;
 
-/// GPU memory that is currently free for each of `devices` devices on this node, bytes.
+/// Bytes of GPU memory that are currently free for each of `devices` devices on this node.
 ///
 /// # Errors
 /// [`KernelError::Unavailable`] if there is no GPU, or a library that it needs is missing.
@@ -96,8 +96,8 @@ fn ordinals(process_map: &ProcessMap, node: NodeDevices, count: usize) -> Result
     Ok((0..process_map.own().len()).map(|index| (node.before + index) % count).collect())
 }
 
-/// Creates the engine: NCCL if each device has its own GPU, else `SharedGpu`, because NCCL does not accept two members
-/// on one GPU. If devices share GPUs, this process hosts all devices.
+/// Creates the engine: NCCL for several devices with a GPU each, else `SharedGpu`, because NCCL does not accept two
+/// members on one GPU. If devices share GPUs, this process hosts all devices.
 fn gpu_engine(
     plan: &Instance,
     process_map: &ProcessMap,
@@ -116,7 +116,7 @@ fn gpu_engine(
     let queues = env::var(QUEUES).ok();
     for rank in gpus.keys() {
         let pipes = pairs.keys().filter(|(from, to)| from == rank || to == rank).count();
-        // One more stream for the host's copies.
+        // The host's copies need one more stream.
         let streams = plan.spec.actors.iter().filter(|actor| actor.device == *rank).count() + 1;
         check_queues(*rank, streams, pipes, queues.as_deref())?;
     }
@@ -140,8 +140,8 @@ fn gpu_engine(
     Ok((Arc::new(engine), pipes))
 }
 
-/// Checks that no stream shares a hardware queue with a pipe. Otherwise a pipe's call could wait for a process that
-/// waits for a stream of this GPU: a deadlock. `setting` is the value of the driver's variable [`QUEUES`].
+/// Checks that no stream shares a hardware queue with a pipe. A shared queue can cause a deadlock: a pipe's call waits
+/// for a process that waits for that stream. `setting` is the value of the driver's variable [`QUEUES`].
 fn check_queues(rank: usize, streams: usize, pipes: usize, setting: Option<&str>) -> Result<(), KernelError> {
     let (needed, max) = (streams + pipes, QUEUES_MAX);
     let queues = setting.and_then(|text| text.trim().parse().ok()).unwrap_or(QUEUES_DEFAULT).min(max);

@@ -29,7 +29,7 @@ pub mod optimizer;
 pub use error::{GraphError, SourceLine};
 pub use optimizer::AdamW;
 
-/// A tensor of a graph. Other graphs refuse it, except clones that were made after the tensor.
+/// A tensor of a graph. Other graphs refuse it, except clones of its graph that were made after the tensor.
 #[derive(Clone, Copy)]
 pub struct Var {
     index: u32,
@@ -66,7 +66,7 @@ impl Hash for Var {
     }
 }
 
-/// Omits the graph's id, which differs between processes: plans are hashed as text.
+/// Omits the graph's id, because the id differs between processes, and the hash of a plan covers this text.
 impl fmt::Debug for Var {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Var({})", self.index)
@@ -138,15 +138,15 @@ impl Rate {
 #[derive(Clone, Debug)]
 #[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum NodeOp {
-    /// Fed by the host.
+    /// A tensor that the host feeds.
     Input,
     /// A trainable tensor with its initial value; the optimizer updates it in place.
     Parameter {
         init: Init,
     },
-    /// Memory that only the update uses (moments), initially zero.
+    /// Memory that only the update uses, such as moments; initially zero.
     State,
-    /// A parameter's bf16 copy, next to it; each write to the parameter writes both. Inserted by the precision pass.
+    /// A parameter's bf16 copy. Each write to the parameter also writes the copy. Inserted by the precision pass.
     Bf16Copy {
         of: Var,
     },
@@ -162,8 +162,8 @@ pub enum NodeOp {
     Bucket {
         axes: Vec<usize>,
     },
-    /// `[number of parameters, 2]`: each gradient's sum of squares on this placement, in the columns of
-    /// [`Op::SumSquares`]; zero for other parameters. `indices` has the graph index of each input's parameter.
+    /// Sums of squares of this placement's gradients: `[number of parameters, 2]`, with the columns of
+    /// [`Op::SumSquares`], zero for other parameters. `indices` has the graph index of each input's parameter.
     NormSums {
         indices: Vec<usize>,
     },
@@ -178,7 +178,7 @@ pub enum NodeOp {
 }
 
 impl NodeOp {
-    /// True for tensors that stay allocated from the start: parameters, their bf16 copies and states.
+    /// True if the tensor stays allocated from the start: parameters, their bf16 copies and states.
     pub fn is_resident(&self) -> bool {
         matches!(self, Self::Parameter { .. } | Self::State | Self::Bf16Copy { .. })
     }
@@ -188,7 +188,7 @@ impl NodeOp {
 pub trait CustomOp: std::fmt::Debug + Send + Sync {
     /// The name in plans and errors.
     fn name(&self) -> &str;
-    /// True if its kernel runs on this kind of device. On GPUs, [`CustomKernel::run_cpu`] gets copies in host memory.
+    /// True if the op runs on this kind of device. On GPUs, [`CustomKernel::run_cpu`] gets copies in host memory.
     fn runs_on(&self, _device: DeviceKind) -> bool {
         true
     }
@@ -197,9 +197,9 @@ pub trait CustomOp: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// When the rule is invalid.
     fn rule(&self) -> Result<Rule, LayoutError>;
-    /// The kernel for one shard; `inputs` and `outputs` are its regions of one micro-batch's whole tensors.
+    /// The kernel for one shard. `inputs` and `outputs` are the shard's regions in the whole tensors of a micro-batch.
     fn kernel(&self, inputs: &[Region], outputs: &[Region]) -> Arc<dyn CustomKernel>;
-    /// Adds the backward nodes to `graph` and returns the gradient of each input, if any; `grads` has one per output.
+    /// Adds the backward nodes to `graph`. Returns the gradient of each input; `grads` has those of the outputs.
     fn backward(&self, graph: &mut Graph, inputs: &[Var], outputs: &[Var], grads: &[Option<Var>]) -> Vec<Option<Var>>;
 }
 
@@ -208,7 +208,7 @@ pub trait CustomOp: std::fmt::Debug + Send + Sync {
 pub struct TensorInfo {
     /// The name in plans and errors.
     pub name: String,
-    /// Shape of the whole tensor of one micro-batch.
+    /// Shape of the whole tensor in one micro-batch.
     pub shape: Vec<usize>,
     /// Element type.
     pub dtype: DType,
@@ -219,7 +219,7 @@ pub struct TensorInfo {
     /// The user's layout, if given; after the layout pass, the chosen one.
     pub layout: Option<NdSbp>,
     /// The layout of a forward tensor along the micro-batches of a step: split, equal in each, or terms to combine;
-    /// `None` where no rule determines it. The user gives it for inputs, the micro-batch pass derives the others.
+    /// `None` if no rule determines it. The user sets it for inputs, and the micro-batch pass for other tensors.
     pub loop_sbp: Option<Sbp>,
     /// The shape in checkpoint files, where it differs from `shape`.
     pub saved_shape: Option<Vec<usize>>,
@@ -261,7 +261,7 @@ pub struct Node {
     pub updates: Vec<Var>,
     /// Index into [`Graph::placements`].
     pub placement: usize,
-    /// What it does in a step, a label.
+    /// A label for what the node does in a step.
     pub role: Role,
     /// How often it runs. An accumulated sum gets a new value once per step, but its node runs in each micro-batch.
     pub rate: Rate,
@@ -272,7 +272,7 @@ pub struct Node {
 }
 
 impl Node {
-    /// A node with one input and one output, for `reader`.
+    /// A node with one input and one output, which is inserted for `reader`.
     pub(crate) fn between(
         name: String,
         op: NodeOp,
@@ -307,7 +307,7 @@ pub enum Combine {
     Sum,
     /// Take the elementwise maximum.
     Max,
-    /// Take the first; all are equal.
+    /// Take the first value; all values are equal.
     First,
     /// Keep all, stacked along a new first dim.
     Stack,
@@ -347,9 +347,9 @@ pub struct Graph {
     /// The error of the first query about another graph's tensor.
     foreign_query: OnceLock<GraphError>,
     pub(crate) objective: Option<Objective>,
-    /// Index of the placement of the nodes added next.
+    /// Index of the placement of nodes that are added next.
     pub(crate) current_placement: usize,
-    /// Role and rate of the nodes added next; passes change them.
+    /// Role and rate of nodes that are added next. Passes change them.
     pub(crate) role: Role,
     pub(crate) rate: Rate,
     /// Source line of the layer under construction.
@@ -362,7 +362,7 @@ impl Graph {
         &self.nodes
     }
 
-    /// The properties of a tensor. For another graph's tensor they are placeholders, and `compile` reports an error.
+    /// The properties of a tensor. For a tensor of another graph, returns placeholders, and `compile` reports an error.
     #[track_caller]
     pub fn tensor(&self, var: Var) -> &TensorInfo {
         if self.owns(var) {
@@ -377,7 +377,7 @@ impl Graph {
         &PLACEHOLDERS[usize::from(var.dims).min(DIMS_MAX)]
     }
 
-    /// Shape of a whole tensor; for another graph's, a placeholder with as many dims, and `compile` reports an error.
+    /// Shape of a whole tensor. For a tensor of another graph: a placeholder of equal rank, and an error in `compile`.
     #[track_caller]
     pub fn shape(&self, var: Var) -> &[usize] {
         &self.tensor(var).shape
@@ -405,7 +405,7 @@ impl Graph {
         std::mem::take(&mut self.tensors)
     }
 
-    /// Adds a node, and its outputs' producer, for a pass that rebuilds the list of nodes.
+    /// Adds a node to `rebuilt`, as the producer of its outputs, for a pass that rebuilds the list of nodes.
     pub(crate) fn push_rebuilt(&mut self, rebuilt: &mut Vec<Node>, node: Node) {
         let id = NodeId(rebuilt.len() as u32);
         node.outputs.iter().for_each(|output| self.tensors[output.index()].producer = id);
@@ -413,7 +413,7 @@ impl Graph {
     }
 
     pub(crate) fn errors(&self) -> Vec<GraphError> {
-        // An op that uses the tensor also reports it; one error is enough.
+        // An op that uses the other graph's tensor also reports an error. One error per source line is enough.
         let is_new = |error: &&GraphError| self.errors.iter().all(|other| other.location != error.location);
         self.errors.iter().chain(self.foreign_query.get().filter(is_new)).cloned().collect()
     }

@@ -1,7 +1,7 @@
 //! Shardflow trains neural networks on many devices.
 //!
-//! You write a network once, as one logical program over whole tensors. Layouts say how tensors are divided over a mesh
-//! of devices: split, copied, or partial sums along each axis. [`prelude::compile`] derives the backward pass and the
+//! You write a network once, as one logical program over whole tensors. A layout places a tensor on a mesh of devices:
+//! split, copied, or as partial sums along each axis. [`prelude::compile`] derives the backward pass and the
 //! communication. Before anything runs, it computes the memory to the byte and checks that no device can wait forever.
 //! A [`prelude::Session`] runs the plan: on the cores of one machine, in several processes and nodes, or on GPUs.
 //!
@@ -30,14 +30,14 @@
 //!
 //! 1. **Graph.** Ops add nodes to a [`prelude::Graph`]. Errors carry the line of your program; `compile` reports all
 //!    errors together.
-//! 2. **Plan.** [`prelude::compile`] returns a [`prelude::Plan`]: the actions of each device, every transfer, every
+//! 2. **Plan.** [`prelude::compile`] returns a [`prelude::Plan`]: the actions of each device, every transfer, and every
 //!    byte. `shardflow plan` prints it without running anything.
-//! 3. **Start.** [`prelude::Session::start`] joins the processes of [`cluster::Cluster::from_env`], compares the plan
-//!    and the options of all processes, and allocates all memory.
+//! 3. **Start.** [`prelude::Session::start`] joins the processes of the job ([`cluster::Cluster::from_env`]), compares
+//!    the plan and the options of all processes, and allocates all memory.
 //! 4. **Steps.** [`prelude::Session::step`] takes the batch, whole or only the part of this rank, and returns
 //!    the loss. All processes must call it.
-//! 5. **Checkpoints.** A [`prelude::CheckpointManager`] writes them in the background and continues from them, on any
-//!    mesh and any number of processes.
+//! 5. **Checkpoints.** A [`prelude::CheckpointManager`] writes checkpoints in the background and resumes from them, on
+//!    any mesh and any number of processes.
 //! 6. **End.** [`prelude::Session::shutdown`] ends the actors. A failure in any process ends all processes with the
 //!    same cause. [`exit`] lists the exit codes.
 //!
@@ -53,7 +53,7 @@
 //! | [`cluster`] | how the processes of a job find each other |
 //! | [`metrics`], [`watch`], [`trace`] | every metric; Prometheus and the live page; timelines |
 //! | [`program`], [`exit`] | a `main` that reports its failure, and the exit codes |
-//! | [`job`] | the crate below: launcher, rendezvous, connections |
+//! | [`job`] | the crate `shardflow_job`: launcher, rendezvous, connections |
 //!
 //! The guide, in `docs/guide`, has a page for each task. `docs/architecture.md` shows the path of a step.
 

@@ -1,11 +1,11 @@
-//! A [`Mesh`] names the axes of all devices; a [`Placement`] is the subset of devices that holds a tensor.
+//! A [`Mesh`] names the axes of all devices; a [`Placement`] is a subset of the devices, with axes.
 
 use std::fmt;
 use std::sync::Arc;
 
 use crate::layout_error::LayoutError;
 
-/// Maximum number of devices in a mesh, so that a typing error is refused before the devices are enumerated.
+/// Maximum number of devices in a mesh. The limit refuses a typing error before the devices are enumerated.
 pub const MESH_DEVICES_MAX: usize = 1 << 20;
 
 /// One axis of a mesh.
@@ -151,7 +151,7 @@ impl Placement {
         Ok(placement)
     }
 
-    /// Different devices along a single axis.
+    /// A placement of these devices, which must be different, along a single axis.
     pub(crate) fn of_all(devices: Vec<usize>) -> Self {
         Self { axes: [Axis { name: "all".into(), size: devices.len() }].into(), devices: devices.into() }
     }
@@ -182,7 +182,7 @@ impl Placement {
         })
     }
 
-    /// The devices at this coordinate of this axis. The result has the other axes.
+    /// The devices at this coordinate of this axis, as a placement with the remaining axes.
     ///
     /// # Errors
     /// When the axis or the coordinate does not exist.
@@ -230,8 +230,8 @@ impl Placement {
         number as u32
     }
 
-    /// Partitions the device indices into groups that differ only along `axes` (axis indices). Groups are in the order
-    /// of their first members, and members are in row-major order. Without axes, each device is its own group.
+    /// Partitions the device indices into groups whose members differ only along `axes` (axis indices). Groups are in
+    /// the order of their first members, and members are in row-major order. Without axes, each device is a group.
     pub fn group_indices(&self, axes: &[usize]) -> Vec<Vec<usize>> {
         let mut groups: Vec<Vec<usize>> = Vec::new();
         // Position of each group, by the index of its first member.
@@ -266,7 +266,7 @@ impl Placement {
         group
     }
 
-    /// [`Placement::group_indices`] as ranks.
+    /// Like [`Placement::group_indices`], but with ranks.
     pub fn groups(&self, axes: &[usize]) -> Vec<Vec<usize>> {
         let ranks = |group: Vec<usize>| group.into_iter().map(|i| self.devices[i]).collect();
         self.group_indices(axes).into_iter().map(ranks).collect()

@@ -37,20 +37,20 @@ pub mod segments;
 pub(crate) mod slots;
 pub mod validate;
 
-/// What the devices of a class have in common.
+/// The plan of one class of devices.
 #[derive(Clone, Debug)]
 pub struct ClassPlan {
     pub(crate) storage: ClassStorage,
-    /// By register.
+    /// The slots of each register.
     pub(crate) slots: Vec<Slots>,
-    /// The memory map, with scratch.
+    /// The memory map, including scratch.
     pub(crate) arena: ArenaMap,
     /// The actions of the class's representative, in the order of its segments.
     pub(crate) actions: Vec<EmittedAction>,
 }
 
-/// A compiled program. Everything is described once for each class of devices; an [`instance::Instance`] is the part of a plan
-/// that a session loads.
+/// A compiled program. It describes the devices of a class once. A session loads an [`instance::Instance`], which adds
+/// the actors and registers of every device.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// The graph after all passes.
@@ -59,29 +59,29 @@ pub struct Plan {
     pub segments: Segments,
     /// The classes of the mesh's devices.
     pub classes: Classes,
-    /// By class.
+    /// The plan of each class.
     pub(crate) class_plans: Vec<ClassPlan>,
     pub(crate) aliases: Aliases,
-    /// Accumulations fused into the producing kernel: value to sum.
+    /// Accumulations fused into their producing kernel, as a map from the value to its sum.
     pub(crate) fused: BTreeMap<Var, Var>,
     pub(crate) patterns: Patterns,
-    /// By site: the segments that its compute actors fire, in order.
+    /// For each site (see `WorkGraph::sites`): the segments that its compute actors fire, in order.
     pub(crate) lists: Vec<Vec<SegmentId>>,
-    /// Priorities of compute segments where credits decide the order.
+    /// Priorities of compute segments, for actors that fire by credit.
     pub(crate) priorities: BTreeMap<SegmentId, i32>,
-    /// By device: its site, if it computes.
+    /// The site of each device that computes; `None` for other devices.
     pub(crate) site_of: Vec<Option<usize>>,
     /// Micro-batches per step.
     pub micro_batches: usize,
     /// The schedule.
     pub schedule: Schedule,
-    /// Threads of a compute stream. Each process chooses its own; not part of the plan's hash.
+    /// Number of threads of a compute stream. Each process chooses it, so the plan's hash does not cover it.
     pub threads_per_device: usize,
     /// The kind of the devices.
     pub device: DeviceKind,
-    /// Memory limit of one device, bytes. Each process chooses its own; not part of the plan's hash.
+    /// Memory limit of one device, bytes. Each process chooses it, so the plan's hash does not cover it.
     pub memory_bytes: Option<usize>,
-    /// Maximum forward micro-batches in flight, by placement.
+    /// Maximum number of forward micro-batches in flight on each placement.
     pub in_flight: Vec<u32>,
 }
 
@@ -111,7 +111,7 @@ impl Plan {
         residents(&self.graph, storage, arena, device)
     }
 
-    /// Sets the threads of compute streams and recomputes the memory of streams outside the arena.
+    /// Sets the number of threads of compute streams, and recomputes the memory that streams use outside the arena.
     pub(crate) fn set_threads(&mut self, threads_per_device: usize) {
         self.threads_per_device = threads_per_device;
         let (segments, device) = (&self.segments, self.device);
@@ -132,7 +132,7 @@ impl Plan {
 #[cfg(test)]
 mod tests;
 
-/// Threads of a stream: several for compute streams, one for the others.
+/// Number of threads of a stream: `threads_per_device` for a compute stream, 1 for any other stream.
 pub fn threads_of(stream: StreamKind, threads_per_device: usize) -> usize {
     if stream == StreamKind::Compute { threads_per_device } else { 1 }
 }

@@ -1,5 +1,5 @@
-//! Which process hosts which device, and which data of a plan crosses processes: bytes of registers, groups of
-//! collectives. The plan and the number of processes determine this, so every process can compute it for all processes.
+//! Maps devices to processes, and finds the data of a plan that crosses processes: bytes of registers and groups of
+//! collectives. The plan and the number of processes determine both, so a process can compute them for all processes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -31,7 +31,7 @@ pub struct NodeDevices {
     pub all: usize,
 }
 
-/// A register that a process produces and another one reads.
+/// A register that one process produces and another process reads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Crossing {
     pub register: RegisterId,
@@ -39,9 +39,9 @@ pub struct Crossing {
     pub to: u32,
     /// The device of the producer.
     pub source: usize,
-    /// The device of `to` that receives the bytes: that of its first reader.
+    /// The device of `to` that receives the bytes: the device of the first reader.
     pub landing: usize,
-    /// The actions of `to` that read it.
+    /// The actions of `to` that read the register.
     pub readers: Vec<ActionRef>,
 }
 
@@ -51,7 +51,7 @@ impl Crossing {
         merge(self.readers.iter().flat_map(|reader| read_ranges(plan, *reader, self.register)).collect())
     }
 
-    /// Bytes of a mirror in `to`.
+    /// Bytes of the register's mirror in `to`.
     pub fn mirror_bytes(&self, plan: &Instance) -> usize {
         let spec = plan.spec.register(self.register);
         spec.slots as usize * spec.slot_bytes
@@ -70,14 +70,14 @@ impl ProcessMap {
 
     pub fn process_of(&self, device: usize) -> u32 {
         let processes = (self.processes as usize).max(1);
-        // See `split_range`: the first processes have one device more.
+        // See `split_range`: the first processes may have one more device.
         let (base, extra) = (self.devices / processes, self.devices % processes);
         let longer = extra * (base + 1);
         let process = if device < longer { device / (base + 1) } else { extra + (device - longer) / base.max(1) };
         if process < processes { process as u32 } else { 0 }
     }
 
-    /// Counts the devices of a node's processes: those with ranks below `process`, and all of them.
+    /// Counts the devices of a node's processes: those of ranks below `process`, and those of all ranks.
     pub fn on_node(&self, processes: impl Iterator<Item = u32>, process: u32) -> NodeDevices {
         let mut out = NodeDevices::default();
         for other in processes {
@@ -105,14 +105,14 @@ impl ProcessMap {
         actors.map(|(index, actor)| (ActorId(index as u32), self.process_of(actor.device)))
     }
 
-    /// Registers that another process than the producer's reads, for all processes: one entry for each reading process.
+    /// All registers that a process other than the producer's reads, with one entry for each reading process.
     pub fn crossings(&self, plan: &Instance) -> Vec<Crossing> {
         let device = |actor: ActorId| plan.spec.actor(actor).device;
         let mut out = Vec::new();
         for (index, register) in plan.spec.registers.iter().enumerate() {
             let source = device(register.producer);
             let from = self.process_of(source);
-            // By reading process: the device of its first reader, and its readers.
+            // By reading process: the device of its first reader, and all its readers.
             let mut readers: BTreeMap<u32, (usize, Vec<ActionRef>)> = BTreeMap::new();
             for reader in &register.readers {
                 let landing = device(reader.actor);
@@ -125,7 +125,7 @@ impl ProcessMap {
         out
     }
 
-    /// Registers whose bytes cross processes, by the producing and the receiving device; for all processes.
+    /// All registers whose bytes cross processes, by producing and receiving device.
     pub fn crossing_pairs(&self, plan: &Instance) -> BTreeMap<(usize, usize), Vec<RegisterId>> {
         let mut out: BTreeMap<(usize, usize), Vec<RegisterId>> = BTreeMap::new();
         for crossing in self.crossings(plan).into_iter().filter(|crossing| !crossing.runs(plan).is_empty()) {

@@ -1,4 +1,4 @@
-//! Layouts: the part of a tensor on each device of a placement. `Split`, `Broadcast` or `Partial` for each mesh axis.
+//! Layouts: the part of a tensor on each device of a placement, as `Split`, `Broadcast` or `Partial` along each axis.
 //!
 //! SBP is from OneFlow, Yuan et al. 2021, <https://arxiv.org/abs/2110.15032>.
 
@@ -58,7 +58,7 @@ impl fmt::Display for Sbp {
     }
 }
 
-/// One [`Sbp`] for each axis of a placement. If two axes split one dim, the later axis splits the parts of the first.
+/// One [`Sbp`] for each axis of a placement. If two axes split one dim, the later one splits the first one's parts.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NdSbp(pub Vec<Sbp>);
 
@@ -165,7 +165,7 @@ pub fn local_region(shape: &[usize], layout: &NdSbp, placement: &Placement, inde
     region_at(shape, layout, placement.axes().iter().map(|axis| axis.size), &placement.coords(index))
 }
 
-/// [`local_region`] at these coordinates of axes of these sizes.
+/// Like [`local_region`], for the device with these coordinates on axes of these sizes.
 pub(crate) fn region_at(
     shape: &[usize],
     layout: &NdSbp,
@@ -183,14 +183,14 @@ pub(crate) fn region_at(
     region
 }
 
-/// Calls `f` with the regions under two layouts on one device of each class, given the sizes of the axes. The first
-/// device has coordinate 0 on all axes.
+/// Calls `f` for one device of each class, with its regions under two layouts. `sizes` are the sizes of the axes. The
+/// first device has coordinate 0 on all axes.
 ///
-/// The devices of a class have regions of equal sizes, which have equally much in common. Along an axis that no layout
-/// splits, devices are alike. Along an axis that splits a dim, the parts have two sizes, so the remainder of the
-/// division separates two classes. That suffices while one layout divides the parts of the other, because then the
-/// smaller part is what they have in common. Otherwise the common part depends on the position, and each coordinate is a
-/// class.
+/// All devices of a class agree in the sizes of both regions, and of the regions' common part. Along an axis that no
+/// layout splits, all devices are in one class. Along an axis that splits a dim, the parts have two sizes, so the
+/// remainder of the division separates two classes. This suffices if one layout divides the parts of the other, because
+/// the smaller part is then the common part. Otherwise the common part depends on the position, and each coordinate is
+/// a class.
 pub(crate) fn for_each_class(
     shape: &[usize],
     sizes: &[usize],
@@ -219,7 +219,7 @@ fn class_coordinates(shape: &[usize], sizes: &[usize], layouts: [&NdSbp; 2]) -> 
         });
         let is_nested = axes[0].starts_with(&axes[1]) || axes[1].starts_with(&axes[0]);
         for axes in &axes {
-            // The parts that an axis divides have one or two extents.
+            // The parts that an axis divides have one or two different extents.
             let mut extents = vec![extent];
             for &axis in axes {
                 let size = sizes[axis];
@@ -242,8 +242,8 @@ fn class_coordinates(shape: &[usize], sizes: &[usize], layouts: [&NdSbp; 2]) -> 
 }
 
 /// Splits a tensor into one shard for each device, by index. The terms of `Partial` floats are random, from `seed`, so
-/// that tests detect a lost or duplicated term. For `Sum`, they are small integers and a last term that completes the
-/// value; for `Max`, a random term is the value and the others are smaller. Exact for integers below about 2^20.
+/// tests detect a lost or duplicated term. For `Sum`, the terms are small integers, and the last one completes the
+/// value. For `Max`, a random term is the value, and the other terms are smaller. Integers below about 2^20 are exact.
 ///
 /// # Errors
 /// When the layout does not fit the shape and placement, or is `Partial` for an integer tensor.

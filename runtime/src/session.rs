@@ -76,35 +76,35 @@ pub struct Session {
     node_processes: Vec<u32>,
     budget: Budget,
     metrics_source: MetricsSource,
-    /// By device: arenas of this process, and those of peers whose memory is mapped here.
+    /// Arenas by device: those of this process, and the peers' arenas that this process maps.
     arenas: BTreeMap<usize, Arena>,
     running: Option<RunningSession>,
     world: Option<Arc<World>>,
-    /// Name of the job, if it has one, and the number of its current incarnation, as known to this process.
+    /// The job's name, if it has one, and how many times it was restarted, as far as this process knows.
     job: (Option<String>, u64),
     feeds: Vec<FeedPort>,
-    /// External actions without input tensors, each with its firings per step.
+    /// External actions that get no tensors from the host: actor, action and firings per step.
     external_actions: Vec<(ActorId, u32, u32)>,
     fetched: Receiver<Stamped<Fetched>>,
     /// Ports of host data between processes; equal on all processes.
     ports: Arc<HostPorts>,
     inbox: Mutex<Inbox>,
-    /// Why a step failed. After a failure the contents of device memory are invalid and may still change.
+    /// Why the session failed, if it did. Device memory is then invalid and may still change.
     failed: Option<Failure>,
     /// Inputs that hold token ids, with the size of the vocabulary.
     vocabularies: BTreeMap<String, usize>,
     /// Inputs that several processes feed; the same list on all processes.
     shared_inputs: Vec<SharedInput>,
-    /// By input: the part of a micro-batch that a local batch holds.
+    /// The part of a micro-batch that a local batch holds, by input name.
     local_parts: BTreeMap<String, Region>,
-    /// How the numbers of a step combine.
+    /// How the processes combine the numbers of a step.
     step_rules: Arc<[MergeRule]>,
     declared: Declarations,
     ignoring: Vec<String>,
     steps: u64,
-    /// Updates applied, as used by the optimizer's bias correction. A skipped step applies none.
+    /// Number of updates applied, for the optimizer's bias correction. A skipped step applies no update.
     updates: u64,
-    /// Checkpoints after the restored one were found damaged up to this step.
+    /// Checkpoints after the restored one, up to this step, are damaged. New saves replace them.
     damaged_up_to: u64,
     seed: u64,
     requests: Option<Arc<Requests>>,
@@ -120,13 +120,13 @@ pub struct Session {
     observer: Option<Arc<Observer>>,
 }
 
-/// Time without arrivals after which a process that waits looks whether a sender has left.
+/// Interval without arrivals after which a waiting process checks whether a sender has left.
 const DEPARTURE_CHECK: Duration = Duration::from_millis(500);
 
-/// How long a session that shuts down waits for running firings.
+/// How long a shutdown waits for running firings, and then for the other processes.
 const QUIESCE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Activity of a process between calls of the session, and during steps, which the watchdog monitors.
+/// Activity of a process between calls of the session and during steps. The watchdog monitors the steps.
 const BETWEEN_STEPS: &str = "running the program";
 
 impl Session {
@@ -164,7 +164,7 @@ impl Session {
         self.observer.as_ref()
     }
 
-    /// The session's progress and memory use. Cheap: it pauses nothing.
+    /// The session's progress and memory use. The call is cheap and pauses no actor.
     pub fn metrics(&self) -> Metrics {
         let after_end = || self.metrics_source.metrics(&self.plan, self.steps, &[]);
         self.observer.as_ref().map_or_else(after_end, |observer| {
@@ -183,17 +183,17 @@ impl Session {
         self.steps
     }
 
-    /// The seed, which a restored checkpoint replaces.
+    /// The seed. Loading a checkpoint replaces it by the checkpoint's seed.
     pub fn seed(&self) -> u64 {
         self.seed
     }
 
-    /// Updates applied, including restored ones; fewer than [`Session::steps`] if non-finite steps were skipped.
+    /// Number of updates, including restored ones. Less than [`Session::steps`] if non-finite steps were skipped.
     pub fn updates(&self) -> u64 {
         self.updates
     }
 
-    /// Sends a piece of this process to all processes, including itself.
+    /// Sends a piece to the processes of its port's route, and adds it to this process's inbox.
     fn send(&self, inbox: &mut Inbox, piece: HostPiece) {
         let piece = Arc::new(piece);
         if let Some(running) = self.running.as_ref().filter(|_| self.process_map.processes > 1) {
@@ -202,7 +202,7 @@ impl Session {
         inbox.put(piece);
     }
 
-    /// Waits for these pieces and forwards this process's fetches. A piece missing after `limit` fails the session.
+    /// Waits for these pieces, and sends this process's fetches meanwhile. If a piece is late, the session fails.
     fn receive(&self, wanted: &[(u32, usize)], limit: Option<Duration>) -> Result<(), Failure> {
         let received = self.receive_within(wanted, limit);
         if let (Err(failure @ Failure::Peer { .. }), Some(running)) = (&received, &self.running) {
@@ -211,11 +211,11 @@ impl Session {
         received
     }
 
-    /// Like [`Session::receive`], without failing the session.
+    /// Like [`Session::receive`], but does not fail the session.
     fn receive_within(&self, wanted: &[(u32, usize)], limit: Option<Duration>) -> Result<(), Failure> {
         let timeout = limit.map_or_else(never, after);
         let running = self.running()?;
-        // A closed channel means that the session has failed, so that failure is the result.
+        // A closed channel means that the session has failed. The result is its first failure.
         let ended = || running.control().first_failure().unwrap_or_else(stopped);
         let mut inbox = self.inbox.lock();
         let peers = inbox.peers.clone();
@@ -223,7 +223,7 @@ impl Session {
             let missing = inbox.missing_senders(wanted);
             let Some(sender) = missing.first().copied() else { break };
             running.host_waits_for((sender != self.process_map.process).then_some(sender));
-            // Pieces come along the tree, in order.
+            // Pieces travel along the control tree and arrive in order.
             let hop = |process: u32| self.world.as_ref().map_or(process, |world| world.hop(process));
             if let Some(process) = missing.iter().copied().map(hop).find(|hop| inbox.ended.contains(hop)) {
                 return Err(Failure::Peer { process, cause: PeerError::Ended });
@@ -240,7 +240,7 @@ impl Session {
                     let seconds = limit.unwrap_or_default().as_secs();
                     return Err(Failure::Peer { process: sender, cause: PeerError::Late { seconds } });
                 }
-                // What a process has sent before it left has arrived by now.
+                // Everything that a process sent before it left has arrived by now.
                 default(DEPARTURE_CHECK) => {
                     let has_left = |process: &u32| self.world.as_ref().is_some_and(|world| world.has_left(*process));
                     if let Some(process) = missing.into_iter().find(has_left) {
@@ -253,7 +253,7 @@ impl Session {
         Ok(())
     }
 
-    /// Sends peers the parameters that they read, after this process has written them; all processes call it.
+    /// Sends the parameters that this process has written to the peers that read them. All processes call it.
     fn refresh(&mut self) -> Result<(), SessionError> {
         self.set_activity(WAITING);
         let Some(running) = &mut self.running else { return Ok(()) };
@@ -267,7 +267,7 @@ impl Session {
         self.running.as_ref().ok_or_else(stopped)
     }
 
-    /// Records a failure and returns its first cause, once all processes have reported theirs.
+    /// Records a failure. Returns the first cause of all processes, or this failure if no cause arrives in time.
     fn fail(&mut self, failure: Failure) -> SessionError {
         let first = self.world.as_ref().map_or(failure.clone(), |world| world.settle(failure));
         self.failed = Some(first.clone());
@@ -282,13 +282,13 @@ impl Session {
         self.end()
     }
 
-    /// Ends the session after a failure of this process that the others cannot see, such as a full disk: they end with
-    /// this cause and exit code instead of waiting for this process. A session that has already failed keeps its cause.
+    /// Ends the session after a failure that other processes cannot detect, such as a full disk. Those processes end
+    /// with this cause and exit code, and do not wait for this one. A session that has already failed keeps its cause.
     pub fn abort(mut self, exit: Exit, cause: &impl Display) {
         self.fail_alone(exit, cause);
     }
 
-    /// Reports a failure that only this process has seen. The session then has failed, on all processes.
+    /// Reports a failure that only this process has detected. The session then fails on all processes.
     fn fail_alone(&mut self, exit: Exit, cause: &impl Display) {
         let (process, cause, exit) = (self.process_map.process, cause.to_string(), exit.code());
         if let (Some(world), None) = (&self.world, &self.failed) {

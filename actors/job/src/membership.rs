@@ -1,9 +1,9 @@
 //! Tracks the members of a session, detects failures, and decides why the session ended.
 //!
-//! Each process holds one [`Membership`], with connections to its neighbours in the [`ControlTree`] only. Heartbeats
-//! (datagrams) detect silent neighbours. The control plane (messages over connections that the caller has authenticated)
-//! carries failures, orderly ends, small application messages, and numbers that combine on their way ([`MergeRule`]), from
-//! neighbour to neighbour. Any failure ends the session in all processes with one [`FirstCause`].
+//! Each process has one [`Membership`], which is connected only to its neighbours in the [`ControlTree`]. Heartbeats
+//! (datagrams) detect silent neighbours. The control plane uses connections that the caller has authenticated. It
+//! passes failures, orderly ends, small application messages and numbers to combine ([`MergeRule`]) from neighbour to
+//! neighbour. Any failure ends the session in all processes with one [`FirstCause`].
 
 use std::collections::BTreeMap;
 use std::io;
@@ -47,7 +47,7 @@ use shared::{JoinOnDrop, NOTICES_MAX, Shared};
 
 /// Timeout of an orderly end that waits for acknowledgements from peers.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
-/// Timeout of a dropped membership that waits for peers to receive its last message; a frozen peer does not.
+/// Time that a dropped membership waits for peers to receive its last message. A frozen peer never receives it.
 const DROP_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Configuration of a membership; the rendezvous supplies most of it.
@@ -59,23 +59,23 @@ pub struct MembershipConfig {
     pub processes: u32,
     /// Id of the run; the same for all its incarnations.
     pub session: [u8; 16],
-    /// The incarnation; messages of older ones are rejected.
+    /// The incarnation of the run. Messages of older incarnations are rejected.
     pub epoch: u64,
     /// The job's key. A separate key for each use is derived from it.
     pub key: [u8; 32],
     /// The bound heartbeat socket, see [`bind`].
     pub heartbeat: UdpSocket,
-    /// Who is connected to whom; by default all processes are on one node.
+    /// The tree of connections. By default, all processes are on one node.
     pub tree: Arc<ControlTree>,
     /// Addresses of the heartbeat sockets of this process's neighbours in the tree.
     pub addresses: BTreeMap<u32, SocketAddr>,
-    /// An authenticated connection to each neighbour, only for control.
+    /// An authenticated connection to each neighbour. Only the control plane uses it.
     pub connections: BTreeMap<u32, Connection>,
     /// Time between heartbeats.
     pub interval: Duration,
     /// Time without heartbeats after which a peer is lost.
     pub deadline: Duration,
-    /// Time after the first symptom in which better causes may arrive.
+    /// Time after the first symptom during which reports of better causes may arrive.
     pub grace: Duration,
     /// Timeout for peers to join.
     pub join_within: Duration,
@@ -84,7 +84,7 @@ pub struct MembershipConfig {
 }
 
 impl MembershipConfig {
-    /// Without addresses and connections; a heartbeat every 250 ms, a deadline of 4 s, 500 ms of grace, 30 s to join.
+    /// No addresses and no connections; heartbeats every 250 ms, a deadline of 4 s, 500 ms of grace, and 30 s to join.
     pub fn new(
         process: u32,
         processes: u32,
@@ -144,12 +144,12 @@ pub fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
 
 /// The membership of this process in the session.
 ///
-/// Dropping it takes at most a second, even with frozen peers. Without [`Membership::leave`] peers see a failure.
+/// A drop takes at most a second, even with frozen peers. Without [`Membership::leave`], it is a failure for peers.
 #[derive(Debug)]
 pub struct Membership {
     shared: Arc<Shared>,
     notices: Receiver<MembershipEvent>,
-    /// The threads, dropped in this order. Each ends when the first part is dropped.
+    /// The threads, dropped in this order. Each thread ends when the first element of its tuple is dropped.
     _heartbeat: (Arc<()>, JoinOnDrop),
     _control: (oneshot::Sender<()>, JoinOnDrop),
 }
@@ -163,7 +163,7 @@ impl Membership {
         let (sender, notices) = bounded(NOTICES_MAX + processes as usize);
         let shared = Arc::new(Shared::new(process, tree, epoch, (config.deadline, config.grace), sender));
         let codec = Codec::new(&key, session, epoch, processes);
-        // Heartbeats start before the connections: peers that are ready earlier already monitor this process.
+        // Heartbeats start before the connections, because peers that are ready earlier already monitor this process.
         let (socket, addresses, interval) = (config.heartbeat, config.addresses, config.interval);
         let heartbeats = Heartbeats { shared: shared.clone(), codec, socket, addresses, interval };
         let heartbeat =
@@ -179,30 +179,30 @@ impl Membership {
         Ok(membership)
     }
 
-    /// Receives events, in order per peer. The application must read them: too many unread ones end the session.
+    /// The channel of events, in order by peer. The application must read it: too many unread events end the session.
     pub fn notices(&self) -> &Receiver<MembershipEvent> {
         &self.notices
     }
 
-    /// Sends a process a message of at most [`MESSAGE_BYTES_MAX`] bytes, through the tree. Messages to one process arrive
-    /// in order. Returns without waiting for delivery, but fails with [`MembershipError::Backlog`] if the neighbour on
-    /// the way does not read. If a later one does not, the session ends.
+    /// Sends a message of at most [`MESSAGE_BYTES_MAX`] bytes to a process, through the tree. Messages to one process
+    /// arrive in order. Does not wait for delivery. Fails with [`MembershipError::Backlog`] if the next process on the
+    /// way does not read. If a later process on the way does not read, the session ends.
     pub fn send(&self, to: u32, topic: u16, bytes: Vec<u8>) -> Result<(), MembershipError> {
         self.shared.send(Some(to), topic, bytes)
     }
 
-    /// Sends a message to all other processes; returns the first error, after it was sent to all that can be reached.
+    /// Sends a message to all other processes. Returns the first error, after it has sent to all reachable processes.
     pub fn send_to_all(&self, topic: u16, bytes: &[u8]) -> Result<(), MembershipError> {
         self.shared.send(None, topic, bytes.to_vec())
     }
 
-    /// Supplies this process's numbers to the topic's next round, by field as `rules` describe them, and returns the
-    /// channel of the topic's results. All processes supply theirs, in the same order of rounds. Nothing arrives after
-    /// the session's end: also wait for that.
+    /// Supplies this process's numbers, one list per field of `rules`, to the topic's next round. Returns the channel
+    /// of the topic's results. All processes must supply their numbers, in the same order of rounds. After the
+    /// session's end no result arrives, so the caller must also wait for the end.
     ///
     /// # Errors
-    /// [`MembershipError::Numbers`] for a topic above 63 or numbers that do not fit the rules;
-    /// [`MembershipError::TooLarge`] if they do not fit in a message.
+    /// [`MembershipError::Numbers`] if the topic is above 63 or the numbers do not fit the rules;
+    /// [`MembershipError::TooLarge`] if the numbers do not fit in a message.
     pub fn reduce(
         &self,
         topic: u16,
@@ -212,8 +212,8 @@ impl Membership {
         self.shared.supply(topic, rules, fields)
     }
 
-    /// The process whose numbers the topic's round waits for, as far as this process knows, and whether it has left. A
-    /// neighbour on the way at first; after a fraction of a second, the process itself.
+    /// The process whose numbers are missing in the topic's round, as far as this process knows, and whether it has
+    /// left. For a fraction of a second, the result is only a neighbour on the way to that process.
     pub fn missing(&self, topic: u16) -> Option<(u32, bool)> {
         self.shared.missing(topic)
     }
@@ -223,12 +223,12 @@ impl Membership {
         self.shared.has_left(process)
     }
 
-    /// The processes that this one is connected to.
+    /// The tree that determines which processes are connected.
     pub fn tree(&self) -> &ControlTree {
         &self.shared.tree
     }
 
-    /// Ends the session: this process has failed. For errors that a lost peer caused, use [`Membership::suspect`].
+    /// Ends the session because this process has failed. If a lost peer caused the error, use [`Membership::suspect`].
     pub fn fail(&self, cause: impl Into<String>, exit: u8) {
         self.shared.fail(cause.into(), exit);
     }
@@ -244,8 +244,8 @@ impl Membership {
         self.shared.first_cause()
     }
 
-    /// Returns the time since the last sign of life of each other process; `None` if it has left. For processes that are
-    /// no neighbours, it is the time known on the way to them: exact for the most silent one of a direction.
+    /// Returns the time since the last sign of life of each other process; `None` if that process has left. For a
+    /// process that is no neighbour, the time is exact only if no process in its direction is more silent.
     pub fn silent_times(&self) -> Vec<(u32, Option<Duration>)> {
         self.shared.silent_times()
     }
@@ -255,8 +255,8 @@ impl Membership {
         self.shared.counters()
     }
 
-    /// Leaves the session cleanly, after all work of this process. Waits at most a second until peers have received all
-    /// messages; false if one did not acknowledge them. Later failures of peers do not affect this process.
+    /// Leaves the session cleanly. Call this after all work of this process. Waits at most a second until peers have
+    /// received all messages. Returns false if one has not. Later failures of peers do not affect this process.
     pub fn leave(&self) -> bool {
         self.shared.leave();
         self.shared.wait_for_delivery(LEAVE_TIMEOUT)

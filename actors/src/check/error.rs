@@ -1,9 +1,9 @@
 //! Inconsistencies of plans.
 
-/// Maximum [`crate::spec::Spec::period_steps`]: a simulation of that many steps must be possible.
+/// Maximum [`crate::spec::Spec::period_steps`]. The simulator must be able to run this number of steps.
 pub const PERIOD_STEPS_MAX: u64 = 1024;
 
-/// An inconsistent plan; [`crate::check::check`] finds it before anything runs.
+/// An inconsistency of a plan. [`crate::check::check`] reports it before anything runs.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum SpecError {

@@ -1,5 +1,5 @@
-//! Checks the writes and reads of a register: each piece is written and read from its first to its last access, in a
-//! slot of its own, and a slot's next piece never waits for a later step.
+//! Checks the writes and reads of a register. Each piece's accesses run from one `first` to one `last`. A slot holds
+//! one piece at a time, and the slot's next piece never waits for a read in a later step.
 
 use super::error::SpecError;
 use crate::spec::{ActionRef, PieceAccess, Pieces, RegisterId, RegisterSpec, Spec};
@@ -8,12 +8,12 @@ use crate::spec::{ActionRef, PieceAccess, Pieces, RegisterId, RegisterSpec, Spec
 #[derive(Clone, Copy, PartialEq)]
 enum Progress {
     None,
-    /// Begun, with the position of the latest access.
+    /// The piece is begun. Its latest access is at this position.
     Open(usize),
     Ended,
 }
 
-/// An access with the action and the number of its firing within the step.
+/// An access to a piece, with the accessing action and the index of its firing within the step.
 struct Port {
     action: u32,
     firing: u32,
@@ -35,7 +35,7 @@ pub(super) fn check(spec: &Spec, id: RegisterId) -> Result<(), SpecError> {
     };
     let writers: Vec<_> = spec.writers(id).collect();
     if writers.len() == 1 && writers.iter().all(|writer| plain(*writer)) && register.slot_of.is_empty() {
-        // The ring in the order of the numbers: `check_slots` has shown that the initial pieces fit.
+        // One writer fills a ring in order of piece numbers. `check_slots` has shown that initial pieces fit.
         return Ok(());
     }
     let mut fired = vec![0; spec.actor(register.producer).actions.len()];
@@ -53,7 +53,7 @@ pub(super) fn check(spec: &Spec, id: RegisterId) -> Result<(), SpecError> {
     check_order_of_slots(spec, id, &writes)
 }
 
-/// Checks that each piece is accessed from one `first` to one `last`. Returns the progress by piece.
+/// Checks that each piece's accesses begin with one `first` and end with one `last`. Returns the progress by piece.
 fn check_flags(
     spec: &Spec,
     id: RegisterId,
@@ -91,8 +91,8 @@ fn check_flags(
     open.map_or(Ok(progress.clone()), |at| wrong(&accesses[at], "last", true))
 }
 
-/// Plays the writes of one period and follows each slot: a piece is complete before the next one begins, and the next
-/// one is not written in an earlier step than the previous one is read.
+/// Replays the writes of one period and checks each slot. A piece must be complete before the slot's next piece begins.
+/// The next piece must not be written in an earlier step than the step that reads the previous piece.
 fn check_order_of_slots(spec: &Spec, id: RegisterId, writes: &[Port]) -> Result<(), SpecError> {
     let register = spec.register(id);
     let RegisterSpec { name, pieces_per_step, initial, .. } = register;
@@ -101,7 +101,7 @@ fn check_order_of_slots(spec: &Spec, id: RegisterId, writes: &[Port]) -> Result<
         let within = (piece % per_step) as u32;
         register.readers.iter().any(|reader| spec.input(id, *reader).is_some_and(|input| input.pieces.contains(within)))
     };
-    // By slot: its latest piece, and whether that is complete.
+    // By slot: its latest piece, and whether that piece is complete.
     let mut latest: Vec<Option<(u64, bool)>> = vec![None; register.slots as usize];
     (0..u64::from(*initial)).for_each(|piece| latest[register.slot(piece) as usize] = Some((piece, true)));
     for written in 0..u64::from(register.period_steps()) {

@@ -82,7 +82,7 @@ fn unbounded_actions_are_rejected() {
     assert!(matches!(check(&b.build()), Err(SpecError::Unbounded { .. })));
 }
 
-/// Each change of a valid plan, with the error.
+/// Applies each change to a valid plan and checks the resulting error.
 fn reject_all(plan: fn() -> Spec, faults: &[(&str, Change)]) {
     assert_eq!(check(&plan()), Ok(()));
     for (text, change) in faults {
@@ -99,7 +99,7 @@ fn table(pieces: &mut Pieces, change: fn(&mut [PieceAccess])) {
     *accesses = changed.into();
 }
 
-/// `chunks`: the outputs of actions 2 and 3 that write register 5, `shared`, in the order 3, 2, 3, 2.
+/// Changes how action 2 or 3 of plan `chunks` writes register 5, `shared`. The order of their writes is 3, 2, 3, 2.
 fn shared(spec: &mut Spec, action: usize, change: fn(&mut [PieceAccess])) {
     let outputs = &mut spec.actors[0].actions[action].outputs;
     let output = outputs.iter_mut().find(|output| output.register == RegisterId(5));
@@ -207,7 +207,7 @@ fn the_period_of_slots_ignores_their_names() {
         register.slot_of = slot_of.into();
         register.period_steps()
     };
-    // A ring has the same shape in every step, even if its slots do not divide the pieces.
+    // A ring has a period of one step, even if the number of pieces is not a multiple of the number of slots.
     assert_eq!((period(3, &[], 4), period(3, &[0, 1, 2], 4)), (1, 1));
     assert_eq!((period(2, &[0, 1, 1, 0], 4), period(2, &[0, 1, 1, 0], 2), period(2, &[0, 1, 1, 0], 1)), (1, 1, 2));
     assert_eq!((period(2, &[0, 0, 1], 1), period(2, &[0, 0, 1], 2), period(2, &[0, 0, 1], 3)), (3, 3, 1));

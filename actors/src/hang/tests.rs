@@ -12,14 +12,14 @@ fn hang(spec: &Arc<Spec>, steps: u32, fault: Fault) -> Option<Hang> {
     let options = SimulationOptions { fault: Some(fault), ..SimulationOptions::steps(steps) };
     match simulate(spec, &Timing::uniform(spec, 2, 1), &options) {
         Err(SimulationError::Stuck(hang)) => Some(*hang),
-        // The run completes if nobody waits for the lost message; the conservation check may still report it.
+        // The run completes if nobody waits for the lost message. The conservation check may still report the message.
         Err(SimulationError::Conservation { .. }) | Ok(_) => None,
         Err(other) => panic!("{fault:?}: {other}"),
     }
 }
 
-/// All pieces of some steps that go to another actor, in the order of publication: register, reader index, reader,
-/// piece.
+/// Returns all pieces of the first steps that a reader in another actor gets, in order of publication: register, reader
+/// index, reader, piece.
 pub(crate) fn pieces(spec: &Spec, steps: u32) -> Vec<(RegisterId, u32, ActionRef, u64)> {
     let mut found = Vec::new();
     for (register, r) in spec.registers.iter().zip(0..) {
@@ -36,8 +36,8 @@ pub(crate) fn pieces(spec: &Spec, steps: u32) -> Vec<(RegisterId, u32, ActionRef
     found
 }
 
-/// True if a root cause is the expected one. If pieces are lost from one on, and the pieces of the register do not follow
-/// each other in the order of their numbers, it may also be a later lost piece.
+/// True if `root` is the expected cause. A fault loses one piece and all later ones. If the register does not publish
+/// pieces in order of their numbers, `root` may also be a later lost piece.
 pub(crate) fn explains(spec: &Spec, root: &Root, expected: &Root) -> bool {
     let plain = |register: RegisterId, reader: ActionRef| {
         let producer = spec.actor(spec.register(register).producer);
@@ -77,7 +77,7 @@ fn a_lost_message_is_the_root_cause() {
             }
         }
         assert!(lost_pieces > 0, "{name}: no lost piece caused a hang");
-        // In `accumulation` the only register between actors has as many slots as pieces.
+        // In plan `accumulation`, the only register between actors has the same number of slots and pieces.
         assert!(lost_releases > 0 || pieces(&spec, steps).len() < 10, "{name}: no lost release caused a hang");
     }
 }
@@ -96,7 +96,7 @@ fn a_firing_that_does_not_end_is_the_root_cause() {
     }
 }
 
-/// Snapshots in the middle of a run: every member of a group has an action in flight.
+/// Snapshots in the middle of a run. Every member of a group has an action in flight.
 fn members_in_flight() -> (Arc<Spec>, Vec<ActorSnapshot>) {
     let mut spec = plans::groups();
     // Communicator ids differ from group ids.
@@ -153,7 +153,7 @@ fn an_unresponsive_actor_is_the_root_cause_or_its_process_if_it_is_remote() {
     let error = simulate(&spec, &Timing::uniform(&spec, 2, 1), &options);
     let Err(SimulationError::Stuck(all)) = error else { panic!("{error:?}") };
     assert!(matches!(all.root, Root::Token(_)), "{all}");
-    // Device 0's reduce actor waits for gradients of its compute actor, whose snapshot is missing.
+    // Device 0's reduce actor waits for gradients of device 0's compute actor, whose snapshot is missing.
     let incomplete = [ActorSnapshot::of(&Protocol::new(&spec, ActorId(1)))];
     let input = |process_of| HangSnapshot { process_of, ..HangSnapshot::of_one_process(&spec, &incomplete) };
     let hang = explain(input(&|_| None), 1).expect("nothing has fired");

@@ -3,7 +3,7 @@
 use super::slot::SlotState;
 use crate::spec::RegisterId;
 
-/// An event that no correct peer sends: a bug, a corrupted message or another plan. Labels: [`crate::protocol`].
+/// A violation of the protocol by a bug, a corrupted message or a different plan. Labels: [`crate::protocol`].
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum ProtocolError {

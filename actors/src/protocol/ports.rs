@@ -1,10 +1,10 @@
-//! The ports of an action: which piece, in which slot, its current firing accesses.
+//! The ports of an action: the piece and the slot that the current firing accesses at each port.
 
 use super::sequence::Sequence;
 use super::slot::SlotMap;
 use crate::spec::{ActionRef, ActorId, InputSpec, OutputSpec, Pieces, RegisterId, Spec};
 
-/// Marks a slot of which a reader holds no piece.
+/// Marks a slot in which a reader holds no piece.
 const NONE: u64 = u64::MAX;
 
 /// One firing's access to a piece.
@@ -12,9 +12,9 @@ const NONE: u64 = u64::MAX;
 pub(super) struct Reach {
     pub piece: u64,
     pub slot: u32,
-    /// Acquires the slot of an output.
+    /// True for the first access to the piece. An output then acquires the slot.
     pub first: bool,
-    /// Publishes the piece of an output, or releases that of an input.
+    /// True for the last access to the piece. An output then publishes the piece; an input releases it.
     pub last: bool,
 }
 
@@ -24,7 +24,7 @@ pub(super) struct PortMap {
     pieces: Pieces,
     slots: SlotMap,
     pieces_per_step: u32,
-    /// Added to the numbers of pieces: the lag of a writer.
+    /// Added to piece numbers. For a writer, it is the register's `initial`; for a reader, 0.
     offset: u64,
 }
 
@@ -41,8 +41,8 @@ impl PortMap {
         Reach { piece, slot: self.slots.slot(piece), first, last }
     }
 
-    /// Changes `current` to the access of the following firing, which has number `next`. For one piece per firing, it
-    /// does not divide, and `first` and `last` stay true.
+    /// Changes `current` to the access of the next firing, which has number `next`. With one piece per firing, this
+    /// needs no division, and `first` and `last` stay true.
     #[inline]
     fn advance(&self, current: &mut Reach, next: u64) {
         if matches!(self.pieces, Pieces::Rate(1)) {
@@ -63,9 +63,9 @@ pub(super) struct InPort {
     pub map: PortMap,
     /// The access of the firing in flight or, if there is none, of the next firing.
     pub current: Reach,
-    /// By slot: the piece that was filled and that this port has not released.
+    /// By slot: the filled piece that this port has not released, or `NONE`.
     held: Box<[u64]>,
-    /// The pieces that will be filled.
+    /// The pieces that will arrive, in order.
     pub arrivals: Sequence,
     /// Number of filled pieces, including the initial ones.
     pub filled: u64,
@@ -111,7 +111,7 @@ impl InPort {
         Some(self.held[slot as usize]).filter(|piece| *piece != NONE)
     }
 
-    /// Numbers of slots and pieces that it holds.
+    /// The pieces that the port holds, as `(slot, piece)`.
     pub fn held(&self) -> impl Iterator<Item = (u32, u64)> + '_ {
         (0..).zip(&self.held).filter(|(_, piece)| **piece != NONE).map(|(slot, piece)| (slot, *piece))
     }
@@ -122,7 +122,7 @@ impl InPort {
         self.filled += 1;
     }
 
-    /// The next piece of `arrivals` was filled. The caller has checked the slot.
+    /// Records that the next piece of `arrivals` was filled. The caller has checked the slot.
     #[inline]
     pub fn fill(&mut self, slot: u32, piece: u64) {
         self.hold(slot, piece);
@@ -136,7 +136,7 @@ impl InPort {
         self.released += 1;
     }
 
-    /// The current firing has ended; the following one has number `next`.
+    /// Ends the current firing and moves to the following one, which has number `next`.
     #[inline]
     pub fn advance(&mut self, next: u64) {
         self.map.advance(&mut self.current, next);
@@ -160,7 +160,7 @@ impl OutPort {
         Self { register: output.register, slots, early: output.early, current: map.reach(0), map }
     }
 
-    /// The current firing has ended; the following one has number `next`.
+    /// Ends the current firing and moves to the following one, which has number `next`.
     #[inline]
     pub fn advance(&mut self, next: u64) {
         self.map.advance(&mut self.current, next);

@@ -1,26 +1,26 @@
-//! The fixed order in which pieces of a register are published to a reader, or released by it.
+//! The fixed order in which a register's pieces are published to a reader, or in which the reader releases them.
 
 use super::slot::SlotMap;
 use crate::spec::{ActionRef, Pieces, RegisterId, RegisterSpec, Spec};
 
-/// A sequence of pieces that repeats every step, and the next one. Advancing does not divide if pieces follow in the order
-/// of their numbers and slots form a ring.
+/// A sequence of pieces that repeats every step, and a position in it. Advancing needs no division if the pieces are in
+/// order of their numbers and the slots form a ring.
 #[derive(Clone, Debug)]
 pub(crate) struct Sequence {
-    /// Pieces of step 0; empty for all pieces in the order of their numbers.
+    /// The sequence in step 0. Empty if the sequence contains all pieces in order of their numbers.
     order: Box<[u32]>,
     slots: SlotMap,
     pieces_per_step: u32,
     /// Position of the next piece in `order`.
     at: usize,
-    /// Number of the step's first piece.
+    /// Number of the current step's first piece.
     base: u64,
     next: u64,
     slot: u32,
 }
 
 impl Sequence {
-    /// All pieces from this one on, in the order of their numbers.
+    /// All pieces from `next` on, in order of their numbers.
     fn plain(of: &RegisterSpec, next: u32) -> Self {
         let (slots, next) = (SlotMap::new(of), next.into());
         let (order, slot) = (Box::default(), slots.slot(next));
@@ -34,12 +34,12 @@ impl Sequence {
         if is_plain { plain } else { Self { order: order.into(), ..plain } }
     }
 
-    /// The pieces that a reader gets, as far as they are not initial, in the order in which they are published.
+    /// The pieces that a reader gets, without initial pieces, in order of publication.
     pub(crate) fn of_arrivals(spec: &Spec, register: RegisterId, reader: ActionRef) -> Self {
         Self::of_arrivals_to(spec, register, &[reader])
     }
 
-    /// The pieces that at least one of these readers gets.
+    /// The pieces that at least one of these readers gets, in order of publication.
     pub(crate) fn of_arrivals_to(spec: &Spec, register: RegisterId, readers: &[ActionRef]) -> Self {
         let of = spec.register(register);
         let ports: Vec<_> = readers.iter().filter_map(|reader| spec.input(register, *reader)).collect();
@@ -55,7 +55,7 @@ impl Sequence {
         Self::new(of, numbers.filter(is_read).collect())
     }
 
-    /// The pieces that a reader releases, in this order.
+    /// The pieces that a reader releases, in order of release.
     pub(crate) fn of_releases(spec: &Spec, register: RegisterId, reader: ActionRef) -> Self {
         let (of, port) = (spec.register(register), spec.input(register, reader));
         if port.is_some_and(|port| matches!(port.pieces, Pieces::Rate(_))) {

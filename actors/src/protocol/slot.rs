@@ -1,4 +1,4 @@
-//! One slot of a register: which pieces lie in it, and its state.
+//! The pieces that lie in one slot of a register, and the slot's state.
 
 use std::fmt;
 use std::sync::Arc;
@@ -8,18 +8,18 @@ use crate::spec::{RegisterSpec, slot_in};
 /// The state of one slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SlotState {
-    /// A firing may acquire it.
+    /// Free: a firing may acquire the slot.
     Free,
     /// Some firing has begun this piece, and no firing has completed it.
     Writing {
         /// Number of the piece.
         piece: u64,
     },
-    /// Published; not all readers have released it.
+    /// The piece is published, and not all readers have released it.
     Filled {
         /// Number of the piece.
         piece: u64,
-        /// Number of readers that have not released it.
+        /// Number of readers that have not released the piece.
         readers: u32,
     },
 }
@@ -51,7 +51,7 @@ impl SlotMap {
         slot_in(self.slots, &self.table, piece)
     }
 
-    /// The slot of a piece, if the one before it lies in slot `last`. Does not divide for a ring.
+    /// The slot of a piece whose predecessor lies in slot `last`. Needs no division for a ring.
     #[inline]
     pub(crate) fn following(&self, last: u32, piece: u64) -> u32 {
         if !self.table.is_empty() {

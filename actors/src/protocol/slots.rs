@@ -1,6 +1,6 @@
 //! The slots of one register, as its producer sees them.
 //!
-//! - **CR-1**: a slot changes `Free -> Writing -> Filled(readers left) -> Free`: each piece is published once, and each
+//! - **CR-1**: a slot changes `Free -> Writing -> Filled(readers left) -> Free`. Each piece is published once, and each
 //!   of its readers releases it once. By reader: pieces published to it - pieces released by it == its filled slots.
 //! - **CR-2**: slots held + slots free == credits.
 //! - **CR-4**: a piece lies only in the slot that the plan gives it.
@@ -17,23 +17,23 @@ const WORD: usize = u64::BITS as usize;
 #[derive(Clone, Debug)]
 pub(super) struct ReaderState {
     pub at: ActionRef,
-    /// Index of its input port if it belongs to the producer.
+    /// Index of the reader's input port, if the reader belongs to the producing actor.
     pub own_port: Option<u32>,
-    /// Number of pieces published to it, unless all readers get all pieces.
+    /// Number of pieces published to the reader. Not used if all readers get all pieces.
     published: u64,
-    /// Number of pieces that it has released.
+    /// Number of pieces that the reader has released.
     released: u64,
-    /// The piece that it releases next.
+    /// The pieces that the reader will release, in order.
     pub releases: Sequence,
 }
 
-/// A rule for slots that a test breaks.
+/// A slot rule that a test breaks on purpose.
 #[cfg(test)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum SlotFault {
     /// One filled slot counts as free.
     Surplus,
-    /// The first reader's release frees the slot, not the last one's.
+    /// The first reader's release frees the slot, instead of the last reader's release.
     FreedByFirst,
     /// The last release frees another filled slot, if there is one.
     FreesOther,
@@ -46,10 +46,10 @@ pub(crate) enum SlotFault {
 pub struct RegisterSlots {
     map: SlotMap,
     states: Box<[SlotState]>,
-    /// By slot: the set of readers that have not released its piece, as `words` words.
+    /// By slot: the readers that have not released the slot's piece, as a bit set of `words` words.
     left: Box<[u64]>,
     words: usize,
-    /// By piece of a step: the set of its readers; a single set if all pieces have the same readers.
+    /// By piece of a step: the set of its readers. A single set if all pieces have the same readers.
     readers_of: Box<[u64]>,
     pub(super) readers: Box<[ReaderState]>,
     held: u32,
@@ -61,7 +61,7 @@ pub struct RegisterSlots {
 }
 
 impl RegisterSlots {
-    /// The slots before any firing; initial pieces are published.
+    /// The slots before any firing. The initial pieces are published.
     pub(super) fn new(spec: &Spec, register: RegisterId, me: ActorId) -> Self {
         let of = spec.register(register);
         let words = of.readers.len().div_ceil(WORD);
@@ -117,7 +117,7 @@ impl RegisterSlots {
         if self.is_uniform() { self.published } else { self.readers[reader].published }
     }
 
-    /// Number of pieces that each reader has released, as far as the producer knows, by reader index.
+    /// Number of pieces that each reader has released, as far as the producer knows. Ordered by reader index.
     pub fn released(&self) -> impl Iterator<Item = u64> + '_ {
         self.readers.iter().map(|reader| reader.released)
     }
@@ -162,7 +162,7 @@ impl RegisterSlots {
         self.peak = self.peak.max(self.held);
     }
 
-    /// `Writing -> Filled`, or directly to `Free` without readers. The caller has checked the state.
+    /// `Writing -> Filled`, or `Writing -> Free` if the piece has no readers. The caller has checked the state.
     #[inline]
     pub(super) fn publish(&mut self, slot: u32) {
         let SlotState::Writing { piece } = self.states[slot as usize] else { return };
@@ -204,8 +204,8 @@ impl RegisterSlots {
         (piece % (self.readers_of.len() / self.words) as u64) as usize * self.words
     }
 
-    /// A reader releases its next piece from its slot; the slot becomes `Free` with the last reader. Returns the slot's
-    /// state if the slot does not hold this piece for the reader.
+    /// Releases a reader's piece. The slot becomes `Free` when the last reader releases it. Returns the slot's state as
+    /// an error if the slot does not hold this piece for the reader.
     #[inline]
     pub(super) fn release(&mut self, reader: usize, slot: u32, piece: u64) -> Result<(), SlotState> {
         let state = self.states[slot as usize];
@@ -227,7 +227,7 @@ impl RegisterSlots {
         Ok(())
     }
 
-    /// Fault injection: the slot to change by a release, and the number of readers that it was held by.
+    /// Injects the fault into a release. Returns the slot to change, and the number of holders to assume.
     #[cfg(test)]
     fn broken(&self, slot: u32, readers: u32) -> (u32, u32) {
         let is_filled =
@@ -291,7 +291,7 @@ impl RegisterSlots {
     }
 }
 
-/// The readers of each piece of a step; a single set if all readers read all pieces.
+/// The readers of each piece of a step. A single set if all readers read all pieces.
 fn readers_of(spec: &Spec, register: RegisterId, words: usize) -> Box<[u64]> {
     let of = spec.register(register);
     let is_rate =

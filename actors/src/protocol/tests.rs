@@ -145,7 +145,7 @@ fn early_outputs_are_published_once_and_by_a_signal() {
     handle(&mut shard, ProtocolEvent::Signal { action: 0, output: 0 });
     assert_eq!(shard.slots(gradient).unwrap().published(), 1);
     assert!(reject(&mut shard.clone(), ProtocolEvent::Signal { action: 0, output: 0 }).contains("already published"));
-    // The actor's own reader has the piece, but one firing is in flight (CR-5).
+    // The actor's own reader has the piece but cannot fire, because one firing is in flight (CR-5).
     assert_eq!(handle(&mut shard, DONE), launch(1, 0));
 }
 
@@ -157,7 +157,7 @@ fn an_initial_register_of_one_slot_is_updated_after_its_readers() {
     let parameters = b.register("parameters", 1, update, 1);
     b.register_mut(parameters).initial = 1;
     b.read(parameters, train, 2);
-    // It would fire first if it were ready.
+    // `update` would fire first if it were ready.
     b.action_mut(update).priority = -1;
     let mut shard = protocol(&b.build(), actor);
     handle(&mut shard, tokens(1, 1));
@@ -190,12 +190,12 @@ fn slots_are_freed_by_piece_and_not_in_order() {
     let (mut source, mut sink) = permuted(&[0, 1, 2]);
     handle(&mut source, tokens(0, 6));
     (0..3).for_each(|_| drop(handle(&mut source, DONE)));
-    // The sink waits for piece 2, although two others have arrived.
+    // The sink waits for piece 2, although pieces 0 and 1 have arrived.
     assert_eq!(handle(&mut sink, filled(0, 0)), []);
     assert_eq!(handle(&mut sink, filled(1, 1)), []);
     assert_eq!(handle(&mut sink, filled(2, 2)), launch(0, 0));
     assert_eq!(sink.input_slot(0, 0, 0), 2);
-    // Slot 2 is free, but piece 3 lies in slot 0.
+    // Slot 2 is free, but the source's next piece, 3, lies in slot 0.
     assert_eq!(handle(&mut source, released(2, 2)), []);
     let states = |p: &Protocol| p.slots(WIRE).unwrap().states().to_vec();
     let held = |piece| SlotState::Filled { piece, readers: 1 };
@@ -221,7 +221,7 @@ fn a_slot_table_is_checked_on_each_message() {
     for event in [filled(0, 2), filled(1, 0), filled(2, 1)] {
         handle(&mut sink, event);
     }
-    // Piece 2 is being read, and the others wait.
+    // The sink reads piece 2, and the other pieces wait.
     let text = "CR-3 register 'wire': reader sink read received piece 3 in slot 2, where piece 0 is unread";
     assert_eq!(reject(&mut sink, filled(3, 2)), text);
 }
@@ -238,7 +238,7 @@ fn a_reader_gets_only_the_pieces_of_its_table() {
     handle(&mut source, ProtocolEvent::Start);
     handle(&mut source, tokens(0, 3));
     assert_eq!(handle(&mut source, DONE).len(), 1);
-    // Nobody reads piece 1: it is free as soon as it is published, and nothing is sent.
+    // Nobody reads piece 1. So its slot is free at once, and no message is sent.
     assert_eq!(handle(&mut source, released(0, 0)), launch(0, 1));
     assert_eq!(handle(&mut source, DONE), launch(0, 2));
     handle(&mut sink, filled(0, 0));
@@ -282,8 +282,8 @@ fn stray(rng: &mut SplitMix64, spec: &Spec) -> Message {
     }
 }
 
-/// In any state, a message that no correct peer sends is an error that changes nothing; a message that a correct peer could
-/// have sent keeps the invariants.
+/// In any state, a message that no correct peer sends causes an error and changes nothing. A message that a correct
+/// peer could have sent keeps the invariants.
 #[test]
 fn stray_messages_neither_panic_nor_change_the_state() {
     let (mut rejected, mut accepted) = (0, 0);

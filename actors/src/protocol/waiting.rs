@@ -18,7 +18,7 @@ pub struct ActorWaits {
 pub struct ActionWaits {
     /// Index of the action.
     pub action: u32,
-    /// The action needs all of these; never empty.
+    /// Everything that the action lacks; never empty.
     pub missing: Vec<Missing>,
 }
 
@@ -26,13 +26,13 @@ pub struct ActionWaits {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum Missing {
-    /// A piece of an input, from the action that writes it.
+    /// An unavailable piece of an input, and the action that writes it.
     Piece {
         register: RegisterId,
         piece: u64,
         writer: ActionRef,
     },
-    /// The slot of an output's next piece, which holds `piece`. The holders have not released it.
+    /// The slot of an output's next piece. The slot still holds `piece`, which `holders` have not released.
     Credit {
         register: RegisterId,
         slots: u32,
@@ -40,7 +40,7 @@ pub enum Missing {
         holders: Vec<Holder>,
     },
     Token,
-    /// Its turn: the `next` action in the actor's ordered list is another one.
+    /// Its turn: the actor's ordered list continues with another action, `next`.
     Turn {
         next: u32,
     },
@@ -51,12 +51,12 @@ pub enum Missing {
 pub struct Holder {
     /// The reader.
     pub reader: ActionRef,
-    /// Number of slots that it has not released, as far as the producer knows.
+    /// Number of slots that the reader has not released, as far as the producer knows.
     pub slots: u32,
 }
 
 impl Missing {
-    /// Describes it: `piece 0 of register 'x' from y`, `a credit of register 'x' (2 of 2 slots held by y)` and so on.
+    /// Describes this: `piece 0 of register 'x' from y`, `a credit of register 'x' (2 of 2 slots held by y)` and so on.
     pub fn describe(&self, spec: &Spec, actor: ActorId) -> String {
         match self {
             Missing::Piece { register, piece, writer } => {

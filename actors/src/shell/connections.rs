@@ -25,7 +25,7 @@ use shardflow_job::transport::Connection;
 /// Buffer size; longer runs go directly from the slot to the connection.
 const BUFFER_BYTES: usize = 1 << 16;
 
-/// Maximum number of queued host pieces: more than a step of a large mesh has, with an acceptable amount of memory.
+/// Maximum number of queued host pieces. A step of a large mesh needs fewer pieces, and their memory is acceptable.
 const HOST_PIECES_MAX: usize = 1 << 16;
 
 /// The data that both threads of a connection use.
@@ -83,8 +83,8 @@ pub(crate) struct Connections {
 }
 
 impl Connections {
-    /// Ends all threads. With `in_order`, queued messages are written first, for at most [`CLOSE_TIMEOUT`]; then
-    /// `abort` is called for peers that do not read. A failed session does not wait.
+    /// Ends all threads. With `in_order`, the writers first send the queued messages. If this takes longer than
+    /// [`CLOSE_TIMEOUT`], `close` calls `abort` and cuts the connections. A failed session does not wait.
     pub(crate) fn close(&mut self, in_order: bool, abort: impl Fn()) {
         // A connection that cannot be shut down is closed already.
         let shut_down =
@@ -214,9 +214,9 @@ struct Reader {
 
 /// The state of a register's mirror.
 struct Mirrored {
-    /// The pieces whose bytes are expected.
+    /// The pieces whose bytes will arrive, in order.
     arrivals: Sequence,
-    /// By slot: the piece that it holds, if any.
+    /// By slot: the piece that the slot holds, if any.
     slots: Vec<Option<u64>>,
 }
 
@@ -243,7 +243,7 @@ impl Reader {
         }
     }
 
-    /// Processes one frame; false after the last one.
+    /// Processes one frame. Returns false after the last frame.
     fn next(&mut self) -> Result<bool, PeerError> {
         let mut header = [0; FRAME_BYTES];
         self.source.read_exact(&mut header)?;
@@ -299,7 +299,7 @@ impl Reader {
         Ok(())
     }
 
-    /// Waits until the send of a slot has ended on this side; the release says only that the reader has the bytes.
+    /// Waits until this process has finished sending a slot. The release shows only that the reader has the bytes.
     fn wait_for_send(&self, register: RegisterId, slot: u32) -> Result<(), PeerError> {
         let Some(pipe) = self.link.pipes.get(&register) else { return Ok(()) };
         let sent = self.link.sent.lock().get(&(register, slot)).cloned();
@@ -355,8 +355,8 @@ impl Reader {
         Ok(())
     }
 
-    /// RM-3 for a refresh: waits until no reader of the register is in the middle of a step, and returns their firings.
-    /// A peer may have a step's results shortly before the last reader here has ended.
+    /// RM-3 for a refresh: waits until no reader of the register is in the middle of a step. Returns the number of
+    /// their ended firings. A peer may already have a step's results just before the last local reader ends.
     fn wait_for_readers(&self, register: RegisterId) -> Result<u64, PeerError> {
         let deadline = Instant::now() + READERS_TIMEOUT;
         loop {

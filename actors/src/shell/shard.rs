@@ -28,11 +28,11 @@ pub(crate) struct Shard {
     memory: Memory,
     busy_ns: Vec<u64>,
     idle: Idle,
-    /// When the last firing ended, nanoseconds since the session's start.
+    /// End of the last firing, in nanoseconds since the session's start.
     idle_since_ns: u64,
     /// The firing in flight; its `ended_ns` is not known yet.
     in_flight: Option<FiringRecord>,
-    /// Reused, so that processing an event does not allocate.
+    /// A reused buffer. With it, processing an event does not allocate.
     effects: Vec<Effect>,
 }
 
@@ -61,7 +61,7 @@ impl Shard {
             Cast::Event(event) => self.apply(event),
             Cast::Failed(cause) => Err(self.kernel_failure(cause)),
             Cast::Snapshot(reply) => {
-                // If the reply cannot be sent, nobody waits for it any more.
+                // If the reply cannot be sent, the requester no longer waits for it.
                 let _ = reply.try_send(Stamped::new(self.snapshot()));
                 Ok(())
             }
@@ -101,7 +101,7 @@ impl Shard {
                     self.launch(action, firing)?;
                 }
                 Effect::Send { to, message } => {
-                    // An actor has stopped only if the session ends.
+                    // The send fails only if the actor has stopped, and actors stop only when the session ends.
                     self.session.bus.send(to, Cast::Event(ProtocolEvent::Message(message)));
                 }
             }
@@ -145,7 +145,7 @@ impl Shard {
         Failure::Protocol { actor: own.name.clone(), device: own.device, cause }
     }
 
-    /// Attributes a protocol error to the sender of the message: another process, or else a bug in this one.
+    /// Attributes a protocol error to the process that sent the message, or to a bug in this process.
     fn protocol_failure(&self, event: ProtocolEvent, cause: ProtocolError) -> Failure {
         let sender = match event {
             ProtocolEvent::Message(message) => message.route(&self.session.spec),

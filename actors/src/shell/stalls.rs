@@ -24,7 +24,7 @@ fn draw(rng: &mut SplitMix64, end: usize) -> usize {
     rng.below(end as u64) as usize
 }
 
-/// A session that will stall, the expected root cause, and the sender that blocks a kernel until it is dropped.
+/// A session that will stall, the expected root cause, and a sender. A kernel blocks until this sender is dropped.
 struct Case {
     loaded: LoadedPlan,
     fault: Option<Fault>,
@@ -43,7 +43,7 @@ fn lost_message(rng: &mut SplitMix64) -> Case {
             0 => (Fault::LosePieces(register, index, piece), Root::LostPiece { register, piece, reader }),
             _ => (Fault::LoseReleases(register, index, piece), Root::LostRelease { register, piece, reader }),
         };
-        // Some lost messages cause no stall: nobody waits for the last releases.
+        // Some lost messages cause no stall, because nobody waits for the last releases.
         let options = SimulationOptions { fault: Some(fault), ..SimulationOptions::steps(*steps) };
         if let Err(SimulationError::Stuck(_)) = simulate(spec, &Timing::uniform(spec, 2, 1), &options) {
             let loaded = bench((**spec).clone()).loaded;
@@ -52,7 +52,7 @@ fn lost_message(rng: &mut SplitMix64) -> Case {
     }
 }
 
-/// The members of one group all-reduce what their devices compute; one member never joins one of the collectives.
+/// The members of one group all-reduce their devices' gradients. One member never joins one of the collectives.
 fn unjoined_collective(rng: &mut SplitMix64) -> Case {
     let (members, steps, per_step) = (2 + draw(rng, 3), 3, 2);
     let mut b = Builder::new();
@@ -83,14 +83,14 @@ fn unjoined_collective(rng: &mut SplitMix64) -> Case {
     let (work, reduce, register) = at[late];
     let nth = draw(rng, (per_step * steps) as usize) as u64;
     let stuck = match draw(rng, 3) {
-        // The message of its gradient is lost.
+        // The message about the stuck member's gradient is lost.
         0 => {
             let root = Root::LostPiece { register, piece: nth, reader: reduce };
             return Case { loaded, fault: Some(Fault::LosePieces(register, 0, nth)), steps, root, gate: None };
         }
-        // The computation of its gradient never ends.
+        // The computation of the stuck member's gradient never ends.
         1 => work,
-        // The communication stream hangs.
+        // The stuck member's communication stream hangs.
         _ => reduce,
     };
     let gate = block_firing(&mut loaded, stuck, nth);

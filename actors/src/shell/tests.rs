@@ -1,4 +1,4 @@
-//! Runs small plans on real CPU streams: runs compute the values of the simulator's order. Also tests failures.
+//! Runs small plans on real CPU streams and compares the values with the simulator's values. Also tests failures.
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use shardflow_kernels::collective::in_process::InProcess;
@@ -17,7 +17,7 @@ use crate::simulate::{plans, tests::exact};
 use crate::spec::{ActionRef, ActorSpec, Firing, InputSpec, Pieces, RegisterId};
 use crate::trace::Cause;
 
-/// Much longer than any run here takes; ends a test that hangs.
+/// Timeout that ends a test that hangs. It is much longer than any run here takes.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
 fn mix(a: i32, b: i32) -> i32 {
@@ -28,7 +28,7 @@ fn value(seed: i32, reads: &[i32]) -> i32 {
     reads.iter().fold(seed, |a, &b| mix(a, b))
 }
 
-/// `write = value(reads)`, mixed with the previous content when the launch accumulates or `keep` is set.
+/// A kernel that computes `write = value(reads)`. It mixes in the previous content if it accumulates or `keep` is set.
 #[derive(Debug)]
 struct Mix {
     seed: i32,
@@ -117,7 +117,7 @@ fn wait_for(running: &RunningSession, condition: impl Fn(&[ActorSnapshot]) -> bo
 /// A plan with [`Mix`] kernels: each action computes each output and its own history from all inputs.
 pub(super) struct Bench {
     pub(super) loaded: LoadedPlan,
-    /// By actor; one integer per action.
+    /// By actor: an arena with one integer per action.
     pub(super) histories: Vec<Arena>,
 }
 
@@ -156,7 +156,7 @@ fn mix_program(spec: &Spec, a: usize, x: usize, history: Base) -> ActionProgram 
     let mut bases: Vec<BaseRef> = (0..action.inputs.len()).map(BaseRef::Input).collect();
     bases.extend((0..action.outputs.len()).map(BaseRef::Output));
     bases.push(BaseRef::Fixed(history));
-    // Also reads the history, so that no two firings compute the same value.
+    // The kernel also reads its history, so that no two firings compute the same value.
     let own = bases.len() - 1;
     let reads: Vec<Buffer> = (0..action.inputs.len()).chain([own]).map(cell).collect();
     let mut program = Program { name: action.name.clone(), ..Program::default() };
@@ -356,7 +356,7 @@ fn gate() -> (Op, Receiver<()>, Sender<()>) {
     let (open, opened) = bounded::<()>(0);
     let kernel = act(move || {
         let _ = begun.send(());
-        // Also returns when the test drops its sender.
+        // This also returns when the test drops its sender.
         let _ = opened.recv_timeout(TIMEOUT);
         Ok(())
     });
@@ -497,7 +497,7 @@ fn a_failure_aborts_collectives_and_stays_the_first_cause() {
     let mut loaded = collective([kind.clone(), kind]);
     let cause = KernelError::Custom { name: "act".into(), message: "no".into() };
     let (fails, (begun, begins)) = (cause.clone(), bounded(1));
-    // Device 1 fails instead of joining, once device 0 is in the collective.
+    // Once device 0 is in the collective, device 1 fails instead of joining.
     programs(&mut loaded, 1)[0] = program(act(move || Err(fails.clone())));
     let begin = act(move || {
         let _ = begun.try_send(());

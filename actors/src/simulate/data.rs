@@ -12,7 +12,7 @@ fn mix(hash: u64, value: u64) -> u64 {
     mix64(hash.rotate_left(5) ^ mix64(value.wrapping_add(GOLDEN_GAMMA)))
 }
 
-/// Content of a slot that is being written.
+/// Content of a slot while a firing writes it.
 const UNWRITTEN: u64 = 0;
 
 /// One firing.
@@ -24,13 +24,13 @@ pub struct SimulatedFiring {
     pub action: u32,
     /// Counted from 0 over all steps.
     pub firing: u64,
-    /// First tick; the firing includes the wait for its groups.
+    /// First tick. The firing includes the wait for its groups.
     pub start: u64,
     /// Tick after the last.
     pub end: u64,
 }
 
-/// CR-7: a firing's input changed, or was not written.
+/// CR-7: a firing's input changed, or the input was not written.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[error("CR-7 {action}, firing {firing}: its input slot of register '{register}' {fault}")]
 pub struct DataRace {
@@ -142,9 +142,9 @@ fn race(spec: &Spec, fired: SimulatedFiring, register: RegisterId, fault: &'stat
     DataRace { action, firing: fired.firing, register, fault }
 }
 
-/// Groups whose members' n-th firings run together.
+/// Groups of actors. The n-th firings of a group's members run together.
 pub(super) struct Groups {
-    /// By group: number of begun firings, by member.
+    /// By group and member: number of begun firings.
     begun: HashMap<u32, BTreeMap<ActorId, u64>>,
     /// By group and round: the sum of the members' hashes.
     contributions: HashMap<(u32, u64), u64>,
@@ -163,14 +163,14 @@ impl Groups {
         Self { begun, contributions: HashMap::new(), waiting: Vec::new() }
     }
 
-    /// Starts a firing with input hash `read`. Returns actors that now wait for no member, with their groups' hashes.
+    /// Starts a firing with input hash `read`. Returns the actors that no longer wait, and their groups' hashes.
     pub(super) fn join(&mut self, spec: &Spec, actor: ActorId, action: u32, read: u64) -> Vec<(ActorId, u64)> {
         let mut rounds = Vec::new();
         for &group in &spec.action(actor, action).groups {
             let begun = self.begun.get_mut(&group).and_then(|members| members.get_mut(&actor));
             let begun = begun.expect("collected from the plan");
             rounds.push((group, *begun));
-            // A sum, since members join in any order.
+            // A sum does not depend on the order in which members join.
             let sum = self.contributions.entry((group, *begun)).or_default();
             *sum = sum.wrapping_add(mix(u64::from(actor.0), read));
             *begun += 1;

@@ -1,5 +1,5 @@
-//! Faults in the rules for tables and slots. In one actor, a rule is broken or the plan is another one; each such fault
-//! must end a run with an error or change its data.
+//! Tests faults in the rules for tables and slots. One actor breaks a rule or runs a different plan. Each fault must
+//! end a run with an error or change the run's data.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,9 +12,9 @@ use crate::spec::{ActionRef, ActorId, Firing, PieceAccess, Pieces, RegisterId, S
 /// A change of a register in the plan of one actor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Mutation {
-    /// Every piece lies one slot further.
+    /// Every piece lies in the next slot.
     NextSlot,
-    /// A write before the last one publishes the piece, and the last one does not.
+    /// A write before the last write publishes the piece. The last write does not.
     PublishesEarly,
     /// The last write of a piece does not publish it.
     PublishesNever,
@@ -26,17 +26,17 @@ pub(crate) enum Mutation {
     WritersSwapped,
     /// Two firings exchange the pieces that they write.
     WritesSwapped,
-    /// A read before the last one releases the piece, and the last one does not.
+    /// A read before the last read releases the piece. The last read does not.
     ReleasesEarly,
     /// The last read of a piece does not release it.
     ReleasesNever,
     /// Two firings exchange the pieces that they read.
     ReadsSwapped,
-    /// A reader reads one of its pieces instead of another one.
+    /// A reader reads one of its pieces where it should read another one.
     ReadsFewer,
-    /// One more piece exists from the start.
+    /// The register has one more initial piece.
     LagsMore,
-    /// One piece less exists from the start.
+    /// The register has one fewer initial piece.
     LagsLess,
 }
 
@@ -134,7 +134,7 @@ pub(crate) fn mutated(spec: &Spec, id: RegisterId, mutation: Mutation) -> Option
     Some(spec)
 }
 
-/// The actors that see a register.
+/// The actors that produce or read a register.
 fn actors(spec: &Spec, id: RegisterId) -> Vec<ActorId> {
     let register = spec.register(id);
     let mut actors: Vec<_> = register.readers.iter().map(|reader| reader.actor).chain([register.producer]).collect();
@@ -153,7 +153,7 @@ fn all_plans() -> Vec<(String, Arc<Spec>, u32)> {
     all
 }
 
-/// True if the fault ends one of some runs with an error or changes its data.
+/// True if the fault causes an error in at least one of several runs, or changes the data of one.
 fn is_caught(spec: &Arc<Spec>, steps: u32, digest: u64, fault: Fault) -> bool {
     (0..12).any(|seed| {
         let options = SimulationOptions { fault: Some(fault), ..shuffled(seed, steps) };
@@ -174,8 +174,8 @@ fn a_changed_plan_in_one_actor_is_caught() {
                     let caught = is_caught(&spec, steps, digest, fault);
                     let (tried, found) = counts.entry(mutation).or_default();
                     (*tried, *found) = (*tried + 1, *found + u32::from(caught));
-                    // Many changes have no effect: in an actor that does not see the changed part or sees both ends,
-                    // for a piece that nobody reads, or in a slot that is not used again.
+                    // Many changes have no effect: the actor does not use the changed part, or it is both producer and
+                    // reader. Or no reader reads the piece, or the slot is not used again.
                     let crosses = of.readers.iter().all(|reader| reader.actor != of.producer);
                     let sees_all = mutation == Mutation::NextSlot && crosses && !of.readers.is_empty();
                     assert!(caught || !sees_all, "{name}: {fault:?} of '{}'", of.name);

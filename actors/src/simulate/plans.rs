@@ -30,7 +30,7 @@ pub(crate) fn all() -> Vec<(&'static str, Arc<Spec>, u32)> {
     plans.into_iter().map(|(name, spec, steps)| (name, Arc::new(spec), steps)).collect()
 }
 
-/// Two replicas. The backwards publish two gradient buckets early, to overlap the reduction; updates are in place.
+/// Two replicas. The backwards publish two gradient buckets early to overlap the reduction. Updates are in place.
 pub(crate) fn data_parallel() -> Spec {
     let mut b = Builder::new();
     for d in 0..2 {
@@ -154,7 +154,7 @@ pub(crate) fn groups() -> Spec {
     b.build()
 }
 
-/// Two stages. The second stage's backwards, and so the first one's, run in the reverse order of the forwards.
+/// Two stages. The second stage runs its backwards in the reverse order of the forwards, and the first stage follows.
 pub(crate) fn reversed() -> Spec {
     let mut b = Builder::new();
     let order = Pieces::in_order(&[3, 2, 1, 0]);
@@ -176,7 +176,7 @@ pub(crate) fn reversed() -> Spec {
     b.build()
 }
 
-/// Two chunks of one device add to the gradient of a shared weight and to those of their own.
+/// Two chunks of one device accumulate into the gradient of a shared weight.
 pub(crate) fn chunks() -> Spec {
     let mut b = Builder::new();
     let list = vec![0, 1, 0, 1, 3, 2, 3, 2, 4];
@@ -205,7 +205,7 @@ pub(crate) fn chunks() -> Spec {
     b.build()
 }
 
-/// Micro-batches take different routes: two workers read alternate pieces, one reads all, and nobody else reads piece 5.
+/// Micro-batches take different routes. Two workers read alternate pieces, and one reads all. Nobody reads piece 5.
 pub(crate) fn routes() -> Spec {
     let mut b = Builder::new();
     let (source, sink) = (b.actor("source", 0, Firing::Credit), b.actor("sink", 4, Firing::Credit));
@@ -225,7 +225,7 @@ pub(crate) fn routes() -> Spec {
     b.build()
 }
 
-/// Two versions of a state that lag behind the writer by three pieces, in slots that repeat after two steps.
+/// A state whose readers lag three pieces behind the writer. Its slot table repeats after two steps.
 pub(crate) fn lagging() -> Spec {
     let mut b = Builder::new();
     let (worker, server) = (b.actor("worker", 0, Firing::Credit), b.actor("server", 1, Firing::Credit));
@@ -241,7 +241,7 @@ pub(crate) fn lagging() -> Spec {
     b.build()
 }
 
-/// One action accumulates into two pieces by turns; their reader takes the second one first.
+/// One action accumulates into two pieces in turn. The reader reads the second piece first.
 pub(crate) fn interleaved() -> Spec {
     let mut b = Builder::new();
     let (worker, reader) = (b.actor("worker", 0, Firing::Credit), b.actor("reader", 1, Firing::Credit));

@@ -1,4 +1,4 @@
-//! Random plans with tables, and slots from colouring a run with unlimited slots.
+//! Generates random plans with tables. Slot tables colour the piece lifetimes of a run with unlimited slots.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use crate::builder::Builder;
 use crate::check::{SpecError, check};
 use crate::spec::{ActionRef, Firing, Pieces, RegisterId, Spec};
 
-/// Steps of the run whose lifetimes are coloured.
+/// Number of steps of the run that supplies the lifetimes to colour.
 const STEPS: u32 = 12;
 /// Maximum length of a slot table in steps.
 const TABLE_STEPS_MAX: u32 = 6;
@@ -35,7 +35,7 @@ impl Generator {
         (0..self.order.len()).filter(|at| actions.contains(&self.order[*at])).collect()
     }
 
-    /// Actors with actions and lists, without registers.
+    /// Creates actors with actions and ordered lists, without registers.
     fn actions(&mut self) -> Spec {
         let mut b = Builder::new();
         let actors: Vec<_> =
@@ -62,7 +62,7 @@ impl Generator {
         b.build()
     }
 
-    /// The pieces of `writes` firings: each piece at least once, in any order.
+    /// The piece that each of `writes` firings writes. Every piece occurs at least once, in any order.
     fn written(&mut self, writes: usize, pieces: u32) -> Vec<u32> {
         if self.draw(3) == 0 {
             return (0..writes).map(|at| (at * pieces as usize / writes) as u32).collect();
@@ -75,7 +75,7 @@ impl Generator {
         written
     }
 
-    /// Adds a register with random writers and readers; `None` if they contradict each other.
+    /// Adds a register with random writers and readers. Returns `None` if they contradict each other.
     fn with_register(&mut self, spec: &Spec, n: u32) -> Option<Spec> {
         let index = self.draw(self.actions.len() as u32);
         let first = self.actions[index as usize];
@@ -118,8 +118,8 @@ impl Generator {
         }
     }
 
-    /// The pieces that an action reads: for each firing, one that is initial, from the step before, or published earlier
-    /// in the order. `None` if it does not read the register.
+    /// Draws the piece that each firing of an action reads: an initial piece, a piece of the previous step, or a piece
+    /// that was published earlier in the order. Returns `None` if the action does not read the register.
     fn read(
         &mut self,
         reader: ActionRef,
@@ -142,7 +142,7 @@ impl Generator {
             if there.is_empty() {
                 return None;
             }
-            // Often the next one, so that rates are possible.
+            // Often takes the next piece, so that a rate can describe the reads.
             let next = there[read.len() * there.len() / self.order.len().max(read.len() + 1)];
             read.push(if self.draw(2) == 0 { next } else { self.one_of(&there) });
         }
@@ -150,7 +150,7 @@ impl Generator {
         Some(self.plain(table, pieces))
     }
 
-    /// The rate that equals the table, if there is one.
+    /// Returns the rate that equals the table, if there is one; otherwise the table.
     fn plain(&self, table: Pieces, pieces: u32) -> Pieces {
         let Pieces::Table(accesses) = &table else { return table };
         let count = accesses.len() as u32;
@@ -185,7 +185,7 @@ struct Lifetime {
 }
 
 impl Lifetime {
-    /// True if one slot can hold first this piece and then the other.
+    /// True if one slot can first hold this piece and then `other`.
     fn precedes(&self, other: &Self) -> bool {
         self.freed <= other.acquired && self.read <= other.written
     }
@@ -233,7 +233,7 @@ fn lifetimes(spec: &Arc<Spec>, times: &Timing, id: RegisterId) -> Vec<Lifetime> 
     all.into_iter().map(ends).collect()
 }
 
-/// Replaces the slots of all registers by tables: a colouring of the pieces' lifetimes, for a period of one step or more.
+/// Replaces the slots of all registers by tables that colour the pieces' lifetimes. A table covers one or more steps.
 pub(crate) fn coloured(spec: &Spec, seed: u64) -> Spec {
     let mut rng = SplitMix64(seed);
     let mut coloured = spec.clone();
@@ -253,8 +253,8 @@ pub(crate) fn coloured(spec: &Spec, seed: u64) -> Spec {
     coloured
 }
 
-/// A slot for each piece modulo `length`, so that no two pieces of a slot are alive at the same time; `None` if a piece
-/// is still alive when its successor in the table begins.
+/// Assigns a slot to each piece number modulo `length`, so that no slot holds two live pieces at once. Returns `None`
+/// if a piece is still alive when the piece `length` numbers later begins.
 fn colour(lives: &[Lifetime], length: usize, rng: &mut SplitMix64) -> Option<Vec<u32>> {
     let of = |residue: usize| lives.iter().skip(residue).step_by(length);
     let fit = |a: usize, b: usize| {
@@ -281,7 +281,7 @@ fn jittered(seed: u64, steps: u32) -> SimulationOptions {
     SimulationOptions { jitter: Some(jitter), ..SimulationOptions::steps(steps) }
 }
 
-/// One slot and an initial piece: the writer reads what the slot held, so its data depends on the slots.
+/// True if a register has one slot and an initial piece. Its writer reads the old content, so slots affect data.
 fn updates_in_place(spec: &Spec) -> bool {
     spec.registers.iter().any(|register| register.slots == 1 && register.initial > 0)
 }
@@ -320,7 +320,7 @@ fn coloured_slots_give_the_same_data_as_unlimited_slots_in_any_timing() {
     assert!(all.iter().all(|count| *count > 20), "slot tables, permuted, several writers, partial, periods: {all:?}");
 }
 
-/// Makes two actions of different actors with lists the members of a collective, if there are such actions.
+/// Makes two actions on different actors with ordered lists the members of a collective, if such actions exist.
 fn add_collective(spec: &mut Spec) {
     let is_listed = |at: &ActionRef| matches!(spec.actor(at.actor).firing, Firing::Ordered(_));
     let listed: Vec<_> = spec.all_actions().filter(|(at, _)| is_listed(at)).map(|(at, x)| (at, x.per_step)).collect();
@@ -333,14 +333,14 @@ fn add_collective(spec: &mut Spec) {
     }
 }
 
-/// The theorem of `docs/semantics.md`: whether a plan runs is decided within one period, for any slots and any timing.
+/// The theorem of `docs/semantics.md`: one period decides whether a plan runs, for any slots and any timing.
 #[test]
 fn one_period_decides_whether_a_plan_runs() {
     let (mut alive, mut stuck, mut collectives) = (0, 0, 0);
     for seed in 0..1500 {
         let mut spec = unlimited(seed);
         let mut rng = SplitMix64(seed);
-        // Random slots, most of them too few.
+        // Draws random numbers of slots, most of them too small.
         for register in &mut spec.registers {
             register.slots = (1 + rng.below(4) as u32).max(register.initial);
             if rng.below(2) == 0 {

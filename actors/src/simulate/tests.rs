@@ -16,16 +16,16 @@ pub(crate) enum Fault {
     Repeat(u64),
     NextPiece(u64),
     NextSlot(u64),
-    /// Loses this `Filled` message of a register to one reader (by index) and all later ones.
+    /// Loses the `Filled` messages of a register to one reader (by index), from this piece on.
     LosePieces(RegisterId, u32, u64),
-    /// Loses this `Released` message of one reader to the producer and all later ones.
+    /// Loses the `Released` messages of one reader to the producer, from this piece on.
     LoseReleases(RegisterId, u32, u64),
     Hang(ActionRef, u64),
     /// A broken rule for slots.
     Slots(SlotFault),
     /// One actor runs a plan with a changed register.
     Plan(ActorId, RegisterId, Mutation),
-    /// No action gets more tokens.
+    /// Limits the tokens of each action to this number.
     TokensMax(u32),
 }
 
@@ -74,7 +74,7 @@ impl Fault {
     }
 }
 
-/// True if a piece is `from` or comes after it. One of both must be in the sequence.
+/// True if `piece` is `from` or comes after it. At least one of the two must be in the sequence.
 pub(crate) fn follows(mut sequence: Sequence, from: u64, piece: u64) -> bool {
     while ![from, piece].contains(&sequence.piece()) {
         sequence.advance();
@@ -102,7 +102,7 @@ fn timing(stages: usize, forward_ticks: u64, backward_ticks: u64, hop_ticks: u64
     Timing { action_ticks: vec![vec![forward_ticks, backward_ticks]; stages], hop_ticks }
 }
 
-/// One forward, one backward, without lists.
+/// A one-forward-one-backward pipeline that fires by credit, without lists.
 fn alternating(micro_batches: u32, credits: Vec<u32>) -> Arc<Spec> {
     pipeline(micro_batches, credits, PipelineSchedule::OneForwardOneBackward, false)
 }
@@ -175,7 +175,7 @@ proptest::proptest! {
 }
 
 pub(super) fn shuffled(seed: u64, steps: u32) -> SimulationOptions {
-    // Both long and short delays, so that messages overtake firings and firings overtake messages.
+    // The delays are both long and short, so that messages overtake firings and firings overtake messages.
     let (action_ticks_max, hop_ticks_max) = [(5, 5), (1, 20), (20, 1), (0, 3)][seed as usize % 4];
     SimulationOptions {
         jitter: Some(Jitter { seed, action_ticks_max, hop_ticks_max }),
@@ -266,7 +266,7 @@ fn too_few_credits_for_a_cycle_are_reported_as_a_deadlock() {
 #[test]
 fn collectives_in_opposite_orders_are_reported_as_a_deadlock() {
     let mut spec = plans::data_parallel();
-    // Device 1 reduces in the other order, as two groups.
+    // Device 1 reduces the buckets in the opposite order, as two groups.
     for actor in spec.actors.iter_mut().filter(|a| a.name.ends_with("reduce")) {
         for (bucket, action) in actor.actions.iter_mut().enumerate() {
             action.groups = vec![bucket as u32];
@@ -348,7 +348,7 @@ fn waits_for_a_group_are_not_counted_twice() {
     // The second shard joined the forwards late, so those of the first shard took longer.
     (measured[0][0], measured[0][1], measured[1][1]) = (9, 6, 6);
     let times = Timing::measured(&spec, measured);
-    // Forward and backward keep different durations, though both belong to the group.
+    // Forward and backward keep different durations, although both belong to the group.
     assert_eq!(times.action_ticks[..2], [vec![4, 6], vec![4, 6]]);
     assert_eq!(times.action_ticks[2..], truth.action_ticks[2..]);
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 /// One firing's access to a piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PieceAccess {
-    /// The piece of this step, below [`crate::spec::RegisterSpec::pieces_per_step`].
+    /// Index of the piece within the step, below [`crate::spec::RegisterSpec::pieces_per_step`].
     pub piece: u32,
     /// For a writer: the first write of the piece by any action; it acquires the slot. For a reader: its first read.
     pub first: bool,
@@ -14,7 +14,7 @@ pub struct PieceAccess {
     pub last: bool,
 }
 
-/// The pieces that a port accesses, by firing within the step.
+/// The pieces that a port's firings access within a step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Pieces {
     /// This many firings in a row access the same piece. The pieces follow in the order of their numbers.
@@ -31,7 +31,7 @@ impl Default for Pieces {
 }
 
 impl Pieces {
-    /// The table of a port that alone accesses these pieces, one per firing, in any order.
+    /// The table of a port if no other port shares these pieces. `pieces` lists one piece per firing, in any order.
     pub fn in_order(pieces: &[u32]) -> Self {
         let access = |(at, &piece): (usize, &u32)| {
             let (before, after) = (&pieces[..at], &pieces[at + 1..]);
@@ -63,7 +63,7 @@ impl Pieces {
     /// The access of a firing within the step.
     ///
     /// # Panics
-    /// If a table has no entry for it.
+    /// If a table has no entry for the firing.
     pub fn access(&self, at: u32) -> PieceAccess {
         match self {
             Self::Rate(k) => {
@@ -73,7 +73,7 @@ impl Pieces {
         }
     }
 
-    /// The accesses of one step of an action with this many firings. A table of the wrong length gives its own.
+    /// The accesses of an action with `per_step` firings in one step. A table ignores `per_step` and uses its length.
     pub fn accesses(&self, per_step: u32) -> impl Iterator<Item = PieceAccess> + '_ {
         let count = match self {
             Self::Rate(_) => per_step,
@@ -82,8 +82,8 @@ impl Pieces {
         (0..count).map(|at| self.access(at))
     }
 
-    /// The access of a firing counted from the start, with the piece's number for a reader. A writer's piece is later
-    /// by [`crate::spec::RegisterSpec::initial`].
+    /// The access of a firing, counted from the session's start: `(piece, first, last)`. For a writer, the caller must
+    /// add [`crate::spec::RegisterSpec::initial`] to the piece.
     pub fn of_firing(&self, firing: u64, pieces_per_step: u32) -> (u64, bool, bool) {
         match self {
             Self::Rate(1) => (firing, true, true),
@@ -99,7 +99,7 @@ impl Pieces {
         }
     }
 
-    /// Number of pieces that the first `firings` firings finish: those with [`PieceAccess::last`].
+    /// Number of pieces that the first `firings` firings finish, according to [`PieceAccess::last`].
     pub fn finished(&self, firings: u64) -> u64 {
         match self {
             Self::Rate(k) => firings / u64::from(*k),
@@ -111,8 +111,8 @@ impl Pieces {
         }
     }
 
-    /// Number of firings after which this port has finished a piece (without the lag of a writer), or `None` if it
-    /// never accesses it.
+    /// Number of firings after which this port has finished a piece; `None` if the port never accesses the piece. The
+    /// result ignores the lag of a writer.
     pub fn firings_to_finish(&self, piece: u64, pieces_per_step: u32) -> Option<u64> {
         match self {
             Self::Rate(k) => Some((piece + 1) * u64::from(*k)),

@@ -9,7 +9,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::error::Failure;
 
 pub(crate) struct FirstFailure {
-    /// With its time in nanoseconds since the session's start.
+    /// The first cause, with its time in nanoseconds since the session's start.
     first: Mutex<Option<(u64, Failure)>>,
     /// Notified when a step ends and when the session fails.
     settled: Condvar,
@@ -30,9 +30,9 @@ impl FirstFailure {
         self.first.lock().clone()
     }
 
-    /// Sets the callback for the first cause; calls it at once if the session has already failed.
+    /// Sets the callback for the first cause. Calls it at once if the session has already failed.
     pub(crate) fn set_callback(&self, callback: OnFailure) {
-        // A concurrent `record` may call it twice; a repeated cause changes nothing.
+        // A concurrent `record` may also call the callback. A repeated call changes nothing.
         let _ = self.callback.set(callback);
         if let Some((_, first)) = self.get() {
             self.call_back(&first);
@@ -43,7 +43,7 @@ impl FirstFailure {
         self.callback.get().into_iter().for_each(|callback| callback(failure));
     }
 
-    /// Keeps a cause and calls the callback. False if the session has failed before.
+    /// Records the cause and calls the callback. Returns false if the session had already failed.
     pub(super) fn record(&self, at_ns: u64, failure: &Failure) -> bool {
         {
             let mut first = self.first.lock();
@@ -59,7 +59,7 @@ impl FirstFailure {
 
     /// Reports the recorded cause to the host and ends all waits.
     pub(super) fn publish(&self, failure: Failure) {
-        // The channel has room for its only message.
+        // The channel has room for one message, and this is the only one.
         let _ = self.failed.try_send(failure);
         self.settled.notify_all();
     }
@@ -70,7 +70,7 @@ impl FirstFailure {
         self.settled.notify_all();
     }
 
-    /// Waits for a condition; false on timeout. Returns the first cause if the session fails first.
+    /// Waits for a condition. Returns false on timeout, and the first cause as an error if the session fails first.
     pub(crate) fn wait_until(&self, timeout: Duration, condition: impl Fn() -> bool) -> Result<bool, Failure> {
         let begin = Instant::now();
         let mut first = self.first.lock();

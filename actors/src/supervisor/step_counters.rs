@@ -16,7 +16,7 @@ pub(crate) struct StepCounters {
     in_flight: Vec<AtomicU32>,
     /// Launched firings by actor and action.
     launched: Vec<Vec<AtomicU64>>,
-    /// Ended firings by actor and action. Not a total: an early firing of one would hide a late one of another.
+    /// Ended firings by actor and action. In a total, an early firing of one action would hide a late one of another.
     completed: Vec<Vec<AtomicU64>>,
     /// Race clocks at the time when actions last finished all their firings of a step.
     pub(crate) clocks: ReleaseClocks,
@@ -46,7 +46,7 @@ impl StepCounters {
         self.launched[actor.0 as usize][action as usize].fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Records the end of a firing. True if it ends the last step that has all its tokens.
+    /// Records the end of a firing. Returns true if the firing ends the last step that has all its tokens.
     pub(crate) fn complete(&self, actor: ActorId, action: u32) -> bool {
         let completed = &self.completed[actor.0 as usize][action as usize];
         self.in_flight[actor.0 as usize].store(IDLE, Ordering::Relaxed);
@@ -70,7 +70,7 @@ impl StepCounters {
         self.begun.load(Ordering::Acquire)
     }
 
-    /// True when every action of this process has finished its firings of this number of steps.
+    /// True when every action of this process has finished its firings of the first `steps` steps.
     fn has_ended(&self, steps: u64) -> bool {
         self.hosted.iter().all(|actor| {
             let mut actions = self.completed[actor.0 as usize].iter().zip(&self.spec.actor(*actor).actions);
@@ -82,12 +82,12 @@ impl StepCounters {
         self.has_ended(self.whole.load(Ordering::Acquire))
     }
 
-    /// True while a step that has begun has firings left, even if they only lack a token that the host adds later.
+    /// True while a begun step has firings left, even if they only wait for a token from the host.
     pub(crate) fn outstanding(&self) -> bool {
         !self.has_ended(self.begun())
     }
 
-    /// Ended firings of the register's readers in this process; `None` while one of them is in the middle of a step.
+    /// Number of ended firings of a register's readers here; `None` while a reader is in the middle of a step.
     pub(crate) fn firings_of_readers(&self, register: RegisterId) -> Option<u64> {
         let readers = self.spec.register(register).readers.iter();
         let firings = |reader: &ActionRef| {

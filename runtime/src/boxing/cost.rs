@@ -21,7 +21,7 @@ pub struct CostModel {
 }
 
 impl Default for CostModel {
-    /// For one machine: 5 us and 10 GB/s within a placement, 10 us and 5 GB/s between. Only ratios affect the choice.
+    /// For one machine: 5 us and 10 GB/s within a placement, 10 us and 5 GB/s across. Only ratios affect the choice.
     fn default() -> Self {
         Self {
             within: LinkCost { alpha_seconds: 5e-6, seconds_per_byte: 1e-10 },

@@ -10,10 +10,10 @@ use super::BoxingPlan;
 use super::step::{BoxingStep, GroupCall, LocalStep};
 use crate::sbp::region::{combine, copy_box, filled, slice_region};
 
-/// An element that no device has written. Data has other bits.
+/// Marks an element that no device has written. The data of tests does not contain these bits.
 const UNWRITTEN: f32 = f32::from_bits(0x7fff_ffff);
 
-/// Runs a plan on shards, by index in its placements. Also returns the bytes that each device received, by rank.
+/// Runs a plan on shards, in the order of the placement. Returns the new shards, and the bytes received, by rank.
 ///
 /// # Panics
 /// When a shard does not have the shape that its layout requires, or a step does not write a whole shard.
@@ -39,7 +39,7 @@ pub fn interpret(plan: &BoxingPlan, shards: &[HostTensor]) -> (Vec<HostTensor>, 
     (shards, bytes_received)
 }
 
-/// Runs the part of the device at `index` of the step's target placement, and counts the elements that it receives.
+/// Runs a step on the device at `index` of the target placement, and counts the elements that the device receives.
 pub(super) fn run_local(step: &BoxingStep, index: usize, shards: &[HostTensor], received: &mut usize) -> HostTensor {
     let shape = step.output_shape(index);
     let mut out = filled(&shape, shards[0].dtype(), UNWRITTEN);
@@ -103,7 +103,7 @@ fn run_collective(call: &GroupCall, inputs: &[&HostTensor], mut out: HostTensor,
             let mut seen: Vec<&Region> = Vec::new();
             let own_first = std::iter::once(own).chain((0..sources.len()).filter(|&m| m != own));
             for member in own_first {
-                // Regions are either equal or disjoint: the first holder of each sends it.
+                // Two regions are either equal or disjoint. The first holder of a region sends it.
                 let common = sources[member].intersect(&targets[own]);
                 if let Some(common) = common.filter(|_| !seen.contains(&&sources[member])) {
                     let (src, dst) = (common.relative_to(&sources[member]), common.relative_to(&targets[own]));
@@ -118,7 +118,7 @@ fn run_collective(call: &GroupCall, inputs: &[&HostTensor], mut out: HostTensor,
     }
 }
 
-/// Reduces a box of all tensors, in order.
+/// Reduces the same box of all tensors, in their order.
 fn reduce(tensors: &[&HostTensor], region: &Region, op: ReduceOp) -> HostTensor {
     let mut sum = slice_region(tensors[0], region);
     tensors[1..].iter().for_each(|t| combine(&mut sum, &slice_region(t, region), op));

@@ -1,6 +1,6 @@
-//! The search for the cheapest sequence of steps: its states are layouts on the source and target placements, its edges
-//! the steps of [`super::step`]. Dijkstra's algorithm (1959) finds the cheapest path; ties go to fewer steps, then to
-//! the layout that is listed first. `docs/adr/0023-boxing-changes-few-axes.md` says which axes a path may change.
+//! Searches for the cheapest sequence of steps. States are layouts on the source and target placements; edges are the
+//! steps of [`super::step`]. Dijkstra's algorithm (1959) finds the cheapest path; ties go to fewer steps, then to the
+//! layout that is listed first. `docs/adr/0023-boxing-changes-few-axes.md` lists the axes that may change.
 
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
@@ -12,7 +12,7 @@ use super::step::{StepKind, classify, common, elements_max};
 use crate::placement::Placement;
 use crate::sbp::{NdSbp, PlacedLayout, Sbp, local_region};
 
-/// Number of axes, or bundles of axes, of which a path may change each on its own.
+/// Number of axes, or bundles of axes, that a path may change independently of each other.
 const FREE_AXES: usize = 2;
 
 /// The steps from one layout to another.
@@ -41,9 +41,9 @@ pub(super) struct State {
 pub(super) enum Overlap {
     /// The placements are equal.
     Same,
-    /// They share no device.
+    /// The placements share no device.
     Disjoint,
-    /// For each target index, the device's index in the source placement, if it is in both.
+    /// The placements share some devices. By target index: the device's source index, if it is in both.
     Some(Vec<Option<usize>>),
 }
 
@@ -62,16 +62,16 @@ impl Overlap {
 pub(super) struct Side<'a> {
     pub shape: &'a [usize],
     pub sizes: &'a [usize],
-    /// The path's first layout, its last one, or both, as far as they are on this placement.
+    /// The path's first and last layouts, as far as they are on this placement.
     pub ends: Vec<&'a NdSbp>,
-    /// True if no other layout can be on a cheapest path.
+    /// True if a cheapest path needs no other layouts.
     only_ends: bool,
 }
 
 pub(super) struct SearchSpace<'a> {
     shape: &'a [usize],
     dtype: DType,
-    /// One placement if source and target are the same, otherwise two; with the sizes of their axes.
+    /// The source and target placements (only one if they are equal), with the sizes of their axes.
     placements: Vec<(&'a Placement, Vec<usize>)>,
     overlap: &'a Overlap,
     model: &'a CostModel,
@@ -109,8 +109,8 @@ impl<'a> SearchSpace<'a> {
         let mut states = Vec::new();
         for (side, (_, sizes)) in placements.iter().enumerate() {
             let ends = if is_same { vec![&from.sbp, &to.sbp] } else { vec![[&from.sbp, &to.sbp][side]] };
-            // Without a reduction, one step on a placement delivers to each device exactly what it lacks, and a
-            // transfer to other devices delivers the same from all layouts.
+            // Without a reduction, one step on a placement delivers exactly what each device lacks. A transfer to other
+            // devices delivers the same bytes from every layout.
             let is_direct = is_same || (side == 0 && *overlap == Overlap::Disjoint);
             let only_ends = is_direct && ends.iter().all(|end| end.partial().is_none());
             let layouts = layouts(&Side { shape, sizes, ends, only_ends });
@@ -122,7 +122,7 @@ impl<'a> SearchSpace<'a> {
         Self { shape, dtype, placements, overlap, model, states, source, target, edges_evaluated: Cell::new(0) }
     }
 
-    /// The step from one state to another, if a single step makes the change for `limit_seconds` or less.
+    /// The single step from one state to another, if it exists. `None` is possible above `limit_seconds`.
     pub fn edge(&self, from: usize, to: usize, limit_seconds: f64) -> Option<Edge> {
         let (a, b) = (&self.states[from], &self.states[to]);
         let sizes = &self.placements[a.side].1;
@@ -146,7 +146,7 @@ impl<'a> SearchSpace<'a> {
         Some(Edge { kind, axes, elements_max, cost_seconds })
     }
 
-    /// Elements that the busiest target device pulls in a transfer.
+    /// Number of elements that the busiest target device pulls in a transfer.
     fn elements_pulled_max(&self, from: &NdSbp, to: &NdSbp) -> usize {
         let (source, target) = (self.placements[0].0, self.placements[1].0);
         let region = |index| local_region(self.shape, to, target, index);
@@ -178,10 +178,10 @@ impl<'a> SearchSpace<'a> {
         Some(RouteStep { kind, from, to, axes, elements_max, cost_seconds })
     }
 
-    /// The states from source to target, both included.
+    /// The states of the cheapest path, including source and target.
     fn cheapest_path(&self) -> Option<Vec<usize>> {
         let count = self.states.len();
-        // By state: cost and number of steps so far, and the previous state.
+        // For each state: cost and number of steps so far, and the previous state.
         let mut best: Vec<Option<(f64, usize, usize)>> = vec![None; count];
         let mut done = vec![false; count];
         best[self.source] = Some((0.0, 0, self.source));
@@ -189,7 +189,7 @@ impl<'a> SearchSpace<'a> {
             let open = (0..count).filter(|&s| !done[s]).filter_map(|s| best[s].map(|b| (b.0, b.1, s)));
             let (cost, steps, state) = open.min_by(|a, b| a.0.total_cmp(&b.0).then((a.1, a.2).cmp(&(b.1, b.2))))?;
             done[state] = true;
-            // The target first: its cost bounds the other edges.
+            // The target comes first, because its cost bounds the other edges.
             let others = (0..count).filter(|&s| s != self.target && !done[s]);
             for next in std::iter::once(self.target).filter(|&s| !done[s]).chain(others.collect::<Vec<_>>()) {
                 // An edge that costs more than a known path need not be evaluated.
@@ -232,7 +232,8 @@ pub(super) fn layouts_between(side: &Side<'_>) -> Vec<NdSbp> {
     layouts
 }
 
-/// The target, and layouts in which only the axes that are `Partial` at one end have changed or have yet to change.
+/// The target, its reduced layout, and mixtures: either only axes with a `Partial` end have changed, or only the
+/// others.
 fn mixtures(from: &NdSbp, to: &NdSbp) -> Vec<NdSbp> {
     let mixed = |entry: fn(Sbp, Sbp) -> Sbp| NdSbp(from.0.iter().zip(&to.0).map(|(a, b)| entry(*a, *b)).collect());
     vec![
@@ -245,8 +246,8 @@ fn mixtures(from: &NdSbp, to: &NdSbp) -> Vec<NdSbp> {
     ]
 }
 
-/// All layouts, except that an axis is `Partial` only as at an end: any other partial terms would have to be reduced
-/// again.
+/// All layouts in which an axis is `Partial` only if it is `Partial` at an end: other terms would need another
+/// reduction.
 fn all_between(side: &Side<'_>) -> Vec<NdSbp> {
     let entries = |axis: usize| {
         let mut entries = vec![Sbp::Broadcast];
@@ -264,8 +265,8 @@ fn all_between(side: &Side<'_>) -> Vec<NdSbp> {
     combinations((0..side.sizes.len()).map(entries))
 }
 
-/// The layouts in which axes with equal entries at the first end have equal entries. Those that have terms or copies
-/// there may change, and others while less than [`FREE_AXES`] bundles do.
+/// The layouts in which only bundles change. A bundle consists of all axes with the same entry at the first end. At
+/// most [`FREE_AXES`] bundles change: first the one with terms, then the one with copies, then splits.
 fn bundled(side: &Side<'_>) -> Vec<NdSbp> {
     let end = side.ends[0];
     let entries = end.0.iter().zip(side.sizes).filter(|(entry, size)| **size > 1 || entry.is_partial());
@@ -290,7 +291,7 @@ fn bundled(side: &Side<'_>) -> Vec<NdSbp> {
     combinations(bundles.iter().map(entries)).into_iter().map(of_axes).collect()
 }
 
-/// All layouts with one of the entries of each axis, except those that mix reductions.
+/// All layouts that take one of the given entries for each axis, except those that mix reductions.
 pub(super) fn combinations(axes: impl Iterator<Item = Vec<Sbp>>) -> Vec<NdSbp> {
     let mut layouts = vec![NdSbp(Vec::new())];
     for entries in axes {

@@ -20,14 +20,14 @@ pub enum StepKind {
     ReduceScatter(ReduceOp),
     /// `Split` to `Broadcast`.
     AllGather,
-    /// Any other change among `Split` and `Broadcast`.
+    /// Any other change between layouts without `Partial`.
     AllToAll,
     /// A copy to another placement.
     Transfer,
 }
 
 impl StepKind {
-    /// Rounds of messages, each of which costs one latency. An all-reduce is a reduce-scatter and an all-gather.
+    /// Number of rounds of messages. Each costs one latency. An all-reduce is a reduce-scatter and an all-gather.
     pub fn rounds(self) -> usize {
         match self {
             Self::Slice | Self::Pad(_) => 0,
@@ -58,15 +58,15 @@ pub struct BoxingStep {
     pub shape: Vec<usize>,
     /// Type of its elements.
     pub dtype: DType,
-    /// Layout before.
+    /// Layout before the step.
     pub from: PlacedLayout,
-    /// Layout after.
+    /// Layout after the step.
     pub to: PlacedLayout,
-    /// The axes of the groups; empty for a transfer.
+    /// The axes along which the members of a group differ; empty for a transfer.
     pub axes: Vec<usize>,
     /// Elements that the busiest device of `to.placement` receives from others.
     pub elements_max: usize,
-    /// The cost by the cost model.
+    /// The cost that the cost model gives.
     pub cost_seconds: f64,
 }
 
@@ -76,11 +76,11 @@ pub struct BoxingStep {
 pub enum LocalStep {
     /// The shard is unchanged: the output may be the input's buffer.
     Keep,
-    /// Fill the output with `fill`, if given, then copy a box of the input shard to one of the output, if given.
+    /// Fill the output with `fill`, if given. Then copy the input's box to the output's box, if `copy` is given.
     Local { fill: Option<f32>, copy: Option<(Region, Region)> },
     /// Call a collective that reads the input shard and writes the output shard.
     Call(GroupCall),
-    /// Copy boxes from devices of the source placement, maybe this one; together they fill the output shard.
+    /// Copy boxes from source devices, possibly including this device. Together, the boxes fill the output shard.
     Pull(Vec<Pull>),
 }
 
@@ -91,11 +91,11 @@ pub struct GroupCall {
     pub ranks: Vec<usize>,
     /// Index of this device in `ranks`.
     pub member: usize,
-    /// The collective; its regions are relative to the tensor that the group shares.
+    /// The collective; its regions are relative to the part of the tensor that the group shares.
     pub kind: CollectiveKind,
 }
 
-/// A box that a device copies from another.
+/// A box that a device copies from a source device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pull {
     /// Rank of the source device.
@@ -136,8 +136,8 @@ pub(super) fn classify(sizes: &[usize], from: &NdSbp, to: &NdSbp) -> Option<(Ste
     Some((kind, axes))
 }
 
-/// Adds to `changed` each later axis that splits the same dim as a changed axis, in `from` or in `to`. After the change
-/// the later axis divides different parts of that dim, so elements also move between its coordinates.
+/// Returns `changed` and each later axis that splits the same dim as a changed axis, in `from` or in `to`. After the
+/// change the later axis divides different parts of that dim, so elements also move between its coordinates.
 fn add_nested_axes(changed: &[usize], from: &NdSbp, to: &NdSbp) -> Vec<usize> {
     let splits = |axis: usize, dim: usize| from.0[axis] == Sbp::Split(dim) || to.0[axis] == Sbp::Split(dim);
     let nested = |axis: usize| {
@@ -149,8 +149,8 @@ fn add_nested_axes(changed: &[usize], from: &NdSbp, to: &NdSbp) -> Vec<usize> {
     (0..from.0.len()).filter(|&a| changed.contains(&a) || nested(a)).collect()
 }
 
-/// Elements that one device of `members` receives in a collective, by its regions; formulas as in
-/// `shardflow_kernels::collective`.
+/// Number of elements that one of `members` devices receives in a collective, from the device's regions. The formulas
+/// are those of `shardflow_kernels::collective`.
 fn elements_received(kind: StepKind, (member, members): (usize, usize), before: &Region, after: &Region) -> usize {
     match kind {
         StepKind::Slice | StepKind::Pad(_) => 0,
@@ -163,7 +163,7 @@ fn elements_received(kind: StepKind, (member, members): (usize, usize), before: 
     }
 }
 
-/// Elements that the busiest device of a placement with axes of these sizes receives; `axes` are those of the groups.
+/// Number of elements that the busiest device of a placement receives. `sizes`: all its axes; `axes`: the group's axes.
 pub(super) fn elements_max(
     kind: StepKind,
     axes: &[usize],
@@ -176,7 +176,7 @@ pub(super) fn elements_max(
     }
     let members = axes.iter().map(|&axis| sizes[axis]).product();
     let mut max = 0;
-    // Of the members of a group, the first has the largest chunk.
+    // The first member of a group has the largest chunk.
     for_each_class(shape, sizes, layouts, |before, after| {
         max = max.max(elements_received(kind, (0, members), &before, &after));
     });
@@ -272,7 +272,7 @@ impl BoxingStep {
     fn call(&self, index: usize) -> GroupCall {
         let placement = &self.from.placement;
         let group = placement.group_of(index, &self.axes);
-        // The other axes determine the part of the whole tensor that a group shares.
+        // The axes outside the group determine the part of the whole tensor that the group shares.
         let mut others = self.from.sbp.clone();
         self.axes.iter().for_each(|&a| others.0[a] = Sbp::Broadcast);
         let outer = local_region(&self.shape, &others, placement, index);
@@ -303,10 +303,10 @@ impl fmt::Display for BoxingStep {
     }
 }
 
-/// The devices with the same coordinates on the axes that split the tensor: they hold the same region.
+/// The devices that hold one region. They have the same coordinates on the axes that split the tensor.
 struct Holders {
     region: Region,
-    /// Coordinates of the first of them, whose index is the least.
+    /// Coordinates of the holder with the lowest index.
     coords: Vec<usize>,
 }
 
@@ -316,14 +316,14 @@ impl Holders {
         coords.zip(&layout.sbp.0).all(|((a, b), sbp)| a == *b || sbp.split_dim().is_none())
     }
 
-    /// Their indices, in order.
+    /// The indices of the holders, in order.
     fn indices(&self, layout: &PlacedLayout) -> Vec<usize> {
         let axes: Vec<usize> = (0..self.coords.len()).filter(|&a| layout.sbp.0[a].split_dim().is_none()).collect();
         layout.placement.group_of(layout.placement.index_at(&self.coords), &axes)
     }
 }
 
-/// The holders of each region that has a part of `wanted`, in the order of their first indices.
+/// The holders of each region that overlaps `wanted`, in the order of their lowest indices.
 fn holders_of(wanted: &Region, shape: &[usize], layout: &PlacedLayout) -> Vec<Holders> {
     let mut all = vec![Holders { region: Region::whole(shape), coords: Vec::new() }];
     for (axis, sbp) in layout.placement.axes().iter().zip(&layout.sbp.0) {
@@ -349,8 +349,8 @@ fn holders_of(wanted: &Region, shape: &[usize], layout: &PlacedLayout) -> Vec<Ho
     all
 }
 
-/// The boxes that the device at `index` of the target placement pulls. Of several holders of a box, the source is the
-/// target itself, else the device at its coordinates, else the device from which the fewest elements are pulled so far.
+/// The boxes that the device at `index` of the target placement pulls. The source of a box is a holder: preferably the
+/// target itself, then the device at its coordinates, then the one with the fewest pulled elements so far.
 fn pulls(step: &BoxingStep, index: usize) -> Vec<Pull> {
     let region = step.to.region(&step.shape, index);
     let mut pulls = Vec::new();
@@ -363,7 +363,7 @@ fn pulls(step: &BoxingStep, index: usize) -> Vec<Pull> {
     pulls
 }
 
-/// The target device itself or the device at its coordinates, if it is one of the holders.
+/// The first of these that is a holder: the target device itself, the source device at the target's coordinates.
 fn preferred(step: &BoxingStep, holders: &Holders, index: usize) -> Option<usize> {
     let (source, target) = (&step.from.placement, &step.to.placement);
     let own = source.index_of(target.devices()[index]).filter(|&own| holders.contain(&step.from, own));
@@ -373,7 +373,7 @@ fn preferred(step: &BoxingStep, holders: &Holders, index: usize) -> Option<usize
     })
 }
 
-/// Repeats the choices of the earlier target devices that pull from these holders.
+/// The holder with the fewest pulled elements so far, found by repeating the choices of the earlier target devices.
 fn least_pulled(step: &BoxingStep, holders: &Holders, index: usize) -> usize {
     let indices = holders.indices(&step.from);
     let mut pulled = vec![0; indices.len()];

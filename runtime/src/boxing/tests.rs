@@ -28,17 +28,15 @@ fn layout(placement: &Placement, text: &str) -> PlacedLayout {
     PlacedLayout { placement: placement.clone(), sbp: NdSbp::parse(text).unwrap() }
 }
 
-/// All layouts of a tensor with this number of dims.
 fn all_layouts(dims: usize, axes: usize) -> Vec<NdSbp> {
     let (splits, partial) = ((0..dims).map(Sbp::Split), [ReduceOp::Sum, ReduceOp::Max].map(Sbp::Partial));
     let entries: Vec<Sbp> = std::iter::once(Sbp::Broadcast).chain(splits).chain(partial).collect();
     combinations((0..axes).map(|_| entries.clone()))
 }
 
-/// All layouts of a matrix on this placement.
 fn layouts(placement: &Placement) -> Vec<PlacedLayout> {
     let layouts = all_layouts(2, placement.axes().len());
-    // `B`, `S0`, `S1`, `P` and `Pmax` along each axis, without the mixtures of reductions.
+    // Each axis has `B`, `S0`, `S1`, `P` or `Pmax`. Layouts that mix reductions are excluded.
     assert_eq!(layouts.len(), [1, 5, 23][placement.axes().len()]);
     layouts.into_iter().map(|sbp| PlacedLayout { placement: placement.clone(), sbp }).collect()
 }
@@ -59,7 +57,7 @@ fn matrix(shape: &[usize]) -> HostTensor {
     HostTensor::f32(shape, (0..count).map(|i| (i * 7 % 31) as f32 - 11.0).collect())
 }
 
-/// Runs a layout change and compares the result with the whole tensor and the bytes with the prediction.
+/// Runs a layout change. Compares the result with the whole tensor, and the bytes with the prediction.
 fn check_exact(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout) {
     let plan = plan(shape, DType::F32, from, to, &CostModel::default()).unwrap();
     let whole = matrix(shape);
@@ -74,14 +72,14 @@ fn check_exact(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout) {
 #[test]
 fn every_layout_change_on_one_axis_is_exact() {
     for (n, m) in (1..=4).flat_map(|n| (1..=4).map(move |m| (n, m))) {
-        // The same placement (if n = m), overlapping and disjoint ones.
+        // The targets: the same placement (if n = m), an overlapping one, and a disjoint one.
         [0, 1, n].into_iter().for_each(|first| check_pairs(&line(0, n), &line(first, m), check_exact));
     }
 }
 
 #[test]
 fn every_layout_change_on_two_axes_is_exact() {
-    // The same placement, a larger one that overlaps, and a disjoint one.
+    // The targets: the same placement, a larger one that overlaps, and a disjoint one.
     for target in [grid(0, 2, 2), grid(2, 2, 3), grid(4, 2, 2)] {
         check_pairs(&grid(0, 2, 2), &target, check_exact);
     }
@@ -132,7 +130,7 @@ fn layout_changes_without_reductions_keep_every_bit() {
     }
 }
 
-/// The least cost over all simple paths of at most `steps` steps, by depth-first search with pruning by the best cost.
+/// Finds the least cost of all simple paths of at most `steps` steps by depth-first search, pruned by the best cost.
 fn exhaustive(space: &SearchSpace<'_>, path: &mut Vec<usize>, steps: usize, cost: f64, best: &mut f64) {
     let last = path[path.len() - 1];
     if last == space.target {
@@ -152,7 +150,7 @@ fn exhaustive(space: &SearchSpace<'_>, path: &mut Vec<usize>, steps: usize, cost
     }
 }
 
-/// All layouts, also those that the planner omits.
+/// All layouts, including those that the planner omits.
 fn unrestricted(side: &Side<'_>) -> Vec<NdSbp> {
     all_layouts(side.shape.len(), side.sizes.len())
 }
@@ -161,7 +159,7 @@ fn check_least(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout, model: &
     let planned = plan(shape, DType::F32, from, to, model).unwrap();
     let overlap = Overlap::of(&from.placement, &to.placement);
     let space = SearchSpace::new(shape, DType::F32, from, to, &overlap, model, unrestricted);
-    // The bound makes the search terminate. It is twice the planner's cost, so it does not hide a worse result.
+    // This bound makes the search terminate. It is twice the planner's cost, so the check fails if nothing is found.
     let mut least = planned.cost_seconds * 2.0;
     exhaustive(&space, &mut vec![space.source], steps, 0.0, &mut least);
     assert!((planned.cost_seconds - least).abs() <= 1e-9 * least, "{from} -> {to}: {planned}, least {least}");
@@ -199,7 +197,7 @@ fn no_short_path_on_a_grid_costs_less_than_the_plan() {
 #[test]
 fn a_planner_that_has_searched_before_finds_the_same_plans() {
     let place = grid(0, 2, 3);
-    // The placements after the first have equal axes, but other devices.
+    // The placements after the first have the same axes, but different devices.
     let others = [grid(0, 2, 3), grid(6, 2, 3), grid(12, 2, 3), grid(3, 2, 3)];
     for (shape, dtype) in [([5, 7], DType::F32), ([1, 2], DType::F32), ([5, 7], DType::I32)] {
         let mut planner = Planner::new(BANDWIDTH_BOUND);
@@ -268,7 +266,7 @@ fn placements() -> impl Strategy<Value = Placement> {
     (0..5_usize, prop::collection::vec(1..4_usize, 0..4)).prop_map(|(first, sizes)| {
         let names = ["a", "b", "c"];
         let axes: Vec<(&str, usize)> = names.into_iter().zip(sizes.iter().copied()).collect();
-        // Ranks in reverse, so that index and rank differ.
+        // Ranks are in reverse order, so that index and rank differ.
         let devices = (first..first + sizes.iter().product::<usize>()).rev().collect();
         Placement::of(devices, &axes).unwrap()
     })

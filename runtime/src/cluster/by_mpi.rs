@@ -1,4 +1,4 @@
-//! Collectives over MPI, which starts when a session first needs it. Needs the feature `mpi`.
+//! Collectives over MPI. The first session that needs MPI starts it. Needs the feature `mpi`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,7 @@ pub(super) fn not_built() -> ClusterError {
     ClusterError::Mpi("this program has no MPI: build it with `--features mpi`, or set the variable to `own`".into())
 }
 
-/// This process's MPI world. Sessions of a [`super::Cluster`] share it, as MPI can start only once; the last ends it.
+/// This process's MPI world. All sessions of a [`super::Cluster`] share it, because MPI can start only once.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ByMpi {
     #[cfg(feature = "mpi")]
@@ -20,7 +20,7 @@ pub(crate) struct ByMpi {
 }
 
 impl ByMpi {
-    /// Makes the engine of these groups. A collective call: all processes make it with the same groups.
+    /// Creates the engine of these groups. All processes call it with the same groups.
     #[cfg(feature = "mpi")]
     pub(crate) fn engine(
         &self,

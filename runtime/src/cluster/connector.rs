@@ -46,12 +46,12 @@ pub(crate) struct Connections {
     pub(crate) peers: Vec<PeerSpec>,
     /// The actors of processes without a connection to this one.
     pub(crate) distant: BTreeMap<ActorId, u32>,
-    /// By process: the peer on the way to it.
+    /// By rank of a process: the peer on the way to that process.
     pub(crate) hops: Vec<u32>,
 }
 
 impl Connections {
-    /// Of a process without others.
+    /// The connections of a job with a single process.
     pub(crate) fn alone(engine: Arc<dyn Collective>) -> Self {
         let (mapped, mirrors, distant) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         Self { engine, mapped, mirrors, peers: Vec::new(), distant, hops: Vec::new() }
@@ -60,10 +60,10 @@ impl Connections {
 
 #[derive(Clone)]
 pub(crate) struct Connector {
-    /// Memory of CUDA devices is never shared between processes, and the GPU engine runs their collectives.
+    /// CUDA devices never share memory between processes, and the GPU engine runs their collectives.
     pub(crate) device: DeviceKind,
     pub(crate) process_map: ProcessMap,
-    /// Control connections, and those that carry tensors of host programs, follow it.
+    /// Control connections follow this tree, as do the connections for tensors of host programs.
     pub(crate) tree: Arc<ControlTree>,
     pub(crate) roster: Arc<Roster>,
     pub(crate) listener: Arc<Listener>,
@@ -84,7 +84,7 @@ impl Connector {
         is_enabled && self.device == DeviceKind::Cpu && self.member(a).is_near(self.member(b))
     }
 
-    /// Opens the connection to a peer for a purpose. The process with the higher rank dials, the other accepts.
+    /// Opens the connection to a peer for a purpose. The process with the higher rank dials, and the other one accepts.
     pub(crate) fn connect(&self, peer: u32, purpose: Purpose) -> Result<Connection, ClusterError> {
         if self.process_map.process < peer {
             let purpose = match purpose {
@@ -164,10 +164,10 @@ impl Connector {
     }
 }
 
-/// Refuses a transport that needs Unix sockets if processes of one node cannot open each other's, as in containers with
-/// separate `/tmp`. If TCP may be used instead, returns the line that the first such process logs.
+/// Refuses a transport that needs Unix sockets if processes of one node cannot open each other's sockets, as in
+/// containers with separate `/tmp`. If TCP can replace the sockets, returns a log line for the lowest such rank.
 pub(super) fn check_near(roster: &Roster, own: u32, transport: Transport) -> Result<Option<String>, ClusterError> {
-    // If all are near the first process of their node, all are near each other.
+    // If all processes are near the first process of their node, they are near each other.
     let mut first_of: BTreeMap<&str, &Member> = BTreeMap::new();
     let mut apart: Option<(&Member, &Member)> = None;
     for member in &roster.members {
@@ -248,7 +248,7 @@ impl Connector {
         }
     }
 
-    /// Makes the channels from this process's members to the members that they exchange data with.
+    /// Opens a channel from each member in this process to each member with which it exchanges data.
     fn channels(&self, groups: &[Arc<Group>]) -> Result<BTreeMap<(u32, usize, usize), Channel>, ClusterError> {
         let own = self.process_map.own();
         let mut channels = BTreeMap::new();
@@ -273,8 +273,8 @@ impl Connector {
         Ok(channels)
     }
 
-    /// Opens a register connection to each process that registers cross to or from, and to the neighbours in the control
-    /// tree; makes a mirror of each register that is received.
+    /// Opens a register connection to each process that exchanges registers with this one, and to the neighbours in the
+    /// control tree. Allocates a mirror for each register that this process receives.
     fn peers(&self, plan: &Instance, devices: &[Device]) -> Result<(Mirrors, Vec<PeerSpec>), ClusterError> {
         let own = self.process_map.process;
         let mut memory = Mirrors::new();
@@ -312,7 +312,7 @@ impl Connector {
     }
 }
 
-/// The registers that cross between this process and another one without shared memory, see [`PeerSpec`].
+/// The registers that this process exchanges with a peer without shared memory, see [`PeerSpec`].
 #[derive(Default)]
 struct Exchanged {
     pushes: BTreeMap<RegisterId, Vec<ByteRun>>,
@@ -330,7 +330,7 @@ fn channel(connection: Connection) -> Channel {
     }
 }
 
-/// An encrypted connection as the collectives use it.
+/// Adapts an encrypted connection to the interface that collectives use.
 #[derive(Debug)]
 struct SealedConnection(Connection);
 

@@ -52,7 +52,7 @@ impl ClusterError {
             Self::Membership(error) => error.exit(),
             Self::Kernel(KernelError::OutOfMemory { .. }) => Exit::OutOfMemory,
             Self::Kernel(KernelError::Thread { .. }) => Exit::Refused,
-            // A thread cannot be started.
+            // The system cannot start a thread.
             Self::System { cause, .. } if cause.kind() == io::ErrorKind::WouldBlock => Exit::Refused,
             Self::Kernel(_) | Self::System { .. } => Exit::Internal,
         }

@@ -16,7 +16,7 @@ pub(crate) fn exit_of(failure: &Failure) -> Exit {
             PeerError::Lost { .. } | PeerError::Late { .. } => Exit::PeerUnavailable,
             PeerError::Frame(_) | PeerError::Unexpected { .. } | PeerError::Protocol(_) => Exit::Protocol,
             PeerError::Ended => Exit::Internal,
-            // Keep exit codes for which a restart cannot help: a launcher sees only the processes of its own node.
+            // Keep an exit code that a restart cannot fix: a launcher sees only the exit codes of its own node.
             PeerError::Failed { exit, .. } => match Exit::from_code(*exit) {
                 exit if exit.worth_a_retry() => Exit::PeerUnavailable,
                 exit => exit,
@@ -39,7 +39,7 @@ pub(crate) fn peer_failure(cause: &FirstCause) -> Failure {
     Failure::Peer { process: cause.process, cause: PeerError::Failed { cause: cause.cause.clone(), exit: cause.exit } }
 }
 
-/// True if a peer aborted the collective: it has reported why, or heartbeats detect its end. MPI names no peer.
+/// True if a peer aborted the collective. The peer reports why, or heartbeats detect its end. MPI names no peer.
 pub(crate) fn is_aborted_by_peer(cause: &KernelError) -> bool {
     matches!(cause, KernelError::Aborted { .. } | KernelError::Mpi { .. })
 }
@@ -53,7 +53,7 @@ pub(super) fn is_symptom(failure: &Failure) -> bool {
     }
 }
 
-/// Reports a failure of this process to the others: as a suspicion if it is a symptom, else as a cause.
+/// Reports a failure of this process to the other processes: a symptom as a suspicion, any other failure as a cause.
 pub(super) fn report_failure(membership: &Membership, process_map: &ProcessMap, failure: &Failure) {
     match failure {
         // The membership reported this failure itself.

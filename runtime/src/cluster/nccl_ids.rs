@@ -1,5 +1,5 @@
-//! Exchanges each group's `ncclUniqueId` over the control plane: its first member's process sends it to the group's
-//! others. Then all processes wait for each other.
+//! Exchanges each group's `ncclUniqueId` over the control plane. The process of a group's first member sends the id to
+//! the group's other processes. Then all processes wait for each other.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -15,16 +15,16 @@ use super::save_agreement::Received;
 use crate::process_map::ProcessMap;
 
 pub(super) const TOPIC: u16 = 2;
-/// Topic of the round that ends when all processes are here.
+/// Topic of the round that ends when all processes have joined it.
 const ROUND_TOPIC: u16 = 8;
 
-/// Interval at which a wait for all checks whether the session has ended.
+/// Interval at which [`wait_for_all`] checks whether the session has ended.
 const CHECK_EVERY: Duration = Duration::from_millis(100);
 
 /// Bytes of a group's number and id in a message.
 const ENTRY_BYTES: usize = 4 + 128;
 
-/// The ids of these groups: all of a plan with several members. A collective call that each process makes once.
+/// Returns the ids of these groups: all groups with several members. All processes call it, exactly once.
 pub(super) fn exchange(
     groups: &[Arc<Group>],
     process_map: &ProcessMap,
@@ -66,7 +66,7 @@ pub(super) fn exchange(
             }
         }
     }
-    // NCCL has its own timeout, so none may join before all are here.
+    // NCCL has its own timeout, so no process may join a group before all processes are ready.
     wait_for_all(membership, deadline).map_err(aborted)?;
     if let Some(missing) = own_groups.iter().find(|group| !ids.contains_key(&group.id)) {
         return Err(aborted(format!("rank {} sent no NCCL id for group {}", creator(missing), missing.id)));
@@ -75,7 +75,7 @@ pub(super) fn exchange(
     Ok(groups.iter().map(|group| ids.get(&group.id).copied().unwrap_or(UniqueId([0; 128]))).collect())
 }
 
-/// Waits until all processes have called this.
+/// Waits until all processes have called this function.
 fn wait_for_all(membership: &Membership, deadline: Instant) -> Result<(), String> {
     let results = membership.reduce(ROUND_TOPIC, &[].into(), Vec::new()).map_err(|error| error.to_string())?;
     loop {

@@ -1,4 +1,4 @@
-//! Agreement of a session's processes on checkpoints, over the control plane, from the saver's thread during training.
+//! Agreement of a session's processes on checkpoints over the control plane. The saver's thread runs it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,10 +15,10 @@ use crate::process_map::ProcessMap;
 
 pub(super) const TOPIC: u16 = 1;
 
-/// Smallest timeout of a wait for another process to write its part; the watchdog may allow more.
+/// Minimum timeout of a wait for another process that writes its part. The watchdog may allow more.
 const WAIT_MIN: Duration = Duration::from_secs(600);
 
-/// Messages of later phases that are kept. Saves run one after the other, so a peer is at most one save ahead.
+/// Maximum number of early messages kept. Saves run one after the other, so a peer is at most one save ahead.
 const EARLY_MAX: usize = 1 << 14;
 
 const REASON_CHARS_MAX: usize = 1000;
@@ -76,7 +76,7 @@ impl ClusterAgreement {
         let truncate = |reason: String| reason.chars().take(REASON_CHARS_MAX).collect();
         let result = result.map_err(|(process, reason)| (process, truncate(reason)));
         let payload = Payload { save, phase, result };
-        // Plain data, so encoding does not fail; if it did, the peer would reject the empty message.
+        // Encoding plain data does not fail. If it did, the peer would reject the empty message.
         serde_json::to_vec(&payload).unwrap_or_default()
     }
 
@@ -147,7 +147,7 @@ mod tests {
     const SAMPLE: &[u8] = br#"{"epoch":1,"step":2,"attempt":0,"phase":"Written","result":{"Err":[1,"a full disk"]}}"#;
 
     proptest! {
-        /// A peer's message is rejected or has one meaning.
+        /// A changed message is rejected, or its payload is the same after another encoding and decoding.
         #[test]
         fn changed_messages_are_decoded_or_rejected(
             at in 0..SAMPLE.len(), bytes in prop::collection::vec(any::<u8>(), 0..8),

@@ -42,7 +42,7 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A running session's connection to the other processes.
 pub(crate) struct World {
     pub(crate) process_map: ProcessMap,
-    /// With the deadline of the join.
+    /// Its deadline is the deadline of the join.
     connector: Connector,
     pub(crate) membership: Arc<Membership>,
     monitor: Arc<Monitor>,
@@ -59,13 +59,13 @@ pub struct PeerState {
     pub pid: u32,
     /// True if it runs on the same machine as this process.
     pub is_on_this_node: bool,
-    /// Time since its last heartbeat; `None` if it has ended normally.
+    /// Time since the last heartbeat of the process; `None` if the process has ended normally.
     pub silent: Option<Duration>,
 }
 
-/// Topic of the control plane on which neighbours in the control tree report who is busy on their side.
+/// Control-plane topic on which neighbours in the control tree report the busy processes on their side.
 const ACTIVITY_TOPIC: u16 = 3;
-/// Longest interval between these reports while there are changes.
+/// Longest interval between two such reports while activities change.
 const ACTIVITY_EVERY: Duration = Duration::from_millis(250);
 /// The activity of a process that waits for others.
 pub(crate) const WAITING: &str = "";
@@ -86,18 +86,18 @@ struct Monitor {
 struct State {
     /// The first cause that the processes agreed on, once the session has ended.
     cause: Option<FirstCause>,
-    /// Peers that have left in order.
+    /// Peers that have left normally.
     left: Vec<u32>,
     control: Option<Control>,
-    /// What this process does, and the busy ones that neighbours have reported; each with its start.
+    /// By rank: the activity of this process and of busy processes that neighbours have reported, each with its start.
     activities: BTreeMap<u32, (String, Instant)>,
-    /// By neighbour: the last reports from it and to it.
+    /// By neighbour: the ranks in its last report (`heard`), and the last report sent to it (`reported`).
     heard: BTreeMap<u32, Vec<u32>>,
     reported: BTreeMap<u32, Vec<(u32, String, Instant)>>,
 }
 
 impl State {
-    /// A log line with the busy processes, if at `now` `own` has waited for at least `wait_min`.
+    /// Returns a log line with the busy processes, if process `own` has waited for at least `wait_min`.
     fn slow_peers(&self, own: u32, wait_min: Duration, now: Instant) -> Option<String> {
         let is_long = |since: &Instant| now.saturating_duration_since(*since) >= wait_min;
         let waits = self.activities.get(&own).is_some_and(|(activity, since)| activity == WAITING && is_long(since));
@@ -110,8 +110,8 @@ impl State {
         (waits && !entries.is_empty()).then(|| format!("waiting for {}", entries.join("; for ")))
     }
 
-    /// The reports to neighbours whose content has changed: the processes on this side that have been busy for longest.
-    /// So each process knows some of the slowest ones, and a report does not grow with the world.
+    /// The reports to neighbours that have changed since the last call. A report lists the processes on this side that
+    /// have been busy for longest. Each process thus knows some of the slowest ones, and reports have a bounded size.
     fn activity_reports(&mut self, own: u32, tree: &ControlTree, now: Instant) -> Vec<(u32, Vec<u8>)> {
         let mut reports = Vec::new();
         for neighbour in tree.neighbours(own) {
@@ -133,7 +133,7 @@ impl State {
         reports
     }
 
-    /// Replaces what a neighbour has reported before.
+    /// Replaces a neighbour's earlier report by a new one.
     fn record_activities(&mut self, from: u32, bytes: &[u8], now: Instant) {
         let text = String::from_utf8_lossy(bytes);
         let entry = |line: &str| {
@@ -188,7 +188,7 @@ impl Monitor {
                     }
                     MembershipEvent::Message { topic, from, bytes } => {
                         if let Some((_, queue)) = queues.iter().find(|(of, _)| *of == topic) {
-                            // A full queue drops the message; its receiver then reaches its deadline.
+                            // A full queue drops the message. Its receiver then reaches the deadline.
                             drop(queue.try_send(Received { from, bytes }));
                         }
                     }
@@ -228,7 +228,7 @@ impl Monitor {
         }
     }
 
-    /// Sets the running session's control, and applies the departures and the end that were recorded before.
+    /// Sets the running session's control, and applies departures and an end that came earlier.
     fn attach(&self, control: Control) {
         let mut state = self.state.lock();
         state.control = Some(control.clone());
@@ -240,8 +240,8 @@ impl Monitor {
 }
 
 impl World {
-    /// Meets the other processes; `None` for a single process. `facts` are the values that must be equal on all
-    /// processes, besides the build; `memory` may differ. Later waits for live processes last up to `wait_max`.
+    /// Joins the other processes; `None` for a single process. `facts` are the values other than the build that must be
+    /// equal on all processes; `memory` may differ. Later waits for live processes last up to `wait_max`.
     pub(crate) fn join(
         plan: &Instance,
         cluster: &Cluster,
@@ -279,7 +279,7 @@ impl World {
             pipes: Pipes::new(),
         };
         let membership = Arc::new(start_membership(&connector, heartbeat, wait_max)?);
-        // From here on heartbeats detect lost processes.
+        // From here on, heartbeats detect lost processes, so waits may be longer.
         connector.options.connect_within = wait_max.max(connector.options.connect_within);
         let (to_agreement, messages) = bounded(QUEUE_MAX);
         let agreement = ClusterAgreement::new(process_map, membership.clone(), messages, wait_max).into();
@@ -292,12 +292,12 @@ impl World {
         Ok(Some(Self { process_map, connector, membership, monitor, agreement, ids }))
     }
 
-    /// Publishes this process's activity to the others. While it is [`WAITING`], the monitor logs theirs at intervals.
+    /// Publishes this process's activity. While it is [`WAITING`], the monitor logs the other processes' activities.
     pub(crate) fn doing(&self, activity: &str) {
         self.monitor.state.lock().activities.insert(self.process_map.process, (activity.into(), Instant::now()));
     }
 
-    /// The neighbour in the control tree on the way to a process; the process itself if it is this one.
+    /// The neighbour in the control tree on the way to a process. For this process, its own rank.
     pub(crate) fn hop(&self, process: u32) -> u32 {
         self.connector.tree.next_hop(self.process_map.process, process).unwrap_or(process)
     }
@@ -316,7 +316,7 @@ impl World {
         &self.member(process).cores
     }
 
-    /// What each process has published about its memory, by rank.
+    /// The memory claim of each process, by rank.
     pub(crate) fn memory_claims(&self) -> Vec<MemoryClaim> {
         (0..self.process_map.processes).map(|process| self.member(process).memory.clone()).collect()
     }
@@ -336,7 +336,7 @@ impl World {
         self.process_map.peers().any(|process| self.connector.shares_memory(own, process))
     }
 
-    /// Adds the mirrors that the processes of this node will allocate to the plan's memory, and checks its budget.
+    /// Adds the mirrors of this node's processes to the memory of the plan, and checks the plan's budget.
     pub(crate) fn count_mirrors(&self, plan: &mut Instance) -> Result<(), PlanError> {
         let here: BTreeSet<u32> = self.here().into_iter().collect();
         let crossings = self.process_map.crossings(plan).into_iter().filter(|crossing| here.contains(&crossing.to));
@@ -346,12 +346,12 @@ impl World {
         plan.check_memory()
     }
 
-    /// True if registers between GPUs use pipes instead of the connections.
+    /// True if registers between GPUs of different processes use NCCL pipes instead of connections.
     pub(crate) fn takes_pipes(&self) -> bool {
         matches!(self.connector.options.transport, Transport::Auto | Transport::SharedMemory)
     }
 
-    /// Returns each group's `ncclUniqueId`. A collective call.
+    /// Returns each group's `ncclUniqueId`. All processes call it.
     pub(crate) fn nccl_ids(&self, groups: &[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError> {
         let deadline = Instant::now() + self.connector.options.connect_within;
         nccl_ids::exchange(groups, &self.process_map, &self.membership, &self.ids, deadline)
@@ -365,12 +365,12 @@ impl World {
         self.monitor.attach(control);
     }
 
-    /// The cause of the session's end after a failure here: the first cause of all processes, if it arrives in time.
+    /// Returns why the session ended after a failure here: the first cause of all processes, if it comes in time.
     pub(crate) fn settle(&self, failure: Failure) -> Failure {
         match self.wait_for_cause() {
-            // If this process failed first, its own failure has more detail. The cause explains a symptom.
+            // A cause from another process explains this failure, and any cause explains a symptom.
             Some(cause) if cause.process != self.process_map.process || is_symptom(&failure) => peer_failure(&cause),
-            // A symptom without another cause is kept.
+            // Else this process failed first, or no cause arrived. Its own failure has the most detail.
             _ => attribute_to_peer(failure, &self.process_map),
         }
     }
@@ -511,7 +511,7 @@ mod tests {
 
     #[test]
     fn busy_processes_are_known_across_the_control_tree() {
-        // Rank 0 and 2 are leaders; 1 is below 0, and 3 below 2.
+        // Ranks 0 and 2 are leaders. Rank 1 is below rank 0, and rank 3 is below rank 2.
         let tree = ControlTree::new(&["a", "a", "b", "b"]);
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
@@ -535,7 +535,7 @@ mod tests {
         for (own, state) in (0..).zip(&states).filter(|(own, _)| *own != 1) {
             assert_eq!(line(state, own).as_deref(), Some("waiting for rank 1, which has been loading for 8 s"));
         }
-        // It waits too: nobody is busy any more.
+        // Rank 1 now also waits, so no rank is busy.
         states[1].activities.insert(1, (WAITING.into(), at(10)));
         let reports = (0..3).map(|round| exchange(&mut states, at(11 + round))).sum::<usize>();
         assert_eq!(reports, 3);

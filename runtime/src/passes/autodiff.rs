@@ -8,8 +8,8 @@ use shardflow_kernels::op::{Einsum, Op};
 
 use crate::graph::{Graph, Node, NodeOp, Var, ops};
 
-/// Returns the contributions to the gradient of `loss` for each parameter that it depends on: one for each use of the
-/// parameter, in reverse program order, of one micro-batch and not yet accumulated.
+/// Adds the backward nodes. Returns the contributions to each parameter's gradient: one for each use of the parameter,
+/// in reverse program order. A contribution is of one micro-batch, and not yet accumulated.
 pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Vec<Var>> {
     let needed = needs_gradient(graph);
     let mut grads = Gradients::default();
@@ -36,7 +36,7 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Vec<Var>> {
         }
     }
     graph.role = Role::Forward;
-    // What is left belongs to tensors without a backward: parameters and inputs.
+    // The remaining gradients belong to tensors without a backward: parameters and inputs.
     grads.0.retain(|var, _| matches!(graph.producer(*var).op, NodeOp::Parameter { .. }));
     grads.0
 }
@@ -61,7 +61,7 @@ impl Gradients {
         self.0.entry(of).or_default().push(part);
     }
 
-    /// The sum of all contributions. Those of one placement are added there, so that only one tensor is transferred.
+    /// The sum of all contributions. Contributions on one placement are added there, so only their sum is transferred.
     fn total(&mut self, graph: &mut Graph, of: Var) -> Option<Var> {
         let parts = self.0.remove(&of)?;
         let mut by_placement: Vec<(usize, Var)> = Vec::new();
@@ -85,7 +85,7 @@ impl Gradients {
     }
 }
 
-/// Gradients of a node's inputs from those of its outputs.
+/// Returns the gradients of a node's inputs, given the gradients of its outputs.
 fn node_backward(graph: &mut Graph, node: &Node, grads: &[Option<Var>]) -> Vec<(Var, Var)> {
     let name = format!("{}_grad", node.name);
     let inputs = &node.inputs;
@@ -101,7 +101,7 @@ fn node_backward(graph: &mut Graph, node: &Node, grads: &[Option<Var>]) -> Vec<(
         }
         return inputs.iter().zip(parts).filter_map(|(i, g)| g.map(|g| (*i, g))).collect();
     }
-    // Every op below needs the gradient of its first output only.
+    // Every op below needs only the gradient of its first output.
     let Some(dy) = grads[0] else { return Vec::new() };
     match &node.op {
         // A layout change passes the gradient through; the layout pass chooses the gradient's layout by cost.
@@ -140,7 +140,7 @@ fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str)
             vec![(inputs[0], dy), (inputs[1], db)]
         }
         Op::Einsum(e) => {
-            // d/da of a,b->out is out,b->a; likewise for b.
+            // The gradient of `a,b->out` with respect to `a` is `out,b->a`, and with respect to `b` it is `out,a->b`.
             let for_a = Einsum { a: e.out.clone(), b: e.b.clone(), out: e.a.clone() };
             let for_b = Einsum { a: e.out.clone(), b: e.a.clone(), out: e.b.clone() };
             let da = graph.kernel(name, Op::Einsum(for_a), &[dy, inputs[1]])[0];
@@ -167,7 +167,7 @@ fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str)
         }
         Op::Dropout { .. } => vec![(inputs[0], graph.kernel(name, op.clone(), &[dy, inputs[1]])[0])],
         Op::TokenLoss { scale } => {
-            // The gradient of the whole cross-entropy goes directly to the logits, past the intermediate sums.
+            // One kernel computes the gradient of the whole cross-entropy, without the intermediate sums.
             let stats = graph.producer(inputs[1]).clone();
             let op = Op::CrossEntropyGrad { vocab_start: 0, scale: *scale };
             let args = [dy, stats.inputs[0], inputs[0], inputs[1], stats.inputs[2]];

@@ -1,5 +1,5 @@
-//! Inserts a node for every layout or placement change: where a node requires an input in another layout, the steps of
-//! the cheapest boxing plan. Existing versions of a tensor are reused.
+//! Inserts nodes for layout and placement changes. If a node requires an input in another layout, the pass inserts the
+//! steps of the cheapest boxing plan. Existing versions of a tensor are reused.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,15 +15,15 @@ use crate::sbp::{NdSbp, PlacedLayout};
 /// The treatment of forward layout changes that the user did not write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Boxing {
-    /// They are inserted, and `explain` lists them.
+    /// The pass inserts them, and `explain` lists them.
     #[default]
     Automatic,
-    /// They are errors, except reductions of partial sums, which a row-parallel layout implies.
+    /// They are errors, except slices, transfers, and reductions of partial terms (which row-parallel layouts imply).
     Explicit,
 }
 
-/// Inserts the steps. Requires a layout for every tensor and a signature for every kernel. Records an error in the
-/// graph where no sequence of collectives makes the change, or `mode` forbids it.
+/// Inserts the steps. Every tensor must have a layout, and every kernel a signature. Records an error in the graph
+/// where no sequence of collectives makes a change, or where `mode` forbids it.
 pub fn insert(graph: &mut Graph, planner: &mut Planner, mode: Boxing) {
     let mut pass = BoxingPass { planner, mode, graph, rebuilt: Vec::new(), versions: BTreeMap::new() };
     for index in 0..pass.graph.nodes.len() {
@@ -63,7 +63,7 @@ struct BoxingPass<'a> {
     mode: Boxing,
     graph: &'a mut Graph,
     rebuilt: Vec<Node>,
-    /// The versions of each original tensor; the first is the original.
+    /// The versions of each original tensor. The first version is the original.
     versions: BTreeMap<Var, Vec<Var>>,
 }
 
@@ -78,7 +78,7 @@ impl BoxingPass<'_> {
         PlacedLayout { placement, sbp: self.graph.layout(var).clone() }
     }
 
-    /// The version of `var` in this layout; created for `reader` if it does not exist.
+    /// Returns the version of `var` in this layout. If it does not exist, adds the steps that make it, for `reader`.
     fn version(&mut self, var: Var, required: &PlacedLayout, reader: &Node) -> Result<Var, String> {
         let versions = self.versions.entry(var).or_insert_with(|| vec![var]).clone();
         if let Some(found) = versions.iter().find(|v| self.layout(**v) == *required) {
@@ -133,7 +133,7 @@ impl BoxingPass<'_> {
         let placement = placement.expect("a step starts and ends on placements of the graph");
         let layout = Some(step.to.sbp.clone());
         let name = info.name.clone();
-        // A parameter that is converted in a micro-batch is converted again in the next.
+        // A parameter that is converted in one micro-batch is converted again in the next one.
         let info = TensorInfo { layout, rate, saved_shape: None, ..info.clone() };
         let out = self.graph.new_tensor(info, reader.location);
         let node = Node::between(name, NodeOp::Boxing(Arc::new(step)), (input, out), placement, reader);

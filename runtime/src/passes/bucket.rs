@@ -1,4 +1,4 @@
-//! Combines all-reduces of gradients into buckets: single calls on the communication stream, while backward continues.
+//! Combines all-reduces of gradients into buckets. A bucket is one call on the communication stream, beside backward.
 //!
 //! Li et al. 2020, <https://arxiv.org/abs/2006.15704>, section 3.2.
 
@@ -24,7 +24,7 @@ struct Bucket {
 
 /// Replaces the all-reduces of accumulated gradients by buckets of about `bucket_bytes` on each device. An all-reduce
 /// qualifies if it is the gradient's only reader. A bucket combines all-reduces of one placement over the same axes, in
-/// the order of their gradients in backward.
+/// the order in which backward computes the gradients.
 pub fn gather(graph: &mut Graph, bucket_bytes: usize) {
     let mut readers: BTreeMap<Var, usize> = BTreeMap::new();
     for input in graph.nodes.iter().flat_map(|n| &n.inputs) {
@@ -33,7 +33,7 @@ pub fn gather(graph: &mut Graph, bucket_bytes: usize) {
     let mut buckets: Vec<Bucket> = Vec::new();
     let mut candidates: Vec<usize> =
         (0..graph.nodes.len()).filter(|i| can_bucket(graph, &graph.nodes[*i], &readers)).collect();
-    // Gradients are numbered in the order of backward.
+    // Gradients are numbered in the order in which backward computes them.
     candidates.sort_by_key(|i| graph.nodes[*i].inputs[0]);
     for index in candidates {
         let node = &graph.nodes[index];

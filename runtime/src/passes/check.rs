@@ -68,7 +68,7 @@ fn unused(graph: &Graph) -> Vec<(&'static str, String, SourceLine)> {
     unused.filter_map(|(node, _)| Some((kind(&node.op)?, node.name.clone(), node.location))).collect()
 }
 
-/// Refuses a loss that depends on no parameter, and so has no entry in `grads`.
+/// Refuses a loss that depends on no parameter: `grads` is then empty.
 pub fn trained(graph: &mut Graph, grads: &BTreeMap<Var, Vec<Var>>) {
     if let Some(objective) = graph.objective
         && grads.is_empty()

@@ -1,12 +1,12 @@
-//! Chooses a signature for every kernel, and so a layout for every tensor, by cost: formulates the graph as a
-//! [`Problem`] of `sbp::choose` and writes the solution into the graph.
+//! Chooses a signature for every kernel by cost, which gives every tensor a layout. The pass formulates the graph as a
+//! [`Problem`] of `sbp::choose`, and writes the solution into the graph.
 //!
 //! The user's layouts restrict the choice:
 //! - LAY-1: parameters and inputs are read in their given layout;
-//! - LAY-2: a split comes from a split. A kernel may split a factor over an axis only if one of its inputs can have
-//!   that split, because a parameter, an input or a `relayout` has it, or if it makes the parts from whole inputs;
-//! - LAY-3: a tensor that can only be split stays split for a kernel that can work on its parts;
-//! - LAY-4: terms come from terms. A kernel may read terms along an axis only if one of its inputs can be terms there.
+//! - LAY-2: a split comes from a split. A kernel may read split inputs only if one of them can have that split; the
+//!   first splits come from parameters, inputs and `relayout`s. A kernel may also make parts from whole inputs;
+//! - LAY-3: if a tensor can only be split, a kernel that can work on its parts reads it split;
+//! - LAY-4: terms (`Partial`) come from terms. A kernel may read terms along an axis only if an input can have them.
 //!
 //! Cost decides among the remaining candidates. Without these rules, cost would gather weights or introduce sequence
 //! parallelism on small models, and the program would not show what runs.
@@ -71,7 +71,7 @@ fn error_location(graph: &Graph, error: &LayoutError) -> SourceLine {
     found.or(graph.nodes.first()).map_or(Location::caller(), |n| n.location)
 }
 
-/// Sets the layouts of the tensors that norm and update make; they are not chosen.
+/// Sets the layouts of the tensors that norm and update make. The search does not choose these.
 fn set_update_layouts(graph: &mut Graph) {
     for index in 0..graph.nodes.len() {
         let node = graph.nodes[index].clone();
@@ -120,7 +120,7 @@ fn tensors(graph: &Graph) -> Vec<TensorSpec> {
     (0..graph.tensors.len()).map(spec).collect()
 }
 
-/// The tensor itself, or the input of its accumulation.
+/// The tensor itself; for an accumulated sum, the input of the accumulation.
 fn source(graph: &Graph, var: Var) -> Var {
     let node = graph.producer(var);
     if matches!(node.op, NodeOp::Accumulate) { node.inputs[0] } else { var }
@@ -146,7 +146,7 @@ fn spec(
             let (name, placement) = (node.name.clone(), placement.clone());
             return Ok(Some(NodeSpec { name, placement, inputs, outputs: Vec::new(), candidates }));
         }
-        // Only sums of the uses of a shared parameter have a choice.
+        // Of the kernels that run once per step, only sums over uses of a shared parameter have a choice.
         NodeOp::Kernel(op) if node.rate == Rate::Step && !matches!(op, Op::Add) => return Ok(None),
         NodeOp::Kernel(Op::SumLeading) => ops::sum_leading(shapes[0].len(), graph.shape(node.outputs[0]).len())?,
         NodeOp::Kernel(op @ Op::EmbeddingGrad { .. }) => {
@@ -169,7 +169,7 @@ fn spec(
     if node.rate == Rate::MicroBatch {
         signatures = NdSignature::combinations(&splits.restricted(graph, node, &spec, &by_axis), counts);
     }
-    // If the op cannot read a parameter in its given layout, all candidates stay; `explain` lists the change.
+    // If the rules allow no candidate (the op cannot read a parameter as given), all stay; `explain` lists the change.
     if signatures.is_empty() {
         signatures = NdSignature::combinations(&by_axis, counts);
     }
@@ -180,7 +180,7 @@ fn spec(
     Ok(Some(spec))
 }
 
-/// The rule's signatures along each axis. Along axes of size 1, where all entries are equivalent, only `Broadcast`.
+/// The rule's signatures along each axis. An axis of size 1 has only `Broadcast`, as all its entries are equivalent.
 fn signatures_by_axis(node: &Node, rule: &Rule, spec: &NodeSpec, tensors: &[TensorSpec]) -> Vec<Vec<Signature<Sbp>>> {
     let all = rule.signatures_1d();
     let along = |(axis, size): (usize, usize)| {
@@ -270,7 +270,7 @@ impl Splits {
         })
     }
 
-    /// LAY-4: false if a signature reads terms along the axis and no input can be terms.
+    /// LAY-4: false if a signature reads terms along the axis and no input can have terms.
     fn term_exists(&self, spec: &NodeSpec, signature: &Signature<Sbp>, axis: usize) -> bool {
         let inputs = spec.inputs.iter().zip(&signature.inputs);
         let mut inputs = inputs.filter(|(_, required)| required.is_partial()).peekable();
@@ -284,7 +284,7 @@ fn whole_seconds(graph: &Graph, node: &Node) -> f64 {
     let bytes: f64 = node.inputs.iter().chain(&node.outputs).map(elements).sum::<f64>() * 4.0;
     let flops = match &node.op {
         NodeOp::Kernel(Op::Einsum(e)) => {
-            // 2 times the extents of all indices: those of the output, and those that are summed.
+            // Twice the product of the extents of all indices: those of the output, and the summed ones.
             let a = graph.shape(node.inputs[0]);
             let summed = e.a.chars().zip(a).filter(|(letter, _)| !e.out.contains(*letter)).map(|(_, n)| *n as f64);
             2.0 * elements(&node.outputs[0]) * summed.product::<f64>()

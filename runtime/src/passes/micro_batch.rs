@@ -1,5 +1,6 @@
-//! Divides the batch into micro-batches. Each forward tensor gets the shape of one, and its layout along all, the loop
-//! SBP, which determines an element's index in the step's whole tensor (for dropout) and how outputs are combined.
+//! Divides the batch into micro-batches. Each forward tensor gets its shape in one micro-batch, and a loop SBP: its
+//! layout along all micro-batches. The loop SBP determines an element's index in the whole tensor (for dropout), and
+//! how outputs are combined.
 
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::Op;
@@ -14,8 +15,8 @@ use crate::sbp::rule::Rule;
 /// A tensor's shape in one micro-batch, and its loop SBP.
 type Part = (Vec<usize>, Option<Sbp>);
 
-/// Turns the graph of a step into that of one of `count` micro-batches. Records an error for each input whose batch is
-/// not divisible by `count`, and for each op, loss and output whose value would depend on `count`.
+/// Turns the graph of a step into the graph of one of `count` micro-batches. Records an error for each input whose
+/// batch is not divisible by `count`, and for each op, loss and output whose value would depend on `count`.
 pub fn divide(graph: &mut Graph, count: usize) {
     for index in 0..graph.nodes.len() {
         let node = graph.nodes[index].clone();
@@ -69,7 +70,7 @@ fn divide_input(graph: &Graph, node: &Node, count: usize) -> Result<Part, String
     Ok((shape, *loop_sbp))
 }
 
-/// The outputs' shapes and loop SBPs of an op, given those of its inputs.
+/// The shapes and loop SBPs of an op's outputs, given those of its inputs.
 fn infer_outputs(
     graph: &Graph,
     inputs: &[Var],
@@ -91,7 +92,7 @@ fn infer_outputs(
     Ok(shapes.into_iter().enumerate().map(|(port, shape)| (shape, layout(port))).collect())
 }
 
-/// Sets a dropout's shape in the whole step and the offset from one micro-batch to the next, which determine its mask.
+/// Sets what determines a dropout's mask: its shape in the whole step, and the offset from one micro-batch to the next.
 fn set_dropout_position(graph: &mut Graph, index: usize, parts: &[Part], count: usize) -> Result<(), String> {
     let node = &graph.nodes[index];
     // At this point, the output's shape is still that of the whole step.
@@ -117,7 +118,7 @@ fn set_dropout_position(graph: &mut Graph, index: usize, parts: &[Part], count: 
     Ok(())
 }
 
-/// Records an error unless the loss is a sum over the micro-batches, because gradients are summed over them.
+/// Records an error if the loss is not a sum over the micro-batches, because gradients are summed over them.
 fn check_loss(graph: &mut Graph, count: usize) {
     let Some(Objective { loss, .. }) = graph.objective else { return };
     let info = graph.tensor(loss);
@@ -138,7 +139,7 @@ fn check_loss(graph: &mut Graph, count: usize) {
     graph.error("minimize", message, location);
 }
 
-/// Sets how each output's values are combined, unless the user did.
+/// Sets how the values of an output are combined, if the user did not.
 fn set_output_combines(graph: &mut Graph, count: usize) {
     let loss = graph.objective.map(|objective| objective.loss);
     for index in 0..graph.outputs.len() {

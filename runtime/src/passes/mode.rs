@@ -1,4 +1,4 @@
-//! Applies the mode, training or evaluation: in evaluation dropout is the identity and nothing is trained.
+//! Applies the mode, training or evaluation. In evaluation, dropout is the identity and nothing is trained.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ pub enum Mode {
     Evaluation,
 }
 
-/// Applies the mode. With `None`, a program that minimises a loss trains; in any other program, dropout is an error.
+/// Applies the mode. With `None`, a program with a loss to minimise trains; in any other program, dropout is an error.
 pub fn apply(graph: &mut Graph, mode: Option<Mode>) {
     match mode {
         Some(Mode::Training) => {}
@@ -40,7 +40,7 @@ fn is_dropout(node: &Node) -> bool {
 /// Rebuilds the graph without dropout and its `rng` inputs; readers of a dropout's output read its input instead.
 fn remove_dropout(graph: &mut Graph) {
     let (nodes, tensors) = (std::mem::take(&mut graph.nodes), graph.take_tensors());
-    // The replacement of each tensor; `rng` inputs have no reader left.
+    // The new tensor for each old one. `rng` inputs need none, because nothing reads them any more.
     let mut replacement: BTreeMap<Var, Var> = BTreeMap::new();
     for mut node in nodes {
         if is_dropout(&node) {

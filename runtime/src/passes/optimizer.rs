@@ -28,7 +28,7 @@ pub fn accumulate(graph: &mut Graph, var: Var) -> Var {
 pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Vec<Var>>, adamw: AdamW) {
     let parameters = graph.parameters();
     let index_of: BTreeMap<Var, usize> = parameters.iter().enumerate().map(|(i, p)| (*p, i)).collect();
-    // In the order in which backward computes them.
+    // The uses, in the order in which backward computes their gradients.
     let mut uses: Vec<(Var, Var)> = grads.iter().flat_map(|(p, uses)| uses.iter().map(|use_| (*p, *use_))).collect();
     uses.sort_by_key(|(_, use_)| *use_);
     let sums: Vec<(Var, Var)> = uses.into_iter().map(|(p, use_)| (p, accumulate(graph, use_))).collect();
@@ -62,8 +62,8 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Vec<Var>>, adamw: Ada
     (graph.role, graph.rate) = (Role::Forward, Rate::MicroBatch);
 }
 
-/// Adds the sums of a parameter's uses, in their order, on the parameter's placement: only once per step does the
-/// gradient of a shared parameter cross placements.
+/// Adds the sums of a parameter's uses, in their order, on the parameter's placement. So the gradient of a shared
+/// parameter crosses placements only once per step.
 fn add_uses(graph: &mut Graph, sums: Vec<(Var, Var)>) -> Vec<(Var, Var)> {
     let mut totals: Vec<(Var, Var)> = Vec::new();
     for (parameter, sum) in sums {
@@ -96,13 +96,13 @@ fn norm_total(graph: &mut Graph, sums: &[Var], parameters: usize) -> Var {
     graph.layer(graph.producer(sums[0]).location, |graph| graph.push("norm_total", NodeOp::NormTotal, sums, &output))[0]
 }
 
-/// The layout of `NormSums`: each device contributes the gradient parts of which it holds the first copy.
+/// The layout of `NormSums`. Each device contributes the gradient parts whose first copy it holds.
 pub fn owner_sums(placement: &Placement) -> NdSbp {
     let partial = |axis: &Axis| if axis.size > 1 { Sbp::Partial(ReduceOp::Sum) } else { Sbp::Broadcast };
     NdSbp(placement.axes().iter().map(partial).collect())
 }
 
-/// `total`: the norm's, if gradients are clipped.
+/// Adds the updates of one placement. `total` is the output of `NormTotal`, if gradients are clipped.
 fn update_placement(graph: &mut Graph, total: Option<Var>, parameters: &[(Var, Var)], adamw: AdamW) {
     let hyper = graph.source(HYPER_INPUT, NodeOp::Input, &[2], DType::F32, Rate::Step, Layout::broadcast());
     let scalar = (Vec::new(), DType::F32, Rate::Step);

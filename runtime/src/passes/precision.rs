@@ -1,6 +1,6 @@
-//! Stores activations and their gradients in bf16 where all their readers accept it: products, attention and
-//! elementwise ops then read and write bf16 and compute in f32. Parameters, their accumulated gradients, statistics,
-//! scalars, the update and everything that a collective moves stay in f32; readers that need bf16 get a cast. A
+//! Stores activations and their gradients in bf16 where all their readers accept bf16. Products, attention and
+//! elementwise ops then read and write bf16, and compute in f32. Parameters, their accumulated gradients, statistics,
+//! scalars, the update and everything that a collective moves stay in f32. Readers that need bf16 get a cast. A
 //! parameter that is read on its own placement gets a bf16 copy instead, which the update refreshes once per step.
 //!
 //! Mixed precision of Micikevicius et al. 2018, <https://arxiv.org/abs/1710.03740>. The range of bf16 makes loss
@@ -26,7 +26,7 @@ pub enum Precision {
     #[default]
     #[cfg_attr(feature = "cli", value(name = "f32"))]
     F32,
-    /// 16-bit floats with the range of 32-bit ones; on CPUs slower than f32, and meant as a reference.
+    /// 16-bit floats with the range of 32-bit floats. On CPUs, bf16 is slower than f32 and serves as a reference.
     #[cfg_attr(feature = "cli", value(name = "bf16"))]
     BF16,
 }
@@ -46,7 +46,7 @@ impl NeededTypes {
     }
 }
 
-/// Sets the type of tensors to bf16 and inserts the required casts.
+/// Sets the type of tensors to bf16 where possible, and inserts the required casts.
 pub fn narrow(graph: &mut Graph) {
     let (classes, sources) = (TypeClasses::of(graph), sources(graph));
     let mut needed = vec![NeededTypes::default(); graph.tensors.len()];
@@ -54,7 +54,7 @@ pub fn narrow(graph: &mut Graph) {
     for output in &graph.outputs {
         needed[classes.root(output.tensor)].f32 = true;
     }
-    // In reverse, so that the types of a node's outputs are known before those of its inputs.
+    // In reverse order, so that the types of a node's outputs are known before those of its inputs.
     for node in graph.nodes.iter().rev() {
         for (port, output) in node.outputs.iter().enumerate() {
             needed[classes.root(*output)].f32 |= !may_write_bf16(graph, &sources, node, port);
@@ -114,7 +114,7 @@ fn read_type(graph: &Graph, node: &Node, port: usize) -> ReadType {
     }
 }
 
-/// The outputs of a node that may be bf16.
+/// Indices of a node's outputs that may be bf16.
 fn bf16_ports(node: &Node) -> impl Iterator<Item = usize> + '_ {
     (0..node.outputs.len()).filter(|port| match &node.op {
         NodeOp::Kernel(op) => op.writes_bf16(*port),
@@ -122,8 +122,8 @@ fn bf16_ports(node: &Node) -> impl Iterator<Item = usize> + '_ {
     })
 }
 
-/// For each tensor: true for an input, a parameter, or a slice or transfer of one. They exist before any computation,
-/// and their readers would have to wait for a cast.
+/// For each tensor: true for an input, a parameter, or a slice or transfer of one. Such a tensor exists before any
+/// computation; if it were bf16, its readers would have to wait for a cast.
 fn sources(graph: &Graph) -> Vec<bool> {
     let mut sources = vec![false; graph.tensors.len()];
     for node in &graph.nodes {
@@ -136,7 +136,7 @@ fn sources(graph: &Graph) -> Vec<bool> {
     sources
 }
 
-/// True if the output is the input's memory or a part of it.
+/// True if the output shares the input's memory or a part of it.
 fn shares_memory(node: &Node) -> bool {
     match &node.op {
         NodeOp::Relayout => true,
@@ -149,7 +149,7 @@ fn is_transfer(node: &Node) -> bool {
     matches!(&node.op, NodeOp::Boxing(step) if step.kind == StepKind::Transfer)
 }
 
-/// True for nodes that may compute on bf16: those of each micro-batch, except ops on scalars such as losses.
+/// True for nodes that may compute on bf16: those that run in each micro-batch, except ops on scalars such as losses.
 fn may_compute_in_bf16(graph: &Graph, node: &Node) -> bool {
     let is_scalar = node.outputs.iter().all(|output| graph.shape(*output).is_empty());
     node.rate == Rate::MicroBatch && !is_scalar
@@ -162,7 +162,7 @@ fn may_write_bf16(graph: &Graph, sources: &[bool], node: &Node, port: usize) -> 
     }
 }
 
-/// Classes of tensors that must have the same type, because one is the other's memory or a part of it.
+/// Classes of tensors that must have the same type because they share memory.
 struct TypeClasses(Vec<usize>);
 
 impl TypeClasses {
@@ -186,11 +186,11 @@ impl TypeClasses {
     }
 }
 
-/// Inserts a cast or a parameter's bf16 copy where a node reads another type than its input has; one per role.
+/// Inserts a cast, or a parameter's bf16 copy, where a node reads an f32 input in bf16. Nodes of one role share a cast.
 fn insert_casts(graph: &mut Graph) {
     let nodes = std::mem::take(&mut graph.nodes);
     let mut rebuilt: Vec<Node> = Vec::new();
-    // By the role of the cast; `None` for a parameter's copy, which nodes of all roles read.
+    // By tensor and role of the cast. The role is `None` for a parameter's copy, which nodes of all roles read.
     let mut casts: BTreeMap<(Var, Option<Role>), Var> = BTreeMap::new();
     for mut node in nodes {
         for port in 0..node.inputs.len() {

@@ -1,4 +1,4 @@
-//! Tests of the passes together: the work of choosing layouts and inserting boxing for deep models and many axes.
+//! Tests how much work it is to choose layouts and insert boxing, for deep models and many axes.
 
 use std::time::{Duration, Instant};
 
@@ -42,11 +42,11 @@ fn each_layer_of_a_deep_model_is_laid_out_alike_at_no_further_search() {
         let (deep, more_edges) = boxed("data=2,stage=2,tensor=2", layers);
         // Only one shape depends on the number of layers: the norms of all gradients.
         assert!(more_edges < edges + 10, "{more_edges} edges for {layers} layers, {edges} for 64");
-        // Megatron: two all-reduces in the forward of a layer and two in its backward; the others are per stage or model.
+        // Megatron: two all-reduces in a layer's forward and two in its backward. Other steps are per stage or model.
         let gradients = deep.parameters().len() - shallow.parameters().len();
         assert_eq!(boxing_steps(&deep) - boxing_steps(&shallow), 4 * (layers - 64) + gradients, "{layers} layers");
     }
-    // Ten times the usual duration, because the machine may be busy.
+    // The limit is ten times the usual duration, because the machine may be busy.
     assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
 }
 
@@ -54,6 +54,6 @@ fn each_layer_of_a_deep_model_is_laid_out_alike_at_no_further_search() {
 fn five_axes_are_searched_as_fast_as_three() {
     let (three, five) =
         (boxed("data=2,stage=2,tensor=2", 64).1, boxed("pod=2,data=2,stage=2,context=2,tensor=2", 64).1);
-    // The first layouts are searched on all axes, so a few more edges are possible, but not a power of the axes.
+    // Some layouts are searched on all axes, so a few more edges are possible, but no exponential growth with the axes.
     assert!(five <= three * 3 / 2, "{five} edges on five axes, {three} on three");
 }

@@ -19,21 +19,21 @@ pub enum BaseKey {
     Output(usize),
 }
 
-/// The host's transfer of an action; the session supplies the kernel.
+/// The host's transfer in an action. The session supplies its kernel.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostPort {
     /// What the host does.
     pub transfer: HostTransfer,
     /// The tensors, in the order of `buffers`.
     pub vars: Vec<Var>,
-    /// Their memory.
+    /// The memory of each tensor.
     pub buffers: Vec<Buffer>,
 }
 
 /// The plan of one action.
 #[derive(Clone, Debug)]
 pub struct ActionPlan {
-    /// The segment that it runs.
+    /// The segment that the action runs.
     pub segment: SegmentId,
     /// The name in plans and errors.
     pub name: String,
@@ -55,7 +55,7 @@ impl ActionPlan {
     }
 }
 
-/// A register of a device: its rank, and the index among its class's registers.
+/// A register, by the rank of its device and its index among the registers of the device's class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DeviceRegister {
     pub device: usize,

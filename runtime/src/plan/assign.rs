@@ -1,6 +1,6 @@
-//! Assigns each tensor's part storage on the devices of a class: an action's scratch if no other action reads it, a
-//! register if others do, a fixed address if nothing replaces it. Tensors of one segment with the same readers share a
-//! register: the stash, activations for another stage, gradients and parameters are alike.
+//! Assigns storage to each tensor's part on the devices of a class. A part is in an action's scratch if no other action
+//! reads it, in a register if others do, and at a fixed address if nothing replaces it. Tensors of one segment with the
+//! same readers share a register.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,7 +11,7 @@ use crate::plan::segments::{SegmentId, Segments, producers};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Storage {
-    /// Scratch of the only action that makes and reads it.
+    /// Scratch: one action makes the tensor, and no other action reads it.
     Scratch,
     /// A register, by index into [`ClassStorage::registers`].
     Register(usize),
@@ -23,13 +23,13 @@ pub enum Storage {
 #[derive(Clone, Debug)]
 pub struct RegisterPlan {
     pub producer: SegmentId,
-    /// The segments that read it on its own device, sorted.
+    /// The segments of the same device that read the register, sorted.
     pub readers: Vec<SegmentId>,
-    /// The transfers by which other devices read it, sorted.
+    /// The transfers by which other devices read the register, sorted.
     pub transfers: Vec<SegmentId>,
-    /// How many pieces a step has.
+    /// How often the register gets a new piece.
     pub rate: Rate,
-    /// True if it holds piece 0 from the start (parameters).
+    /// True if the register holds piece 0 from the start (parameters).
     pub initial: bool,
     /// The tensors in a slot, in order; empty for a register that only signals.
     pub tensors: Vec<Var>,
@@ -38,22 +38,22 @@ pub struct RegisterPlan {
 /// What the devices of a class run, and where they store tensors.
 #[derive(Clone, Debug, Default)]
 pub struct ClassStorage {
-    /// The segments that run on it, in order.
+    /// The segments that the devices run, in order.
     pub segments: Vec<SegmentId>,
     pub storage: BTreeMap<Var, Storage>,
     pub registers: Vec<RegisterPlan>,
-    /// By segment: the registers that it reads on its own device, and those that it writes.
+    /// For each segment: the registers of its own device that it reads and writes.
     pub ports: BTreeMap<SegmentId, Ports>,
 }
 
-/// Registers of a segment on its own device, in order.
+/// The registers that a segment reads and writes on its own device, in order.
 #[derive(Clone, Debug, Default)]
 pub struct Ports {
     pub reads: Vec<usize>,
     pub writes: Vec<usize>,
 }
 
-/// Tensors that share another's memory: relayouts that move no data, and reduced buckets.
+/// Tensors that share their input's memory: results of relayouts, of boxing steps that move no data, and of buckets.
 #[derive(Clone, Debug, Default)]
 pub struct Aliases(BTreeMap<Var, Var>);
 
@@ -68,7 +68,7 @@ impl Aliases {
     }
 }
 
-/// The readers of a tensor's part, on its own device and by transfers to others.
+/// The segments that read a tensor's part: those on its own device, and transfers to other devices.
 #[derive(Default)]
 struct Readers {
     own: BTreeSet<SegmentId>,
@@ -105,7 +105,7 @@ struct ClassBuilder<'a> {
     aliases: &'a Aliases,
     /// The class's representative.
     device: usize,
-    /// By placement: true if the class is in it.
+    /// For each placement: true if the class's devices are in it.
     is_on: Vec<bool>,
     readers: BTreeMap<Var, Readers>,
     out: ClassStorage,
@@ -149,8 +149,8 @@ impl<'a> ClassBuilder<'a> {
         self.out
     }
 
-    /// Records what a node reads of the class's device. True if the device runs it: a device with an empty part in a
-    /// transfer needs no action.
+    /// Records which tensors a node reads on the class's device. Returns true if the device runs the node: a device
+    /// with an empty part in a transfer does not.
     fn add_reader(&mut self, segment: SegmentId, id: NodeId) -> bool {
         let (node, is_on) = (&self.graph.nodes[id.index()], self.is_on[self.graph.nodes[id.index()].placement]);
         let device = self.device;
@@ -174,8 +174,8 @@ impl<'a> ClassBuilder<'a> {
         is_on
     }
 
-    /// A bucket is reduced in place, so its readers read the register that backward wrote. A register without bytes,
-    /// from each bucket to each segment that reads its result, signals that the reduction is complete.
+    /// Adds a register without bytes from each bucket to each segment that reads its result, as a signal that the
+    /// reduction is complete. A bucket is reduced in place, so the readers read the register that backward wrote.
     fn add_bucket_signals(&mut self) {
         let mut waits: BTreeSet<(SegmentId, SegmentId)> = BTreeSet::new();
         for id in &self.out.segments {
@@ -200,11 +200,11 @@ impl<'a> ClassBuilder<'a> {
         self.out.registers = waits.into_iter().map(signal).collect();
     }
 
-    /// Assigns storage to each tensor; those with the same producer, readers and rate share a register.
+    /// Assigns storage to each tensor. Tensors with the same producer, readers and rate share a register.
     fn group_registers(&mut self, producers: &BTreeMap<Var, SegmentId>) {
         type Key = (SegmentId, Vec<SegmentId>, Vec<SegmentId>, Rate, bool);
         let mut register_of: BTreeMap<Key, usize> = BTreeMap::new();
-        // In the order of the tensors: a bucket's gradients are stored in the order in which backward computes them.
+        // Visits tensors in order, so a bucket's gradients are stored in the order in which backward computes them.
         for index in 0..self.graph.tensors.len() {
             let var = self.graph.var(index);
             if !self.is_on[self.graph.placement_of(var)] || self.aliases.resolve(var) != var {

@@ -24,20 +24,20 @@ impl ClassId {
 /// The classes of a mesh's devices, and the devices that transfers connect.
 #[derive(Clone, Debug, Default)]
 pub struct Classes {
-    /// By device.
+    /// The class of each device.
     pub of: Vec<ClassId>,
-    /// By class: its devices, in order of rank. The first represents the class.
+    /// For each class: its devices, in order of rank. The first one represents the class.
     pub devices: Vec<Vec<usize>>,
-    /// By transfer.
+    /// The devices that each transfer connects.
     pub transfers: BTreeMap<NodeId, Pairs>,
 }
 
 /// The devices that a transfer connects.
 #[derive(Clone, Debug, Default)]
 pub struct Pairs {
-    /// By reading device: the devices that it reads from, in order.
+    /// For each reading device: the devices that it reads from, in order.
     pub sources: BTreeMap<usize, Vec<usize>>,
-    /// By device that is read: its readers, in order.
+    /// For each device that is read: its readers, in order.
     pub readers: BTreeMap<usize, Vec<usize>>,
 }
 
@@ -52,18 +52,18 @@ impl Classes {
         (0..self.devices.len() as u32).map(ClassId)
     }
 
-    /// The devices that `device` reads in a transfer; none if it takes no part.
+    /// The devices from which `device` reads in a transfer. Empty if `device` does not take part.
     pub fn sources(&self, transfer: NodeId, device: usize) -> &[usize] {
         self.transfers.get(&transfer).and_then(|pairs| pairs.sources.get(&device)).map_or(&[], Vec::as_slice)
     }
 
-    /// The devices that read `device` in a transfer.
+    /// The devices that read from `device` in a transfer.
     pub fn readers(&self, transfer: NodeId, device: usize) -> &[usize] {
         self.transfers.get(&transfer).and_then(|pairs| pairs.readers.get(&device)).map_or(&[], Vec::as_slice)
     }
 }
 
-/// What distinguishes devices: their work, as numbers.
+/// The work of a device, as numbers. Devices with equal traits are in one class.
 type Traits = Vec<usize>;
 
 /// Groups the devices of a graph after all passes.
@@ -88,7 +88,7 @@ pub fn classify(graph: &Graph) -> Classes {
 struct Work<'a> {
     tensors: BTreeSet<(&'a [usize], &'a NdSbp)>,
     steps: Vec<&'a BoxingStep>,
-    /// Layouts of gradients whose squares are summed: only the first copy counts.
+    /// Layouts of gradients whose squares are summed. Only the first copy of a gradient counts.
     counted: BTreeSet<&'a NdSbp>,
 }
 
@@ -154,7 +154,7 @@ fn parts(kind: &CollectiveKind) -> impl Iterator<Item = &Region> {
     first.iter().chain(second)
 }
 
-/// Devices with equal traits form a class; classes are ordered by their first devices.
+/// Groups devices with equal traits into classes. Classes are ordered by their first devices.
 fn group(traits: Vec<Traits>) -> Classes {
     let mut classes = Classes::default();
     let mut known: HashMap<Traits, ClassId> = HashMap::new();
@@ -169,7 +169,7 @@ fn group(traits: Vec<Traits>) -> Classes {
     classes
 }
 
-/// Splits classes until their devices exchange data with devices of the same classes.
+/// Splits classes until all devices of a class exchange data with the same classes.
 fn refine(classes: &mut Classes) {
     loop {
         let traits = (0..classes.of.len()).map(|device| peer_traits(classes, device)).collect();
@@ -189,7 +189,7 @@ fn peer_traits(classes: &Classes, device: usize) -> Traits {
         if let Some(sources) = pairs.sources.get(&device) {
             traits.extend(sources.iter().map(class));
         }
-        // How many devices read it changes nothing, only whether one of each class does.
+        // Only the classes of the readers matter, not the number of readers.
         if let Some(readers) = pairs.readers.get(&device) {
             let readers: BTreeSet<usize> = readers.iter().map(class).collect();
             traits.extend(readers);

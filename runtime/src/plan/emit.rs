@@ -16,7 +16,7 @@ use crate::plan::memory::{Interval, local_part, local_shape, pack};
 use crate::plan::segments::{Segment, SegmentId, Segments};
 use crate::sbp::Sbp;
 
-/// Finds accumulations whose value comes from a kernel that can add to its output and has no other reader.
+/// Finds accumulations to fuse: a kernel that can add to its output makes the value, and nothing else reads the value.
 pub fn fuse_accumulation(graph: &Graph, segments: &Segments) -> BTreeMap<Var, Var> {
     let mut readers: BTreeMap<Var, usize> = BTreeMap::new();
     for var in graph.nodes.iter().flat_map(|n| &n.inputs).chain(graph.outputs.iter().map(|o| &o.tensor)) {
@@ -73,7 +73,7 @@ pub fn emit(plan: &Plan, device: usize, segment: SegmentId) -> EmittedAction {
     EmittedAction { plan, inputs, outputs, scratch_bytes }
 }
 
-/// Registers of other devices that a transfer reads.
+/// The registers that a transfer reads on other devices.
 fn remote_inputs(plan: &Plan, device: usize, segment: SegmentId) -> Vec<DeviceRegister> {
     let mut inputs = Vec::new();
     for id in &plan.segments.get(segment).nodes {
@@ -101,10 +101,10 @@ struct Emitter<'a> {
     nodes: Vec<NodeId>,
     host: Option<HostPort>,
     current: NodeId,
-    /// Lifetimes of scratch buffers. Until [`Emitter::place_scratch`], a scratch buffer's offset is its index here.
+    /// Lifetimes of scratch buffers. Until [`Emitter::place_scratch`], a buffer's offset is its index in this list.
     scratch: Vec<Interval>,
     scratch_of: BTreeMap<Var, usize>,
-    /// By output port: the number of launches after which it is complete.
+    /// For each output port: the number of launches after which it is complete.
     written: BTreeMap<usize, usize>,
 }
 
@@ -113,7 +113,7 @@ impl Emitter<'_> {
         self.buffer_on(var, self.device)
     }
 
-    /// The buffer of a tensor's part on `device`; only pulls use another device's.
+    /// The buffer of a tensor's part on `device`. Only pulls use the buffer of another device.
     fn buffer_on(&mut self, var: Var, device: usize) -> Buffer {
         let plan = self.plan;
         let var = plan.aliases.resolve(var);
@@ -132,7 +132,7 @@ impl Emitter<'_> {
         Buffer { base, offset, shape, dtype }
     }
 
-    /// Index of the base for a register's slot: the output port, if the action both reads and writes the register.
+    /// Index of the base of a register's slot. If the action reads and writes the register, it is the output port's.
     fn port_base(&self, at: DeviceRegister) -> usize {
         let output = self.outputs.iter().position(|r| at.device == self.device && *r == at.register);
         let input = || self.inputs.iter().position(|r| *r == at);
@@ -161,7 +161,7 @@ impl Emitter<'_> {
     }
 
     fn launch(&mut self, op: Op, reads: Vec<Buffer>, writes: Vec<Buffer>, accumulate: bool) {
-        // A kernel with empty outputs is skipped, but every member must call a collective.
+        // A kernel with empty outputs is skipped, except a collective, which every member must call.
         let no_output = writes.iter().all(|w| element_count(&w.shape) == 0);
         if no_output && !matches!(op, Op::Collective(_)) {
             return;
@@ -268,7 +268,7 @@ impl Emitter<'_> {
         }
     }
 
-    /// The gradients of a bucket are contiguous in one slot: a single in-place all-reduce of the whole slot.
+    /// Emits one in-place all-reduce of a bucket's slot, in which the gradients are contiguous.
     fn emit_bucket(&mut self, node: &Node) {
         let first = self.plan.aliases.resolve(node.inputs[0]);
         let Some(Storage::Register(register)) = self.plan.class_plan(self.device).storage.storage.get(&first).copied()
@@ -281,7 +281,7 @@ impl Emitter<'_> {
         self.collective(node, CollectiveKind::AllReduce { op: ReduceOp::Sum }, slot.clone(), slot);
     }
 
-    /// Sums the squares of the gradient parts of which this device holds the first copy, so each part counts once.
+    /// Sums the squares of the gradient parts whose first copy is on this device, so each part counts once.
     fn emit_norm_sums(&mut self, node: &Node, indices: &[usize]) {
         let graph = &self.plan.graph;
         let sums = self.buffer(node.outputs[0]);
@@ -298,7 +298,7 @@ impl Emitter<'_> {
         }
     }
 
-    /// Adds the inputs that this device holds, in order, then sums over the devices of the placement.
+    /// Adds the inputs that this device holds, in order. Then sums the result over the placement's devices.
     fn emit_norm_total(&mut self, node: &Node) {
         let graph = &self.plan.graph;
         let device = self.device;
@@ -323,7 +323,7 @@ impl Emitter<'_> {
         port.buffers.extend(buffers);
     }
 
-    /// Assigns offsets to scratch buffers, including the host's, which hold inputs that nothing on the device reads.
+    /// Assigns offsets to scratch buffers. The host's buffers are included: some hold inputs that no action reads.
     fn place_scratch(&mut self) -> usize {
         let (offsets, bytes) = pack(&self.scratch);
         let launch_buffers = self.launches.iter_mut().flat_map(|launch| {
@@ -337,7 +337,7 @@ impl Emitter<'_> {
         bytes
     }
 
-    /// Signals to publish early: output ports that other streams wait for and that are complete before the last launch.
+    /// One early signal for each output port that is complete before the last launch, if another stream waits for it.
     fn signals(&self) -> Vec<(usize, u32)> {
         let Self { plan, written, launches, .. } = self;
         let stream = plan.segments.get(self.segment).stream;

@@ -66,7 +66,7 @@ impl Plan {
         Ok(())
     }
 
-    /// Every layout or placement change in order, with the bytes that the busiest device receives.
+    /// Writes every change of layout or placement, in order, with the bytes that the busiest device receives.
     fn write_boxing(&self, out: &mut String) -> fmt::Result {
         let units = "bytes into the busiest device; per micro-batch, in norm and update per step";
         writeln!(out, "\nlayout changes ({units})")?;
@@ -114,7 +114,7 @@ impl Plan {
     }
 }
 
-/// Devices as text; of many, the first ones, the last one and the number.
+/// Devices as text. A list of more than 16 is shortened to the first 8, the last one and the number of devices.
 pub(crate) fn listed(devices: &[usize]) -> String {
     const SHOWN: usize = 16;
     match devices {

@@ -1,14 +1,14 @@
 //! Counts the floating-point operations of a step's matrix products and attention, to compare with a machine's peak.
 //!
-//! A product of `[m, k]` and `[k, n]` counts `2 m n k`. Attention over `t` tokens with heads of depth `d` counts
-//! `4 t^2 d` per head forward and `8 t^2 d` backward, without masking, as in Chowdhery et al. 2022
+//! A product of `[m, k]` and `[k, n]` counts `2 m n k`. Attention over `t` tokens with heads of depth `d` counts per
+//! head `4 t^2 d` in forward and `8 t^2 d` in backward, with masking ignored, as in Chowdhery et al. 2022
 //! (<https://arxiv.org/abs/2204.02311>, appendix B). Other ops are not counted.
 
 use shardflow_kernels::op::Op;
 
 use crate::graph::{Graph, NodeOp, Rate};
 
-/// Operations of one step over all devices. Each logical product is counted once, independent of its split.
+/// Floating-point operations of one step, summed over all devices. Each product counts once, however it is split.
 pub fn step_flops(graph: &Graph, micro_batches: usize) -> u64 {
     let mut total = 0;
     for node in graph.nodes() {
@@ -44,7 +44,7 @@ mod tests {
     use crate::plan::Schedule;
     use crate::plan::tests::{GPT, gpt};
 
-    /// For each token, `6 N` for `N` weights and `12 t` for each feature of attention, on any mesh.
+    /// Per token, `N` weights take `6 N`. Each feature of attention takes `12 t` for a context of `t` tokens.
     #[test]
     fn flops_of_a_gpt_equal_the_formula_on_any_mesh() {
         let GptConfig { vocabulary, layers, width, context, batch, .. } = GPT;

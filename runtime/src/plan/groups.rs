@@ -1,5 +1,5 @@
 //! Groups of devices that call collectives together. A pattern is a placement with some of its axes: the devices that
-//! differ only along these axes form a group. Ids follow from the pattern and the device by arithmetic.
+//! differ only along these axes form a group. The id of a group follows from the pattern and a member by arithmetic.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ pub struct Pattern {
     pub placement: usize,
     /// Indices of the placement's axes.
     pub axes: Vec<usize>,
-    /// Id of its first group.
+    /// Id of the pattern's first group.
     pub first_id: u32,
 }
 
@@ -26,7 +26,7 @@ pub struct Pattern {
 #[derive(Clone, Debug, Default)]
 pub struct Patterns(pub Vec<Pattern>);
 
-/// The axes along which a node's devices call a collective, and the stream; `None` for other nodes.
+/// The stream and the axes of a node's collective; `None` if the node does not call one.
 pub fn collective_axes(graph: &Graph, node: &Node) -> Option<(StreamKind, Vec<usize>)> {
     let all = || (0..graph.placements[node.placement].axes().len()).collect();
     match &node.op {
@@ -57,7 +57,7 @@ impl Patterns {
         patterns
     }
 
-    /// The group of a device. Patterns that give it the same devices share the group of the first of them.
+    /// The group of a device. Patterns of one stream that give the device the same members use the first pattern's id.
     pub fn group(
         &self,
         graph: &Graph,

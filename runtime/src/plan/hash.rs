@@ -1,4 +1,4 @@
-//! A hash of the whole plan, by which processes check that they compiled the same plan.
+//! Hashes a plan, so that processes can check that they compiled the same one.
 
 use std::fmt::{self, Write};
 
@@ -21,7 +21,7 @@ impl Plan {
     pub fn hash(&self) -> blake3::Hash {
         let Self { classes, lists, patterns, micro_batches, schedule, device, .. } = self;
         let mut writer = HashWriter(blake3::Hasher::new());
-        // Hashing cannot fail; if the `Debug` of a custom kernel fails, the text is shorter on all processes.
+        // Hashing cannot fail. If the `Debug` of a custom kernel fails, all processes hash the same shorter text.
         let _ = write!(writer, "{} {:?}", self.graph.mesh(), (&classes.of, &classes.transfers, lists, patterns));
         let _ = write!(writer, "{:?}", (micro_batches, schedule, device));
         for ClassPlan { storage, slots, arena, actions } in &self.class_plans {

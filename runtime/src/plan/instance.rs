@@ -22,7 +22,7 @@ use crate::plan::memory::{DeviceMemory, RegisterPlace, ResidentTensor};
 use crate::plan::segments::{HostTransfer, SegmentId};
 use crate::plan::slots::Slots;
 
-/// A plan with the actors and registers of devices.
+/// A plan with the actors and registers of all devices.
 #[derive(Clone, Debug)]
 pub struct Instance {
     /// The plan.
@@ -31,11 +31,11 @@ pub struct Instance {
     pub spec: Spec,
     /// `[actor][action]`.
     pub actions: Vec<Vec<ActionPlan>>,
-    /// By register.
+    /// The memory of each register.
     pub registers: Vec<RegisterPlace>,
-    /// By device rank.
+    /// The memory of each device, by rank.
     pub memory: Vec<DeviceMemory>,
-    /// By device rank: parameters and states.
+    /// The parameters and states of each device, by rank.
     pub residents: Vec<Vec<ResidentTensor>>,
 }
 
@@ -48,7 +48,7 @@ impl Deref for Instance {
 }
 
 impl Instance {
-    /// A resident tensor's part on each device, in the placement's order, with its index among the device's residents.
+    /// The parts of a resident tensor, in the placement's order: `(device, index among the device's residents, part)`.
     pub(crate) fn resident_parts(&self, var: Var) -> Vec<(usize, usize, &ResidentTensor)> {
         let placement = &self.graph.placements[self.graph.placement_of(var)];
         let part = |device: &usize| {
@@ -59,7 +59,7 @@ impl Instance {
         placement.devices().iter().filter_map(part).collect()
     }
 
-    /// Checks that no device needs more than the plan's memory limit, with the mirrors of this process.
+    /// Checks that no device needs more than the plan's memory limit. The mirrors of this process count.
     ///
     /// # Errors
     /// [`PlanError::Memory`].
@@ -72,7 +72,7 @@ impl Instance {
         Err(PlanError::Memory { budget, table })
     }
 
-    /// As [`Plan::set_threads`].
+    /// Like [`Plan::set_threads`], also for the memory in this instance.
     pub(crate) fn set_threads(&mut self, threads_per_device: usize) {
         let plan = Arc::make_mut(&mut self.plan);
         plan.set_threads(threads_per_device);
@@ -116,43 +116,42 @@ impl Plan {
     }
 }
 
-/// The actors and registers of one device of each class. A register has the readers of all devices of its class, and a
-/// group the members of all groups that the class's devices are in, each represented by its class. So a cycle of waits
-/// among devices is also one among their classes: a quotient without one proves the plan.
+/// The actors and registers of one device of each class. A register has the readers of all devices of its class. An
+/// action is in one group for each set of classes that occurs in its devices' groups. So a cycle of waits among devices
+/// is also a cycle among classes, and a quotient without a cycle proves that the plan is live.
 pub(crate) struct Quotient {
     pub(crate) spec: Spec,
     /// `[actor][action]`.
     pub(crate) actions: Vec<Vec<ActionPlan>>,
-    /// By action, in the order of the actors: the firing groups of each collective.
+    /// For each action, in the order of the actors: the firing groups of each collective that it calls.
     pub(crate) calls: Vec<Vec<BTreeSet<u32>>>,
 }
 
-/// The devices of an instance.
+/// The devices that a specification contains.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum View {
-    /// Devices as they are.
     Devices,
     /// One device for each class.
     Classes,
 }
 
-/// By class: the sets of classes in the groups of its devices.
+/// For each class: the sets of classes that occur in the groups of its devices.
 type ClassSets = BTreeMap<ClassId, BTreeSet<Vec<usize>>>;
 
 struct Builder<'a> {
     plan: &'a Plan,
     view: View,
-    /// By device of the instance: the first actor and the first register. Actors follow in the order of their streams.
+    /// First actor and register of each device of the instance. A device's actors are in the order of their streams.
     first: BTreeMap<usize, (u32, u32)>,
-    /// By class: the segments of each stream.
+    /// For each class: the segments of each stream.
     streams: Vec<BTreeMap<StreamKind, Vec<SegmentId>>>,
-    /// Ids of firing groups by segment and members, and of communicators by stream and members; members are classes
-    /// or devices.
+    /// Ids of firing groups, by segment and members. Ids of communicators (below), by stream and members. Members are
+    /// classes or devices, as `view` says.
     firing_groups: BTreeMap<(SegmentId, Vec<usize>), u32>,
     communicators: BTreeMap<(StreamKind, Vec<usize>), u32>,
-    /// By placement and axes.
+    /// Sets of classes, by placement and axes.
     class_sets: BTreeMap<(usize, Vec<usize>), ClassSets>,
-    /// By action, in the order of the actors: the firing groups of each collective.
+    /// For each action, in the order of the actors: the firing groups of each collective that it calls.
     calls: Vec<Vec<BTreeSet<u32>>>,
     spec: Spec,
     actions: Vec<Vec<ActionPlan>>,
@@ -204,7 +203,7 @@ impl<'a> Builder<'a> {
         (self.spec, self.actions, self.registers)
     }
 
-    /// `emitted`: the device's actions, in the order of its segments.
+    /// Adds a device's actors and registers. `emitted` has the device's actions, in the order of its segments.
     fn add_device(&mut self, device: usize, emitted: &[EmittedAction]) {
         let plan = self.plan;
         let class = plan.class_plan(device);
@@ -269,7 +268,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// The other devices of the instance that read the device in a transfer; for a class, all its devices' readers.
+    /// Stand-ins for the other readers of `device` in a transfer. A class has the readers of all its devices.
     fn reading_devices(&self, transfer: NodeId, device: usize) -> BTreeSet<usize> {
         let classes = &self.plan.classes;
         let readers = |own: usize| classes.readers(transfer, own).iter().copied().filter(move |other| *other != own);
@@ -317,8 +316,8 @@ impl<'a> Builder<'a> {
                 early: emitted.plan.signals.iter().any(|signal| signal.1 == port as u32),
             }
         });
-        // Actions that depend on nothing within the step (a transfer of parameters, or a device with an empty part of
-        // the batch) would run ahead of the step without the host's permission.
+        // An action that depends on nothing within the step (a transfer of parameters, or one on a device with an empty
+        // part of the batch) waits for the host's permission. Otherwise it would run ahead of the step.
         let is_fed = segment.host.is_some_and(|host| host != HostTransfer::Fetch);
         let (inputs, outputs) = (inputs.collect(), outputs.collect());
         let (groups, communicators) = self.groups(device, emitted);
@@ -335,7 +334,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Ids of the groups whose collectives an action calls, and of their communicators.
+    /// Ids of an action's firing groups, and of the communicators of its collectives.
     fn groups(&mut self, device: usize, emitted: &EmittedAction) -> (Vec<u32>, Vec<u32>) {
         let (plan, segment) = (self.plan, emitted.plan.segment);
         let stream = plan.segments.get(segment).stream;
@@ -371,7 +370,7 @@ impl<'a> Builder<'a> {
         (groups.into_iter().collect(), communicators.into_iter().collect())
     }
 
-    /// The sets of classes in the groups of a device's class along some axes of a placement.
+    /// The sets of classes that occur in the groups of a device's class, along these axes of a placement.
     fn class_sets(&mut self, placement: usize, axes: Vec<usize>, device: usize) -> BTreeSet<Vec<usize>> {
         let (plan, class) = (self.plan, self.plan.classes.of[device]);
         let sets = self.class_sets.entry((placement, axes)).or_insert_with_key(|(placement, axes)| {
@@ -388,8 +387,8 @@ impl<'a> Builder<'a> {
         sets.get(&class).cloned().unwrap_or_default()
     }
 
-    /// How an actor fires. If its actions call collectives, all members of a group must fire in the same order whatever
-    /// the timing, so it follows the schedule's list; otherwise credits decide.
+    /// How an actor fires. If its actions call collectives, the actor follows a list, because all members of a group
+    /// must fire in the same order. Otherwise the actor fires by credit.
     fn firing(&self, device: usize, stream: StreamKind, ids: &[SegmentId], specs: &[ActionSpec]) -> Firing {
         if specs.iter().all(|spec| spec.groups.is_empty()) {
             return Firing::Credit;
@@ -397,7 +396,7 @@ impl<'a> Builder<'a> {
         let action = |id: &SegmentId| ids.binary_search(id).ok().map(|action| action as u32);
         let list = match self.plan.site_of[device].filter(|_| stream == StreamKind::Compute) {
             Some(site) => self.plan.lists[site].iter().filter_map(action).collect(),
-            // In the order of the program, on all devices.
+            // Other streams follow the order of the program, which is the same on all devices.
             None => (0..).zip(specs).flat_map(|(action, spec)| (0..spec.per_step).map(move |_| action)).collect(),
         };
         Firing::Ordered(list)

@@ -101,7 +101,7 @@ fn emit_classes(plan: &mut Plan) {
     }
 }
 
-/// Adds a node for the outputs of each placement and rate, which the host fetches.
+/// Adds a fetch node for the outputs of each placement and rate.
 fn add_fetches(graph: &mut Graph) {
     let mut fetched: BTreeMap<(Rate, usize), Vec<Var>> = BTreeMap::new();
     for output in &graph.outputs {
@@ -116,7 +116,7 @@ fn add_fetches(graph: &mut Graph) {
     }
 }
 
-/// By placement: maximum number of micro-batches between forward and backward.
+/// For each placement: the maximum number of micro-batches between forward and backward.
 fn in_flight(graph: &Graph, segments: &Segments, work: &WorkGraph, step: &StepPlan) -> Vec<u32> {
     let mut out = vec![1; graph.placements.len()];
     for (work, in_flight) in work.work.iter().zip(&step.in_flight) {

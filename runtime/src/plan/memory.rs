@@ -27,7 +27,7 @@ pub struct RegisterPlace {
 pub struct ResidentTensor {
     /// The tensor.
     pub var: Var,
-    /// The device's part of it.
+    /// The region of the tensor that the device holds.
     pub region: Region,
     /// Element type.
     pub dtype: DType,
@@ -40,28 +40,28 @@ pub struct ResidentTensor {
 /// One device's memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceMemory {
-    /// Bytes of tensors that no other action reads or nothing replaces: moments, f32 values of weights read in bf16.
+    /// Bytes of tensors with fixed addresses, such as moments, and f32 values of weights that are read in bf16.
     pub fixed_bytes: usize,
-    /// Register slots, bytes: everything that passes between actions, including weights and gradients.
+    /// Bytes of register slots. They hold all tensors that pass between actions, including weights and gradients.
     pub register_bytes: usize,
-    /// Scratch offset and bytes, by stream.
+    /// Offset and bytes of scratch, by stream.
     pub scratch: BTreeMap<StreamKind, (usize, usize)>,
-    /// The whole arena, bytes: fixed tensors, registers and scratch.
+    /// Bytes of the whole arena: fixed tensors, registers and scratch.
     pub arena_bytes: usize,
-    /// Bytes that the device's streams allocate outside the arena: on CPUs the scratch of kernel threads and of tensors
-    /// widened from bf16. It depends on the process's number of threads, so it is not part of the plan's hash.
+    /// Bytes that the device's streams allocate outside the arena. On CPUs this is scratch of kernel threads and of
+    /// tensors widened from bf16. It depends on the process's number of threads, so it is not part of the plan's hash.
     pub stream_bytes: usize,
-    /// Mirrors of registers that other processes write, bytes; 0 until a session has assigned devices to processes.
+    /// Bytes of mirrors of registers that other processes write; 0 until a session has assigned devices to processes.
     pub mirror_bytes: usize,
 }
 
 impl DeviceMemory {
-    /// The planned peak of allocated device memory, bytes, without that of driver and libraries (such as contexts).
+    /// The planned peak of device memory in bytes, without memory of the driver and libraries, such as contexts.
     pub fn total_bytes(&self) -> usize {
         self.arena_bytes + self.stream_bytes + self.mirror_bytes
     }
 
-    /// Name and bytes of each part of the total, for display. Each of the last two is omitted if it is 0.
+    /// Name and bytes of each part of the total, for display. Parts of streams and mirrors are omitted if 0.
     pub fn parts(&self) -> Vec<(&'static str, usize)> {
         let scratch = self.scratch.values().map(|s| s.1).sum();
         let mut parts = vec![("fixed", self.fixed_bytes), ("in registers", self.register_bytes), ("scratch", scratch)];
@@ -111,7 +111,7 @@ fn slot_offsets(graph: &Graph, tensors: &[Var], device: usize) -> (BTreeMap<Var,
     (offsets, end)
 }
 
-/// The size and lifetime of a scratch buffer, in launches of one action.
+/// The size of a scratch buffer in bytes, and its lifetime in launches of one action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Interval {
     pub bytes: usize,
@@ -119,7 +119,7 @@ pub struct Interval {
     pub last: usize,
 }
 
-/// Returns offsets such that no two buffers that are live at the same launch overlap, and the total size in bytes.
+/// Returns the offset of each buffer, and the total size in bytes. Buffers that are live at one launch do not overlap.
 ///
 /// Places larger buffers first, each at the lowest offset that is free for its lifetime ("greedy by size" of Pisarchyk
 /// and Lee 2020, <https://arxiv.org/abs/2001.03288>).
@@ -150,20 +150,20 @@ pub fn pack(intervals: &[Interval]) -> (Vec<usize>, usize) {
     (offsets, total)
 }
 
-/// The memory map of a class's devices, except scratch.
+/// The memory map of a class's devices.
 #[derive(Clone, Debug, Default)]
 pub struct ArenaMap {
-    /// By register of the class.
+    /// The memory of each register of the class.
     pub registers: Vec<RegisterPlace>,
-    /// By register: the offset of each of its tensors in a slot.
+    /// For each register: the offset of each of its tensors in a slot.
     pub slot_offsets: Vec<BTreeMap<Var, usize>>,
     /// Offset of each fixed tensor's part.
     pub fixed: BTreeMap<Var, usize>,
-    /// Without residents, which [`residents`] lists for a device.
+    /// The sizes of the memory. [`residents`] lists parameters and states.
     pub memory: DeviceMemory,
 }
 
-/// Lays out the arena of a class's devices except scratch, which follows: fixed tensors, then registers.
+/// Lays out the arena of a class's devices: fixed tensors, then registers. The caller places scratch after them.
 pub fn lay_out(graph: &Graph, storage: &ClassStorage, slots: &[Slots], device: usize) -> ArenaMap {
     let mut map = ArenaMap::default();
     let memory = &mut map.memory;
@@ -182,7 +182,7 @@ pub fn lay_out(graph: &Graph, storage: &ClassStorage, slots: &[Slots], device: u
     map
 }
 
-/// The parameters and states of a device of the class, with the offsets of the class.
+/// The parameters and states of a device, with the offsets of its class.
 pub fn residents(graph: &Graph, storage: &ClassStorage, map: &ArenaMap, device: usize) -> Vec<ResidentTensor> {
     let offset = |var: &Var| match storage.storage.get(var)? {
         Storage::Fixed => map.fixed.get(var).copied(),
@@ -205,7 +205,7 @@ pub fn residents(graph: &Graph, storage: &ClassStorage, map: &ArenaMap, device: 
 mod tests {
     use super::*;
 
-    /// The total is at most the sum of all sizes and at least the largest sum of sizes that are live at once.
+    /// The total is at most the sum of all sizes, and at least the largest sum of buffers that are live at once.
     #[test]
     fn packed_buffers_that_are_live_together_do_not_overlap() {
         let mut seed = 1u64;

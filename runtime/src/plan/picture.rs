@@ -11,16 +11,16 @@ use crate::plan::explain::{listed, text_of};
 use crate::plan::{DeviceMemory, Plan};
 use shardflow_job::text::{counted, size};
 
-/// Width of a box, and its height without the lines for actions, pixels.
+/// Size of a box in pixels: its width, and its height without the lines for actions.
 const BOX: (usize, usize) = (190, 34);
-/// Gaps between boxes, horizontal and vertical, pixels.
+/// Horizontal and vertical gaps between boxes, in pixels.
 const GAP: (usize, usize) = (70, 26);
-/// Height of a line of text, pixels.
+/// Height of a line of text, in pixels.
 const LINE: usize = 13;
 /// Characters that fit on a line.
 const LINE_CHARS: usize = 32;
 
-/// An arrow from producer to reader: their registers, and the bytes of all pieces in a step.
+/// An arrow from a producer to a reader: the registers between them, and the bytes of all pieces in a step.
 #[derive(Default)]
 struct Edge {
     registers: Vec<String>,
@@ -28,7 +28,7 @@ struct Edge {
 }
 
 impl Plan {
-    /// The plan in DOT, for `dot -Tsvg`: boxes are actors within a device, arrows are registers with bytes per step.
+    /// The plan in DOT, for `dot -Tsvg`. Boxes are actors, grouped by device. Arrows are registers with bytes per step.
     pub fn to_dot(&self) -> String {
         text_of(|out| Picture::of(self).write_dot(out))
     }
@@ -43,7 +43,7 @@ impl Plan {
 struct Picture<'a> {
     plan: &'a Plan,
     spec: Spec,
-    /// By class: its representative's rank, and the text above its column.
+    /// For each class: its representative's rank, and the text above its column.
     columns: Vec<(usize, String)>,
 }
 
@@ -57,7 +57,7 @@ impl<'a> Picture<'a> {
         Self { plan, spec: plan.quotient().spec, columns }
     }
 
-    /// The arrows by producer and reader, both indices of actors.
+    /// The arrows, by the actor indices of producer and reader.
     fn edges(&self) -> BTreeMap<(u32, u32), Edge> {
         let mut edges: BTreeMap<(u32, u32), Edge> = BTreeMap::new();
         for (index, register) in self.spec.registers.iter().enumerate() {
@@ -133,7 +133,7 @@ impl<'a> Picture<'a> {
         writeln!(out, "<h2>Full plan</h2><details><summary>as text</summary><pre>{text}</pre></details>")
     }
 
-    /// Writes a column for each device with a box for each of its actors.
+    /// Writes a column for each device of the picture. The column has a box for each actor of the device.
     fn write_svg(&self, out: &mut String) -> fmt::Result {
         let mut ends = vec![40; self.columns.len()];
         let column_of = |device: usize| self.plan.classes.of[device].index();
@@ -162,7 +162,7 @@ impl<'a> Picture<'a> {
         let most = edges.values().map(|edge| edge.step_bytes).max().unwrap_or(1).max(1);
         for ((from, to), edge) in &edges {
             let [(x0, y0), (x1, y1)] = [from, to].map(|index| (boxes[*index as usize].0, boxes[*index as usize].1));
-            // Between columns from side to side; within a device, around the right side.
+            // An arrow to a column on the right ends at its left side. Any other arrow bends around the right side.
             let (start, end) = (x0 + BOX.0, if x1 > x0 { x1 } else { x1 + BOX.0 });
             let (y0, y1) = (y0 + BOX.1 / 2, y1 + BOX.1 / 2 + 6);
             let bend = if x1 > x0 { (start + end) / 2 } else { start.max(end) + GAP.0 / 2 };
@@ -287,7 +287,7 @@ mod tests {
         }
     }
 
-    /// Activations of both micro-batches: 4 samples, 3 tokens, width 8, f32.
+    /// The arrow carries the activations of both micro-batches. Each has 4 samples of 3 tokens, width 8, in f32.
     #[test]
     fn an_arrow_shows_the_bytes_of_a_step() {
         let plan = plan("stage=2");

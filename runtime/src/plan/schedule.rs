@@ -1,5 +1,5 @@
-//! A schedule is a pure function from the work of a step to one ordered list for each compute actor. A named schedule is
-//! one file, which gives priorities and limits; [`list`] plays the step with them and writes down the order.
+//! A schedule is a pure function from the work of a step to one ordered list for each compute actor. Each named
+//! schedule is one file with priorities and limits. [`list`] simulates the step with these and records the order.
 
 use std::fmt;
 

@@ -1,8 +1,8 @@
-//! Divides a graph into segments, the units of work: the nodes that run as one action of each device of a placement.
+//! Divides a graph into segments, the units of work. The nodes of a segment run as one action on each device.
 //!
-//! In program order a node joins the newest segment of its placement, stream, rate and role, unless one of its inputs
-//! depends on that segment through another one. Then it opens a new segment, which is a further chunk of the placement.
-//! So the graph of segments has no cycle, whatever the placements are.
+//! In program order, a node joins the newest segment of its placement, stream, rate and role. But if an input of the
+//! node depends on that segment through another segment, the node opens a new one, a further chunk of the placement. So
+//! the graph of segments has no cycle, whatever the placements are.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -28,7 +28,7 @@ impl SegmentId {
 pub enum HostTransfer {
     /// It feeds inputs.
     Feed,
-    /// After it has seen a step's results, it feeds what the update needs, such as the learning rate.
+    /// It looks at a step's results, then feeds what the update needs, such as the learning rate.
     Decide,
     /// It fetches outputs.
     Fetch,
@@ -45,32 +45,32 @@ pub struct Segment {
     pub rate: Rate,
     /// Role, chunk and program.
     pub label: Label,
-    /// Shown in plans and errors, such as `forward`; unique on its devices.
+    /// The name in plans and errors, such as `forward`; unique on each device.
     pub name: String,
-    /// What the host does in it, if it is the host's.
+    /// What the host does, if this is a segment of the host.
     pub host: Option<HostTransfer>,
-    /// In program order.
+    /// The nodes, in program order.
     pub nodes: Vec<NodeId>,
 }
 
 /// The segments of a graph and their dependencies within an iteration or a step.
 #[derive(Clone, Debug, Default)]
 pub struct Segments {
-    /// By [`SegmentId`].
+    /// The segments, by [`SegmentId`].
     pub list: Vec<Segment>,
-    /// By node: the segment that runs it; `None` for resident tensors.
+    /// For each node: the segment that runs it; `None` for resident tensors.
     pub of_node: Vec<Option<SegmentId>>,
-    /// By segment: the segments whose tensors it reads.
+    /// For each segment: the segments whose tensors it reads.
     pub reads: Vec<BTreeSet<SegmentId>>,
 }
 
 impl Segments {
-    /// A segment.
+    /// The segment with this id.
     pub fn get(&self, id: SegmentId) -> &Segment {
         &self.list[id.index()]
     }
 
-    /// The segment by which the host fetches an output.
+    /// The segment in which the host fetches an output.
     pub fn fetch_of(&self, graph: &Graph, output: Var) -> SegmentId {
         let (rate, placement) = (graph.tensor(output).rate, graph.placement_of(output));
         let fetches = |id: &SegmentId| {
@@ -86,7 +86,7 @@ impl Segments {
     }
 }
 
-/// What the nodes of a segment have in common. Transfers and buckets are segments of their own, named by their node.
+/// What the nodes of a segment have in common. Each transfer or bucket has its own segment, so its node is in the key.
 type Key = (usize, StreamKind, Rate, Role, Option<NodeId>);
 
 fn key(id: NodeId, node: &Node) -> Key {
@@ -99,7 +99,7 @@ fn key(id: NodeId, node: &Node) -> Key {
     (node.placement, stream, node.rate, node.role, own)
 }
 
-/// Divides the graph after all passes. `program` labels the segments.
+/// Divides a graph on which all passes have run. `program` is a part of each segment's label.
 pub fn divide(graph: &Graph, program: &Arc<str>) -> Segments {
     let mut builder = Builder { of_node: vec![None; graph.nodes.len()], ..Builder::default() };
     for (index, node) in graph.nodes.iter().enumerate() {
@@ -127,7 +127,7 @@ struct Builder {
     of_node: Vec<Option<SegmentId>>,
     reads: Vec<BTreeSet<SegmentId>>,
     readers: Vec<Vec<SegmentId>>,
-    /// Greater than that of all segments that it reads, so that a search for a path can stop early.
+    /// A segment's level is above the levels of all segments it reads, so a search for a path can stop early.
     levels: Vec<u32>,
     newest: HashMap<Key, SegmentId>,
 }
@@ -189,8 +189,8 @@ impl Builder {
     }
 }
 
-/// Parameters that other placements read and nothing updates. Their placements get an update, if they have none, which
-/// is the producer of the parameters' register.
+/// Parameters that other placements read and nothing updates. Each of their placements gets an update segment, if it
+/// has none, as the producer of the parameters' register.
 fn untrained_parameters(graph: &Graph) -> BTreeSet<Var> {
     let updated: BTreeSet<Var> = graph.nodes.iter().flat_map(|node| &node.updates).copied().collect();
     let is_transfer = |node: &&Node| matches!(&node.op, NodeOp::Boxing(step) if step.kind == StepKind::Transfer);
@@ -201,7 +201,7 @@ fn untrained_parameters(graph: &Graph) -> BTreeSet<Var> {
 /// Gives segments their names and chunk numbers.
 struct Namer<'a> {
     graph: &'a Graph,
-    /// By role and name without chunk: placement and chunk of each segment so far.
+    /// Placement and chunk of each segment so far, by role and by name without the chunk.
     alike: HashMap<(Role, String), Vec<(usize, u16)>>,
 }
 
@@ -239,7 +239,7 @@ impl Namer<'_> {
     }
 }
 
-/// The segment that makes each tensor; for residents, the one that updates it.
+/// The segment that makes each tensor or, if the tensor is resident, updates it.
 pub fn producers(graph: &Graph, segments: &Segments) -> BTreeMap<Var, SegmentId> {
     let mut producers = BTreeMap::new();
     for (index, node) in graph.nodes.iter().enumerate() {

@@ -1,5 +1,5 @@
-//! Counts the slots of each register: the most pieces that are alive at once when the step's lists run with unlimited
-//! slots. That run stays possible with this number of slots, so the plan is live at any timing.
+//! Counts the slots of each register: the maximum number of pieces that are alive at once when the step's lists run
+//! with unlimited slots. The same run is possible with this number of slots, so the plan is live at any timing.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,11 +21,11 @@ pub struct Slots {
 }
 
 impl Slots {
-    /// The fewest slots for pieces that are alive between these ticks. A ring if it needs no more than a table.
+    /// The fewest slots for pieces with these lifetimes, in ticks: a ring if it needs no more slots than a table.
     fn of(lifetimes: &[(u64, u64)]) -> Self {
         let fits = |count: &usize| lifetimes.iter().zip(&lifetimes[*count..]).all(|(piece, next)| piece.1 <= next.0);
         let ring = (1..lifetimes.len()).find(fits).unwrap_or(lifetimes.len()).max(1);
-        // A piece takes the first slot that is free when it begins.
+        // A piece takes the first slot that is free at its start.
         let (mut free_at, mut slot_of): (Vec<u64>, Vec<u32>) = (Vec::new(), Vec::new());
         for (start, end) in lifetimes {
             let slot = free_at.iter().position(|free| free <= start).unwrap_or(free_at.len());
@@ -39,7 +39,7 @@ impl Slots {
     }
 }
 
-/// When each firing of each segment runs in a step with unlimited slots: start and end in ticks, by segment.
+/// Start and end in ticks of each firing of each segment, in a step with unlimited slots.
 pub struct Times<'a> {
     segments: &'a Segments,
     hop_ticks: u64,
@@ -47,8 +47,8 @@ pub struct Times<'a> {
 }
 
 impl<'a> Times<'a> {
-    /// Compute segments run as listed. A segment of another stream runs as soon as its inputs are there, but at most one
-    /// iteration ahead of the work that reads it.
+    /// Compute segments run as listed in `step`. A segment of another stream runs as soon as its inputs are complete,
+    /// but at most one iteration ahead of the work that reads it.
     pub fn of(segments: &'a Segments, work: &WorkGraph, step: &StepPlan) -> Self {
         let listed = work.work.iter().zip(&step.times).map(|(work, times)| (work.segment, times.clone()));
         let mut times = Self { segments, hop_ticks: work.hop_ticks, by_segment: listed.collect() };
@@ -68,7 +68,7 @@ impl<'a> Times<'a> {
         }
         let segment = self.segments.get(id);
         let firings = segment.rate.per_step(micro_batches as usize);
-        // So that a chain of transfers ends; its times are those of the last pass.
+        // A placeholder while the sources of this segment are placed.
         self.by_segment.insert(id, vec![(0, 0); firings]);
         for source in &self.segments.reads[id.index()] {
             self.place(*source, readers, micro_batches);
@@ -90,7 +90,7 @@ impl<'a> Times<'a> {
         self.by_segment.insert(id, times);
     }
 
-    /// When the piece that firing `iteration` of `firings` reads is complete.
+    /// The time at which `source` completes the piece that firing `iteration` of `firings` reads.
     fn end(&self, source: SegmentId, iteration: usize, firings: usize) -> u64 {
         let times = &self.by_segment[&source];
         let last =
@@ -103,7 +103,7 @@ impl<'a> Times<'a> {
         storage.registers.iter().map(|register| Slots::of(&self.lifetimes(register))).collect()
     }
 
-    /// When each piece of a step is acquired and released. A register with one piece per step needs one slot.
+    /// The times at which each piece of a step is acquired and released; `(0, 0)` if a step has only one piece.
     fn lifetimes(&self, register: &RegisterPlan) -> Vec<(u64, u64)> {
         if register.initial || register.rate == Rate::Step {
             return vec![(0, 0)];
@@ -137,11 +137,11 @@ mod tests {
         assert_eq!(slots(&[(0, 0)]), (1, vec![]));
         assert_eq!(slots(&[(0, 3), (1, 4), (3, 6), (4, 7)]), (2, vec![]));
         assert_eq!(slots(&[(0, 9), (1, 9), (2, 9)]), (3, vec![]));
-        // The first piece lives on while the others follow each other.
+        // The first piece stays alive while the other pieces follow one after another.
         assert_eq!(slots(&[(0, 9), (1, 2), (3, 4), (5, 6)]), (2, vec![0, 1, 1, 1]));
     }
 
-    /// No two pieces that are alive at once share a slot, and as many slots are in use at some time.
+    /// No two pieces that are alive at once share a slot, and at some time all slots are in use.
     #[test]
     fn slots_are_as_few_as_the_pieces_that_are_alive_at_once() {
         let mut seed = 1u64;

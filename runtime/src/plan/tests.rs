@@ -102,7 +102,7 @@ fn change_stash(change: fn(&mut Slots, &mut RegisterPlace)) -> impl FnOnce(&mut 
     }
 }
 
-/// GPipe runs all forwards first, but the stash has only one slot.
+/// GPipe runs all forwards first, which a stash with one slot does not allow.
 #[test]
 fn a_register_with_too_few_slots_is_refused_with_the_deadlock_cycle() {
     let error = refused("tensor=2", Schedule::GPipe, change_stash(|slots, _| slots.count = 1));
@@ -196,7 +196,7 @@ fn both_pipeline_schedules_take_the_minimum_time() {
             assert_eq!(run(&plan, u32::MAX, 0, None), free, "runs without jitter are deterministic");
         }
     }
-    // Hop latency delays filling and draining the pipeline and the host's decision, but not each micro-batch.
+    // Hop latency delays the filling and draining of the pipeline, and the host's decision, but not each micro-batch.
     let makespan = |schedule| run(&gpt("stage=4", 8, schedule), u32::MAX, 1, None).makespan;
     assert_eq!(SCHEDULES.map(makespan), [345, 345]);
 }

@@ -1,4 +1,4 @@
-//! Refuses plans that would deadlock, call different collectives, overlap in memory or exceed the memory.
+//! Refuses plans that would deadlock, call different collectives, overlap in memory or exceed the memory limit.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::plan::{ClassPlan, Plan};
 /// Minimum number of simulated steps: enough to reuse every register's slots.
 const STEPS: u32 = 2;
 
-/// Checks the order of collectives, bounds, memory and liveness, each once for each class of devices.
+/// Checks the order of collectives, bounds, memory and liveness, for one device of each class.
 ///
 /// # Errors
 /// The first failed check.
@@ -79,7 +79,7 @@ fn check_collectives(Quotient { spec, actions, calls }: &Quotient) -> Result<(),
     Ok(())
 }
 
-/// Checks that all members fire the actions that call a communicator's collectives in the same order.
+/// Checks that the actions that use a communicator fire in the same order on all its members.
 fn check_collective_order(spec: &Spec) -> Result<(), PlanError> {
     let mut seen: BTreeMap<u32, (usize, String)> = BTreeMap::new();
     for actor in &spec.actors {
@@ -102,7 +102,7 @@ fn check_collective_order(spec: &Spec) -> Result<(), PlanError> {
     Ok(())
 }
 
-/// The host decides on a step's update after it has fetched all outputs, so no output may come from the update.
+/// Checks that no output comes from the update: the host decides on the update after it has fetched all outputs.
 fn check_decisions(plan: &Plan) -> Result<(), PlanError> {
     let segments = &plan.segments;
     let follows_decision = |id: &SegmentId| {
@@ -130,7 +130,7 @@ fn check_memory(plan: &Plan) -> Result<(), PlanError> {
     Err(PlanError::Memory { budget, table: plan.classes.ids().map(|class| plan.memory_row(class, " bytes")).collect() })
 }
 
-/// Checks that fixed tensors, slots and scratch of a device do not overlap and end within its arena.
+/// Checks that the fixed tensors, slots and scratch of a device do not overlap, and that they end within the arena.
 fn check_disjoint(plan: &Plan) -> Result<(), PlanError> {
     for class in plan.classes.ids() {
         let (device, ClassPlan { storage, slots, arena, .. }) =

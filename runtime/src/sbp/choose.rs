@@ -5,12 +5,12 @@
 //! - CH-2: for a tensor that is an output or has no reader, the reduction of `Partial` to `Broadcast`;
 //! - CH-3: for each op, the compute on its busiest device.
 //!
-//! A large problem is solved by [`eliminate`]: exactly, in time that is linear in the number of layers, so a repeated
-//! layer costs as much as one that is stamped. A small one is solved by a beam search in topological order, followed by
-//! sweeps that change one op at a time while the cost decreases. The beam merges assignments that leave the same layouts
-//! to later ops, so it is exact while it is wide enough. It ranks by the cost so far plus the **pending** cost of
-//! reducing `Partial` tensors that are not reduced yet. (A pending cost for gathering slices of a `Broadcast` tensor was
-//! tried: the results were the same or worse.)
+//! [`eliminate`] solves a large problem exactly while its tables stay small, in time that is linear in the number of
+//! layers. A beam search in topological order solves a small problem. Sweeps follow, which change one op at a time
+//! while the cost decreases. The beam merges assignments that leave the same layouts to later ops, so it is exact while
+//! it is wide enough. It ranks assignments by the cost so far plus the **pending** cost of reducing `Partial` tensors
+//! that are not reduced yet. (A pending cost for gathering slices of a `Broadcast` tensor was tried: the results were
+//! the same or worse.)
 
 mod eliminate;
 
@@ -28,8 +28,8 @@ use crate::boxing::Planner;
 use crate::layout_error::LayoutError;
 use crate::placement::Placement;
 
-/// Maximum number of nodes for the beam search. Its time grows with their square. Smaller problems keep it because the
-/// bits of existing programs depend on its choices, some of which are not the cheapest.
+/// Maximum number of nodes for the beam search, whose time grows with the square of the nodes. Smaller problems keep
+/// the beam search, because the bits of existing programs depend on its choices. Not all its choices are the cheapest.
 const BEAM_NODES_MAX: usize = 512;
 
 /// Minimum number of assignments that the beam keeps after each op.
@@ -40,7 +40,7 @@ const EXTENSIONS: usize = 512;
 
 const SWEEPS_MAX: usize = 16;
 
-/// Relative difference below which costs count as equal: the order of a sum changes its rounding.
+/// Relative difference below which costs count as equal, because the order of a sum changes its rounding.
 const TIE: f64 = 1e-9;
 
 #[derive(Clone, Debug)]
@@ -90,14 +90,14 @@ pub struct Choice {
     pub candidates: Vec<usize>,
     /// For each tensor, its layout (the pinned one, if there is one).
     pub layouts: Vec<PlacedLayout>,
-    /// Layout changes between nodes, without the reductions of CH-2: tensor, its layout, the required layout.
+    /// Layout changes between nodes, without the reductions of CH-2: `(tensor, its layout, required layout)`.
     pub conversions: Vec<(usize, PlacedLayout, PlacedLayout)>,
     /// The value of the objective.
     pub cost_seconds: f64,
 }
 
 impl NodeSpec {
-    /// Adds these signatures as candidates. `whole_seconds`: time of the unsharded op.
+    /// Adds these signatures as candidates. `whole_seconds` is the time of the unsharded op.
     ///
     /// # Errors
     /// When an input is not in `tensors`, or the inputs' shapes do not fit the rule.
@@ -120,8 +120,8 @@ impl NodeSpec {
     }
 }
 
-/// Chooses a signature for each node; a pure function of the problem and the planner's cost model. Fails with
-/// [`LayoutError::Choice`] if the problem is malformed, or a node's inputs cannot take the layouts of any candidate.
+/// Chooses a signature for each node. This is a pure function of the problem and the planner's cost model. Fails with
+/// [`LayoutError::Choice`] if the problem is malformed, or if a node's inputs cannot take the layouts of any candidate.
 pub fn choose(problem: &Problem, planner: &mut Planner) -> Result<Choice, LayoutError> {
     let mut chooser = Chooser::new(problem, planner)?;
     let candidates = if problem.nodes.len() <= BEAM_NODES_MAX {
@@ -246,7 +246,7 @@ impl<'a> Chooser<'a> {
         candidates
     }
 
-    /// The objective as tables over the nodes that have a choice; false if it is an estimate.
+    /// The objective as tables over the nodes that have a choice, and true if the tables are exact.
     fn tables(&mut self, sizes: &[usize]) -> (Vec<Table>, bool) {
         let (mut tables, mut is_exact, mut costs_by_key) = (Vec::new(), true, HashMap::new());
         for (n, candidates) in self.candidates.iter().enumerate().filter(|(_, candidates)| candidates.len() > 1) {
@@ -257,7 +257,7 @@ impl<'a> Chooser<'a> {
         for tensor in 0..self.shapes.len() {
             let nodes = self.deciding_nodes(tensor);
             let entries = nodes.iter().fold(1_usize, |entries, n| entries.saturating_mul(sizes[*n]));
-            // Of a tensor with very many readers, each conversion is counted for each reader.
+            // If a tensor has too many readers for one table, a conversion counts once for each reader.
             let parts = if entries <= ENTRIES_MAX { vec![nodes] } else { self.pairs(tensor, &nodes) };
             is_exact &= entries <= ENTRIES_MAX;
             for nodes in parts.into_iter().filter(|nodes| !nodes.is_empty()) {
@@ -270,7 +270,7 @@ impl<'a> Chooser<'a> {
         (tables, is_exact)
     }
 
-    /// The tensor's part of the objective, by the candidates of these nodes. `chosen` is scratch memory of zeros.
+    /// The tensor's part of the objective for each combination of the nodes' candidates. `chosen` is scratch of zeros.
     fn costs_of(&mut self, tensor: usize, nodes: &[usize], sizes: &[usize], chosen: &mut [usize]) -> Rc<[Cost]> {
         let mut costs = Vec::new();
         for_each_combination(nodes, sizes, |values| {
@@ -282,7 +282,7 @@ impl<'a> Chooser<'a> {
         costs.into()
     }
 
-    /// What [`Chooser::costs_of`] depends on. It is equal for the tensors of repeated layers.
+    /// All values that [`Chooser::costs_of`] depends on. The key is equal for the tensors of repeated layers.
     fn table_key(&self, tensor: usize, nodes: &[usize]) -> Vec<usize> {
         let none = usize::MAX;
         let mut key = vec![self.shapes[tensor], self.pinned[tensor].unwrap_or(none)];
@@ -312,7 +312,7 @@ impl<'a> Chooser<'a> {
         nodes.into_iter().collect()
     }
 
-    /// Each deciding node with the producer, if that is one.
+    /// Each deciding reader, with the producer if the producer is a deciding node too.
     fn pairs(&self, tensor: usize, nodes: &[usize]) -> Vec<Vec<usize>> {
         let producer = self.producers[tensor].map(|(n, _)| n).filter(|n| nodes.contains(n));
         let readers = nodes.iter().filter(|n| Some(**n) != producer);
@@ -338,9 +338,9 @@ impl<'a> Chooser<'a> {
     /// The beam search. Returns the index of each node's candidate.
     fn beam(&mut self) -> Result<Vec<usize>, LayoutError> {
         let mut beam = vec![Assignment { cost_seconds: 0.0, live: Vec::new(), last: None }];
-        // (index of the previous choice, candidate)
+        // Each choice is `(index of the previous choice, candidate)`.
         let mut choices: Vec<(Option<usize>, usize)> = Vec::new();
-        // Assignments differ only in the layouts of these tensors.
+        // Only the layouts of these tensors can differ between assignments.
         let varies: Vec<bool> = (0..self.shapes.len()).map(|t| !self.deciding_nodes(t).is_empty()).collect();
         for n in 0..self.problem.nodes.len() {
             let width = (EXTENSIONS / self.candidates[n].len()).max(BEAM_WIDTH_MIN);
@@ -370,7 +370,7 @@ impl<'a> Chooser<'a> {
             }
             beam = next;
         }
-        // No cost is pending at the end, so the first is the cheapest.
+        // No cost is pending at the end, so the first assignment is the cheapest.
         let (mut chosen, mut last) = (Vec::new(), beam[0].last);
         while let Some(position) = last {
             chosen.push(choices[position].1);

@@ -10,7 +10,7 @@ use crate::boxing::Planner;
 use crate::placement::Placement;
 
 /// Seconds of an op on the busiest device of a placement under a signature. The unsharded op takes `whole_seconds`. The
-/// time is proportional to the smallest local share of an operand, because one operand has all the split factors.
+/// time is proportional to the smallest share of an operand on that device, because one operand has all split factors.
 pub fn compute_seconds(
     whole_seconds: f64,
     signature: &NdSignature,
@@ -28,18 +28,18 @@ pub fn compute_seconds(
     whole_seconds * operands.filter(|o| element_count(o.1) > 0).map(share).fold(1.0, f64::min)
 }
 
-/// Boxing costs between interned layouts of interned shapes; each is looked up in the planner once.
+/// Boxing costs between interned layouts of interned shapes. Each cost is looked up in the planner once.
 pub(super) struct CostCache<'a> {
     planner: &'a mut Planner,
     placement_ids: HashMap<Placement, usize>,
     layouts: Vec<PlacedLayout>,
-    /// By placement and layout.
+    /// Ids of layouts, by placement and layout.
     layout_ids: HashMap<(usize, NdSbp), usize>,
     /// For each layout, the id of [`NdSbp::reduced`].
     reduced: Vec<usize>,
     shapes: Vec<(Vec<usize>, DType)>,
     shape_ids: HashMap<(Vec<usize>, DType), usize>,
-    /// By shape, source layout and target layout.
+    /// Boxing costs, by shape, source layout and target layout.
     seconds: HashMap<(usize, usize, usize), f64>,
 }
 

@@ -12,7 +12,7 @@ pub fn filled(shape: &[usize], dtype: DType, value: f32) -> HostTensor {
     }
 }
 
-/// Returns a box of a tensor as a tensor.
+/// Returns a box of a tensor as a new tensor.
 pub fn slice_region(tensor: &HostTensor, region: &Region) -> HostTensor {
     let mut out = filled(&region.size, tensor.dtype(), 0.0);
     copy_box(tensor, region, &mut out, &Region::whole(&region.size));
@@ -40,7 +40,7 @@ pub fn copy_box(src: &HostTensor, from: &Region, dst: &mut HostTensor, to: &Regi
     }
 }
 
-/// Concatenates tensors along a dim; all must have the same type and the same other dims.
+/// Concatenates tensors along a dim. All must have the same type, and the same extents of the other dims.
 ///
 /// # Panics
 /// When `parts` is empty.

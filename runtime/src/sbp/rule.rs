@@ -5,7 +5,7 @@
 //! 1. One factor is split: operands with it are `Split` along its dim, and inputs without it are `Broadcast`. Outputs
 //!    without it are `Partial`, because the op contracts the factor.
 //! 2. All devices do the same work: all operands are `Broadcast`.
-//! 3. A linear op maps terms to terms: some inputs and all outputs are `Partial(Sum)`, the other inputs `Broadcast`.
+//! 3. A linear op maps terms to terms: some inputs and all outputs are `Partial(Sum)`; other inputs are `Broadcast`.
 
 use std::fmt;
 
@@ -17,9 +17,9 @@ use crate::layout_error::LayoutError;
 /// The layouts of an op's operands, along one mesh axis (`Sbp`) or on a placement (`NdSbp`).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Signature<Layout> {
-    /// One for each input.
+    /// The layout of each input.
     pub inputs: Vec<Layout>,
-    /// One for each output.
+    /// The layout of each output.
     pub outputs: Vec<Layout>,
 }
 
@@ -27,8 +27,8 @@ pub struct Signature<Layout> {
 pub type NdSignature = Signature<NdSbp>;
 
 impl NdSignature {
-    /// Every combination of one signature for each axis, the last axis varying fastest, except those that mix
-    /// reductions in an operand. `counts`: the number of inputs and outputs.
+    /// Every combination of one signature for each axis, except those that mix reductions in an operand. The last axis
+    /// varies fastest. `counts` has the numbers of inputs and outputs.
     pub(crate) fn combinations(by_axis: &[Vec<Signature<Sbp>>], counts: (usize, usize)) -> Vec<Self> {
         let empty = |count: usize| vec![NdSbp(Vec::new()); count];
         let mut all = vec![Self { inputs: empty(counts.0), outputs: empty(counts.1) }];
@@ -112,7 +112,7 @@ impl Rule {
     /// Marks factors that must not be split, because the op needs their whole extent, such as the channels of a norm.
     ///
     /// # Errors
-    /// When no operand has a letter.
+    /// When one of the letters is in no operand.
     pub fn fixed(mut self, letters: &str) -> Result<Self, LayoutError> {
         letters.chars().try_for_each(|letter| self.check_factor(letter))?;
         self.fixed.extend(letters.chars());
@@ -166,7 +166,7 @@ impl Rule {
         factors
     }
 
-    /// Signatures along one mesh axis: first each split factor by first appearance, then all `Broadcast`, then linear.
+    /// Signatures along one axis: the splits of factors, by first appearance; all `Broadcast`; the linear ones.
     pub fn signatures_1d(&self) -> Vec<Signature<Sbp>> {
         let may_split = self.factors().into_iter().filter(|f| !self.fixed.contains(f));
         let mut all: Vec<Signature<Sbp>> = may_split.map(|factor| self.split(factor)).collect();
@@ -184,7 +184,7 @@ impl Rule {
 
     /// Output layouts along one axis for these input layouts; `None` if no signature has these inputs.
     pub fn output_layouts(&self, inputs: &[Sbp]) -> Option<Vec<Sbp>> {
-        // Check this case first: a factor that only outputs have can also be split with these inputs.
+        // This case comes first: if only outputs have a factor, the split of that factor has the same inputs.
         if inputs.iter().all(|sbp| *sbp == Sbp::Broadcast) {
             return Some(vec![Sbp::Broadcast; self.outputs.len()]);
         }
@@ -200,7 +200,7 @@ impl Rule {
     /// Infers the shapes of the outputs from those of the inputs (whole tensors, or the shards of one signature).
     ///
     /// # Errors
-    /// When the number of inputs or of an input's dims differs from the rule's, two inputs have different sizes for a
+    /// When the number of inputs, or of dims of an input, differs from the rule, two inputs have different sizes for a
     /// factor, or [`Rule::size`] is missing for a factor that only outputs have.
     pub fn infer_shapes(&self, inputs: &[impl AsRef<[usize]>]) -> Result<Vec<Vec<usize>>, LayoutError> {
         let rule = || self.to_string();
@@ -265,8 +265,8 @@ impl fmt::Display for Rule {
     }
 }
 
-/// Output shapes for the text of a rule that is invalid or does not fit these inputs, so that building can continue to
-/// the next error. The extent of an index is its extent in the first input that contains it, or 1 if there is none.
+/// Guesses output shapes if a rule is invalid or does not fit its inputs, so that building can continue to the next
+/// error. The extent of an index is its extent in the first input that contains the index, or 1 if no input does.
 pub fn plausible_shapes(text: &str, inputs: &[&[usize]]) -> Vec<Vec<usize>> {
     let Some((operands, outputs)) = text.split_once("->") else {
         return vec![inputs.first().map_or(Vec::new(), |shape| shape.to_vec())];

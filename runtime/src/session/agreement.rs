@@ -1,6 +1,6 @@
-//! Checks values that must be equal on all ranks: per step the learning rate and elements that several ranks feed, per
-//! load the tensors. The values are compared on their way up the control tree, and all ranks report the same error. A
-//! step's numbers share a message with requests to stop; the only cost is a digest of the shared elements.
+//! Checks values that must be equal on all ranks: in each step, the learning rate and the elements that several ranks
+//! feed; in each load, the tensors. The control tree compares values on their way up, and all ranks report the same
+//! error. A step's numbers share a message with requests to stop, so the only cost is a digest of the shared elements.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -24,13 +24,13 @@ const VALUES_MAX: usize = 4;
 /// Names of a load's fields that precede the digests of tensors. The first is the outcome, see [`Worst`].
 const LOAD_NAMES: [&str; 5] = ["outcome", "number of steps", "number of updates", "seed", "manifest"];
 
-/// Index of the first digest among them.
+/// Index of the manifest in [`LOAD_NAMES`]. From this index on, all fields are digests.
 const MANIFEST: usize = 4;
 
-/// Maximum number of tensors that are compared at once, so that their digests fit in a message.
+/// Maximum number of fields in a message. Almost all of them are digests of tensors.
 const TENSORS_MAX: usize = 4096;
 
-/// Ranks have different values where all must have the same.
+/// Ranks differ in a value that must be equal on all ranks.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{context}: the ranks differ in {name}: {}; give every rank the same value", list(values))]
 pub struct RankDisagreement {
@@ -42,7 +42,7 @@ pub struct RankDisagreement {
     pub values: Vec<(u32, String)>,
 }
 
-/// Lists ranks by value, in the order of the first rank that has it.
+/// Lists the values with their ranks, in the order of each value's first rank.
 fn list(values: &[(u32, String)]) -> String {
     let mut groups: Vec<(&str, Vec<u32>)> = Vec::new();
     for (rank, value) in values {
@@ -58,23 +58,23 @@ fn list(values: &[(u32, String)]) -> String {
     format!("{}{more}", listed.collect::<Vec<_>>().join("; "))
 }
 
-/// Elements of an input that the same two or more processes feed.
+/// Elements of an input that several processes feed. The same processes feed all of these elements.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SharedInput {
     pub(super) var: Var,
-    /// In order.
+    /// Ranks of these processes, in order.
     pub(super) processes: Arc<[u32]>,
-    /// The regions of one micro-batch that all of them feed.
+    /// The regions of one micro-batch that all these processes feed.
     pub(super) regions: Vec<Region>,
 }
 
-/// The processes that feed each region, by its start and size.
+/// The processes that feed each region, by the region's start and size.
 type Feeders = BTreeMap<(Vec<usize>, Vec<usize>), BTreeSet<u32>>;
 
 /// Inputs that several processes of a plan feed; the same list on all processes. Inputs of the same name are one host
-/// tensor, which may be fed to several placements, each with its own layout.
+/// tensor. Several placements may read it, each with its own layout.
 pub fn shared_inputs(plan: &Instance, process_map: &ProcessMap) -> Vec<SharedInput> {
-    // By name: one of the inputs, and the processes that feed each region.
+    // By name: one input of this name, and the processes that feed each region.
     let mut fed: BTreeMap<&str, (Var, Feeders)> = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
         for action in actions {
@@ -145,14 +145,14 @@ pub(super) struct LoadSummary {
     pub(super) tensors: BTreeMap<Var, u64>,
 }
 
-/// How the numbers of a step combine: the largest request, the learning rate, a digest of each shared input.
+/// How processes combine the numbers of a step: largest request, same learning rate, same digest per shared input.
 pub(super) fn rules_of_step(plan: &Instance, shared: &[SharedInput]) -> Arc<[MergeRule]> {
     let rate = plan.graph.objective.map(|_| MergeRule::Same(None));
     let digests = shared.iter().map(|input| MergeRule::Same(Some(input.processes.clone())));
     [MergeRule::Max { words: 1 }].into_iter().chain(rate).chain(digests).collect()
 }
 
-/// A process's numbers for these rules. A program without an objective ignores the learning rate.
+/// A process's numbers for [`rules_of_step`]. Without an objective, the learning rate is left out.
 pub(super) fn fields_of_step(
     plan: &Instance,
     request: u64,
@@ -163,7 +163,7 @@ pub(super) fn fields_of_step(
     [vec![request]].into_iter().chain(rate).chain(digests).collect()
 }
 
-/// Names the difference between the numbers of all processes for a step. `steps`: the steps done before.
+/// Describes a difference between the processes' numbers of a step. `steps` is the number of steps done before it.
 pub(super) fn difference_in_step(
     plan: &Instance,
     shared: &[SharedInput],
@@ -185,11 +185,11 @@ pub(super) fn difference_in_step(
     }
 }
 
-/// Numbers by field, and how they combine.
+/// The rules and the numbers of a message, by field.
 pub(super) type Numbers = (Arc<[MergeRule]>, Vec<Vec<u64>>);
 
-/// A process's numbers at a load, with their rules, in parts that fit in messages: of what it has read, or of its error's
-/// exit code.
+/// A process's numbers of a load with their rules, in parts that fit in messages. The numbers describe what the process
+/// has read, or the exit code of its error.
 pub(super) fn numbers_of_load(plan: &Instance, process: u32, summary: Result<LoadSummary, u8>) -> Vec<Numbers> {
     let outcome = summary.as_ref().map_or_else(|exit| Outcome::Failed(*exit), |_| Outcome::Good(0));
     let LoadSummary { steps, updates, seed, manifest, tensors } = summary.unwrap_or_default();
@@ -202,7 +202,7 @@ pub(super) fn numbers_of_load(plan: &Instance, process: u32, summary: Result<Loa
     fields.chunks(TENSORS_MAX).map(|fields| (fields.iter().map(rule).collect(), fields.to_vec())).collect()
 }
 
-/// The difference between the numbers of all processes for a load, none of which failed, from the result of each part.
+/// Finds a difference between the processes' numbers of a load without failures. `parts`: the result of each message.
 pub(super) fn difference_in_load(plan: &Instance, source: &str, parts: &[Reduced]) -> Option<RankDisagreement> {
     let (part, difference) = parts.iter().enumerate().find_map(|(part, all)| Some((part, all.difference.clone()?)))?;
     let index = part * TENSORS_MAX + difference.field as usize;

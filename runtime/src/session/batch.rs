@@ -19,9 +19,9 @@ const DATA_AXIS: &str = "data";
 pub enum Batch<'a> {
     /// Whole tensors; every rank supplies all of them.
     Whole(&'a [(&'a str, HostTensor)]),
-    /// This data rank's part of each input: along dims that are split over the mesh axis `data` (or an axis before it), the
-    /// elements of this rank's devices. With micro-batches, the part of each one, in order. Other dims are whole, and an
-    /// input that no device of this rank reads is left out. [`crate::session::Session::local_batch`] cuts such parts.
+    /// This data rank's part of each input. A dim that is split over the mesh axis `data` (or an axis before it) has
+    /// only the elements of this rank's devices; other dims are whole. The parts of micro-batches follow in order.
+    /// Leave out an input that no device of this rank reads. [`crate::session::Session::local_batch`] cuts such parts.
     Local(&'a [(&'a str, HostTensor)]),
 }
 
@@ -64,8 +64,8 @@ impl<'a> From<Batch<'a>> for Inputs<'a> {
     }
 }
 
-/// By input: the part of a micro-batch that [`Batch::Local`] holds on this process. It contains the elements of all its
-/// devices. Inputs that it does not feed have none.
+/// The part of a micro-batch that [`Batch::Local`] holds on this process, by input name. A part contains the elements
+/// of all devices of this process. Inputs that this process does not feed have no entry.
 pub(super) fn local_parts(plan: &Instance, process_map: &ProcessMap) -> BTreeMap<String, Region> {
     let mut parts: BTreeMap<String, Region> = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
@@ -89,11 +89,11 @@ fn data_part(graph: &Graph, var: Var, device: usize) -> Region {
     let is_outer = |axis: usize| last.is_some_and(|last| axis <= last);
     let sbp = |(axis, sbp): (usize, &Sbp)| if is_outer(axis) { *sbp } else { Sbp::Broadcast };
     let layout = NdSbp(graph.layout(var).0.iter().enumerate().map(sbp).collect());
-    // The device holds the tensor, because it feeds it.
+    // The placement includes the device, because the host feeds the tensor to it.
     local_region(graph.shape(var), &layout, placement, placement.index_of(device).unwrap_or(0))
 }
 
-/// The smallest region that contains both.
+/// The smallest region that contains both regions.
 fn hull(a: &Region, b: &Region) -> Region {
     let start: Vec<usize> = a.start.iter().zip(&b.start).map(|(a, b)| *a.min(b)).collect();
     let ends = (0..start.len()).map(|dim| (a.start[dim] + a.size[dim]).max(b.start[dim] + b.size[dim]));

@@ -1,6 +1,6 @@
-//! Compares a node's memory with the needs of a job's processes there. Only this module sums the bytes of a rank.
+//! Checks that a node has enough memory for its processes of a job. Only this module sums the bytes of a rank.
 //!
-//! Processes share the machine's memory. Limits of cgroups differ by container, so each process checks its own bounds.
+//! All processes share the machine's memory. Cgroup limits differ by container, so each process checks its own bounds.
 
 use shardflow_kernels::device::DeviceKind;
 
@@ -11,8 +11,8 @@ use crate::plan::{Plan, ResidentTensor};
 use crate::process_map::ProcessMap;
 use shardflow_job::machine::{CGROUPS_MAX, CgroupId, FreeMemory, MemoryClaim, memory_bounds};
 
-/// Reserve outside the plan: a process's libraries and connections, and matrix packing buffers per device and thread.
-/// Measured: 3 to 31 MiB in total, for `gpt` with widths from 64 to 1024 and up to 8 threads.
+/// Reserved bytes outside the plan: for a process's libraries and connections, and for packed matrices per device and
+/// thread. Measured for `gpt` with widths from 64 to 1024 and up to 8 threads: 3 to 31 MiB in total.
 const RANK_BYTES: u64 = 16 << 20;
 const DEVICE_BYTES: u64 = 8 << 20;
 const THREAD_BYTES: u64 = 2 << 20;
@@ -20,25 +20,25 @@ const THREAD_BYTES: u64 = 2 << 20;
 /// Maximum number of snapshots in a process: the one being written, and the next.
 pub(crate) const SNAPSHOTS_MAX: usize = 2;
 
-/// The node's memory for a job of CPU devices.
+/// The memory of this node for a job of CPU devices.
 #[derive(Clone, Debug)]
 pub(crate) struct Budget {
-    /// Free memory of the cgroups of this process and of the machine (`None`), before any process of the job allocates
-    /// for the plan; the tightest bound first. Empty if unknown or not applicable.
+    /// Free memory of this process's cgroups and of the machine (`None`), the tightest bound first. It is measured
+    /// before any process of the job allocates for the plan. Empty if unknown or not applicable.
     bounds: Vec<(Option<CgroupId>, FreeMemory)>,
-    /// By rank.
+    /// The claims of all processes, by rank.
     claims: Vec<MemoryClaim>,
 }
 
 impl Budget {
-    /// Call it before the rendezvous: afterwards, other processes may have allocated memory. No budget for GPUs, whose
-    /// memory is not the host's. Does not replace the devices' budget (`CompileOptions::memory_bytes`).
+    /// Call it before the rendezvous, because other processes may allocate memory after it. There is no budget for
+    /// GPUs, because their memory is not the host's. The devices' budget (`CompileOptions::memory_bytes`) also applies.
     pub(crate) fn measure(plan: &Plan) -> Self {
         let bounds = if plan.device == DeviceKind::Cpu { memory_bounds() } else { Vec::new() };
         Self { bounds: bounds.into_iter().map(|free| (free.bound.cgroup(), free)).collect(), claims: Vec::new() }
     }
 
-    /// The limits of this process, and what it allocates besides the plan.
+    /// This process's cgroups, and the bytes that it allocates besides the plan.
     pub(crate) fn claim(&self, extra_bytes: u64) -> MemoryClaim {
         let cgroups = self.bounds.iter().filter_map(|(cgroup, _)| *cgroup).take(CGROUPS_MAX).collect();
         MemoryClaim { cgroups, extra_bytes }
@@ -49,8 +49,8 @@ impl Budget {
         Self { claims, ..self }
     }
 
-    /// Checks that there is memory for these processes, all of which run on this node: their devices and mirrors,
-    /// `snapshots` snapshots each, and what they allocate besides the plan.
+    /// Checks that there is memory for these processes, which all run on this node: for their devices and mirrors, for
+    /// `snapshots` snapshots per process, and for the bytes that they allocate besides the plan.
     pub(crate) fn check(
         &self,
         plan: &Instance,
@@ -87,7 +87,7 @@ impl Budget {
     }
 }
 
-/// Bytes of a process for the plan, with a row of `table` for each use.
+/// Bytes that a process needs for the plan. Adds a row to `table` for each use.
 fn process_bytes(plan: &Instance, process_map: &ProcessMap, process: u32, snapshots: usize, table: &mut String) -> u64 {
     let devices = process_map.devices_of(process);
     let mut needed = 0;
@@ -117,7 +117,7 @@ fn rank_bytes(plan: &Plan, devices: usize) -> u64 {
     RANK_BYTES + devices as u64 * (DEVICE_BYTES + plan.threads_per_device as u64 * THREAD_BYTES)
 }
 
-/// The parts of a parameter or state in a checkpoint, each with the first device of the placement that has it.
+/// The parts of a parameter or state in a checkpoint. Each comes with the first device of the placement that holds it.
 pub(crate) fn saved_parts(plan: &Instance, var: Var) -> Vec<(usize, &ResidentTensor)> {
     let mut parts: Vec<(usize, &ResidentTensor)> = Vec::new();
     for (device, _, resident) in plan.resident_parts(var) {
@@ -150,7 +150,7 @@ mod tests {
         compile(g, &CompileOptions::default()).unwrap().instance()
     }
 
-    /// Checks the budget of a job with `processes` processes, of which `node_processes` run on this node.
+    /// Checks the budget of a job with `processes` processes. The processes in `node_processes` run on this node.
     fn check(
         budget: u64,
         plan: &Instance,
@@ -221,12 +221,12 @@ mod tests {
     fn snapshots_count_each_part_once() {
         let plan = plan("data=2");
         let devices = plan.memory.iter().map(|m| m.total_bytes() as u64).sum::<u64>() + rank_bytes(&plan, 2);
-        // Weights and two moments, held by both devices.
+        // Weights and two moments. Both devices hold them, but a snapshot has one copy.
         let snapshot = 3 * 16 * 32 * 4;
         assert_eq!(check(devices + 2 * snapshot, &plan, 1, &[0], 2), Ok(()));
         let message = check(devices + 2 * snapshot - 1, &plan, 1, &[0], 2).unwrap_err();
         assert!(message.contains(&format!("rank 0: {} bytes for 2 snapshots", 2 * snapshot)), "{message}");
-        // With two processes, the second writes nothing.
+        // With two processes, the second one writes nothing.
         let message = check(0, &plan, 2, &[0, 1], 1).unwrap_err();
         assert!(
             message.contains(&format!("rank 0: {snapshot} bytes")) && message.contains("rank 1: 0 bytes"),
@@ -246,7 +246,7 @@ mod tests {
         assert!(Budget::measure(&gpu).bounds.is_empty());
     }
 
-    /// Products of bf16 matrices widen them into memory of the streams.
+    /// Products of bf16 matrices convert the matrices to f32 in memory of the streams.
     #[test]
     fn memory_of_streams_is_planned() {
         let stream_bytes = |precision| {

@@ -32,14 +32,14 @@ impl Session {
     /// Every parameter by name, as a whole tensor in its saved shape. All processes of the plan must call it.
     ///
     /// # Errors
-    /// The failure of an earlier step; or if copies on different devices differ, which only a kernel's bug can cause.
+    /// The failure of an earlier step, or copies that differ between devices (only a bug in a kernel can cause this).
     pub fn parameters(&self) -> Result<BTreeMap<String, HostTensor>, SessionError> {
         self.check_not_failed()?;
         let name = |var| self.plan.graph.tensor(var).name.clone();
         self.plan.graph.parameters().into_iter().map(|var| Ok((name(var), self.whole(var)?))).collect()
     }
 
-    /// Like [`Session::parameters`], but only the first process gets them; the others hold one tensor at a time.
+    /// Like [`Session::parameters`], but only process 0 gets them. The other processes hold one tensor at a time.
     ///
     /// # Errors
     /// Those of [`Session::parameters`].
@@ -83,11 +83,11 @@ impl Session {
         info.saved_shape.clone().unwrap_or_else(|| info.shape.clone())
     }
 
-    /// Writes parameters, optimizer state, steps, updates, seed and declared values to one safetensors file. It appears
-    /// only when complete. One whole tensor at a time is in memory. All processes must call it; the first one writes.
+    /// Writes parameters, optimizer state, steps, updates, seed and declared values to one safetensors file. The file
+    /// appears only when complete. One tensor at a time is in memory. All processes call it; process 0 writes.
     ///
     /// # Errors
-    /// [`CheckpointError::Io`], or the failure of an earlier step, whose tensors must not replace a good file.
+    /// [`CheckpointError::Io`], or the failure of an earlier step: a failed session must not replace a good file.
     pub fn save(&self, path: &Path) -> Result<(), SessionError> {
         self.check_not_failed()?;
         let graph = &self.plan.graph;
@@ -95,11 +95,11 @@ impl Session {
         vars.sort_by_key(|var| &graph.tensor(*var).name);
         let mut wholes = vars.iter().map(|var| self.whole(*var));
         let written = if self.process_map.process == 0 { self.write(path, &vars, &mut wholes) } else { Ok(()) };
-        // After a failed write the other processes still need this one's parts.
+        // After a failed write, the other processes still need this process's parts.
         written.and(wholes.try_for_each(|whole| whole.map(drop)))
     }
 
-    /// Writes these tensors; `wholes` returns them in order.
+    /// Writes the tensors of `vars`; `wholes` returns them in this order.
     fn write(
         &self,
         path: &Path,
@@ -120,11 +120,11 @@ impl Session {
     }
 
     /// Loads a file of [`Session::save`] under any mesh, with its steps, updates and seed. Returns notes for the user,
-    /// one line each. All processes must call it. Reads each tensor twice, so that only one at a time is in memory.
+    /// one line each. All processes must call it. It reads each tensor twice, to keep only one in memory at a time.
     ///
     /// # Errors
-    /// [`CheckpointError`], or [`SessionError::Disagreement`] if the files of two ranks differ; nothing was changed
-    /// then, unless the file is changed during the call.
+    /// [`CheckpointError`], or [`SessionError::Disagreement`] if the files of two ranks differ. In both cases nothing
+    /// has changed. If the file changes during the call, the session fails.
     pub fn restore(&mut self, path: &Path) -> Result<Vec<String>, SessionError> {
         self.set_activity("loading weights");
         let read = self.read(path, false);
@@ -140,7 +140,7 @@ impl Session {
         Ok(notes)
     }
 
-    /// [`Session::restore`] of parameters only, from any safetensors file with them. Moments, steps, updates become 0.
+    /// Like [`Session::restore`] for parameters only, from any safetensors file. Moments, steps and updates become 0.
     pub fn init_from(&mut self, path: &Path) -> Result<Vec<String>, SessionError> {
         self.set_activity("loading weights");
         let read = self.read(path, true);
@@ -160,11 +160,11 @@ impl Session {
         Ok(notes)
     }
 
-    /// Sets parameters from whole tensors, as [`Session::parameters`] returns them. Ignores other names. Optimizer
+    /// Sets parameters from whole tensors in the form of [`Session::parameters`]. Ignores unknown names. Optimizer
     /// state and steps stay unchanged. All processes of the plan must call it with the same tensors.
     ///
     /// # Errors
-    /// [`CheckpointError::Unfit`] for another shape, or [`SessionError::Disagreement`]; nothing was changed then.
+    /// [`CheckpointError::Unfit`] for another shape, or [`SessionError::Disagreement`]. In both cases nothing changes.
     pub fn set_parameters(&mut self, tensors: &BTreeMap<String, HostTensor>) -> Result<(), SessionError> {
         let path = Path::new("(memory)");
         let found = self.check_tensors(path, Source::Memory(tensors), true);
@@ -186,7 +186,7 @@ impl Session {
         self.agree_on_load(&path.display().to_string(), summary, load)
     }
 
-    /// Compares the loads of all processes before anything is changed. If one process cannot load, no process does.
+    /// Compares the loads of all processes before anything changes. If one process cannot load, no process loads.
     pub(super) fn agree_on_load<T>(
         &mut self,
         source: &str,
@@ -210,14 +210,14 @@ impl Session {
         }
     }
 
-    /// Replaces the session's seed by the file's, and returns a note if they differ.
+    /// Replaces the session's seed by the saved one. Returns a note if the two seeds differ.
     pub(super) fn take_seed(&mut self, saved: Option<u64>, source: &str) -> Option<String> {
         let own = self.seed;
         self.seed = saved.unwrap_or(own);
         (own != self.seed).then(|| format!("the seed is {} from {source} instead of {own}", self.seed))
     }
 
-    /// Checks a file's tensors for the program, or only its parameters; changes nothing in the session.
+    /// Checks a file's tensors that the program needs, or only its parameters. Changes nothing in the session.
     fn read(&self, path: &Path, weights_only: bool) -> Result<Load<'static>, SessionError> {
         let file = TensorFile::open(path)?;
         let metadata = file.header.metadata().clone().unwrap_or_default();
@@ -225,12 +225,12 @@ impl Session {
         let tensors = file.header.tensors();
         let names = tensors.keys().map(|name| (name.as_str(), kind(name)));
         let notes = self.check_saved(path, &declared_of(&metadata), names, weights_only)?;
-        // Weights are equal even if the rest of the files differs.
+        // Files with different metadata may have equal weights, so the processes compare only the weights.
         let metadata = if weights_only { HashMap::new() } else { metadata };
         Ok(Load { metadata, notes, ..self.check_tensors(path, Source::File(file), weights_only)? })
     }
 
-    /// Reads each tensor of the program, or only the parameters, and keeps its digest.
+    /// Reads each tensor of the program, or only each parameter, and keeps the digest of each tensor.
     fn check_tensors<'a>(&self, path: &Path, source: Source<'a>, weights_only: bool) -> Result<Load<'a>, SessionError> {
         let wanted = self.residents().filter(|(_, kind)| !weights_only || *kind == TensorKind::Parameter);
         let digest = |(var, _)| Ok((var, digest_of(self.tensor_of(path, &source, var)?.as_bytes())));
@@ -301,7 +301,7 @@ impl Session {
         Ok(tensor)
     }
 
-    /// Writes the tensors that were checked. An error leaves a mixture of tensors, so it ends the session.
+    /// Writes the checked tensors to the devices. An error leaves old and new tensors mixed, so it ends the session.
     fn write_all(
         &mut self,
         path: &Path,
@@ -338,13 +338,13 @@ impl Session {
     }
 }
 
-/// Where a load takes tensors from, one at a time.
+/// The source of a load, which supplies one tensor at a time.
 enum Source<'a> {
     Memory(&'a BTreeMap<String, HostTensor>),
     File(TensorFile),
 }
 
-/// Tensors that were checked, to be written once all processes agree.
+/// The checked tensors of a load. They are written once all processes agree.
 struct Load<'a> {
     source: Source<'a>,
     digests: BTreeMap<Var, u64>,
@@ -353,7 +353,7 @@ struct Load<'a> {
     notes: Vec<String>,
 }
 
-/// Largest header of a safetensors file, as in the crate.
+/// Maximum size of a file's header, as in the crate `safetensors`.
 const HEADER_BYTES_MAX: u64 = 100_000_000;
 
 /// An open safetensors file.
@@ -371,7 +371,7 @@ impl TensorFile {
         let failed = |e| io(path, e);
         let refused = |e: SafeTensorError| CheckpointError::Format { path: path.into(), message: e.to_string() };
         let file = fs::File::open(path).map_err(failed)?;
-        // A folder can be opened; reading it fails.
+        // Opening a folder succeeds, but reading from it fails.
         let length = file.metadata().map_err(failed)?.len();
         let mut prefix = [0; 8];
         match file.read_exact_at(&mut prefix, 0) {

@@ -27,7 +27,7 @@ pub enum SessionError {
     Failed(#[from] Failure),
     #[error(transparent)]
     Actors(#[from] ActorError),
-    /// With the buffers for data of other processes, the plan exceeds its memory budget or the node's memory.
+    /// The plan, including buffers for data of other processes, exceeds its memory budget or the node's memory.
     #[error(transparent)]
     Plan(#[from] PlanError),
     /// A device is not available, or memory cannot be allocated.
@@ -43,14 +43,14 @@ pub enum SessionError {
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]
     Declared(#[from] DeclareError),
-    /// Ranks have different values where all must have the same; nothing was updated or loaded.
+    /// Ranks differ in a value that must be equal on all ranks; nothing was updated or loaded.
     #[error(transparent)]
     Disagreement(#[from] RankDisagreement),
     #[error("the plan was written and nothing was run, because {} or a related variable is set", PLAN_HTML)]
     PlanWritten,
     #[error("cannot write the plan to {path}: {source}")]
     PlanFile { path: PathBuf, source: io::Error },
-    /// The loss or the gradients of a step are Inf or NaN.
+    /// The loss or the gradients of a step are Inf or NaN, or its update could overflow.
     #[error("{0}")]
     NonFinite(Box<NonFinite>),
     #[error("input {name}: expected {expected}, got {got}")]
@@ -62,7 +62,7 @@ impl SessionError {
     pub fn exit(&self) -> Exit {
         match self {
             Self::Failed(failure) => exit_of(failure),
-            // Memory is allocated when a plan is loaded, so the plan does not fit.
+            // All memory is allocated when a plan is loaded, so the error means that the plan does not fit.
             Self::Kernel(KernelError::OutOfMemory { .. }) => Exit::Refused,
             Self::Kernel(cause) => exit_of_kernel(cause),
             Self::Cluster(error) => error.exit(),
@@ -76,7 +76,7 @@ impl SessionError {
         }
     }
 
-    /// Rank of the process that failed, if it is another one.
+    /// Rank of the process that failed, if it is not this process.
     pub fn first_cause_rank(&self) -> Option<u32> {
         match self {
             Self::Failed(Failure::Peer { process, .. } | Failure::Stalled { process: Some(process), .. }) => {

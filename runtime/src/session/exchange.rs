@@ -1,4 +1,4 @@
-//! Host data of all processes, queued by port: a peer may be a step ahead of this process.
+//! Queues the host data of all processes by port, because a peer may be one step ahead of this process.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ pub(super) struct Inbox {
     ports: Arc<HostPorts>,
     pub(super) peers: Receiver<PeerMessage>,
     waiting: BTreeMap<u32, VecDeque<Arc<HostPiece>>>,
-    /// Processes that send nothing more.
+    /// Processes that will send no more pieces.
     pub(super) ended: BTreeSet<u32>,
 }
 
@@ -35,7 +35,7 @@ impl Inbox {
         self.waiting.entry(piece.port).or_default().push_back(piece);
     }
 
-    /// The senders of the wanted pieces that are missing.
+    /// Returns the senders of missing pieces. `wanted` has each port with its number of pieces.
     pub(super) fn missing_senders(&self, wanted: &[(u32, usize)]) -> Vec<u32> {
         let missing = |(port, count): &&(u32, usize)| self.waiting.get(port).map_or(0, VecDeque::len) < *count;
         wanted.iter().filter(missing).map(|(port, _)| self.ports.ports[*port as usize].process).collect()

@@ -1,5 +1,5 @@
 //! Kernels that copy tensors from the host to a device and back. They run on the device's copy stream and never wait:
-//! the session sends the data before the token that allows them to fire.
+//! the session sends a kernel's data before the token that lets the kernel fire.
 
 use crossbeam_channel::{Receiver, Sender};
 

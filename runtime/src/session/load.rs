@@ -22,7 +22,7 @@ use crate::plan::instance::Instance;
 use crate::plan::{ActionPlan, BaseKey, HostTransfer, threads_of};
 use crate::process_map::ProcessMap;
 
-/// The external actions of these actors other than feeds, each with its firings per step.
+/// External actions of these actors that get no tensors from the host: actor, action and firings per step.
 pub(super) fn external_actions(plan: &Instance, actors: &[ActorId]) -> Vec<(ActorId, u32, u32)> {
     let mut out = Vec::new();
     for actor in actors {
@@ -37,13 +37,13 @@ pub(super) fn external_actions(plan: &Instance, actors: &[ActorId]) -> Vec<(Acto
     out
 }
 
-/// A plan in the form that the shell runs, with the session's ends of its ports.
+/// A plan in the form that the shell runs, with the session's ends of the channels to the host kernels.
 pub(super) struct Loaded {
     pub(super) plan: LoadedPlan,
     pub(super) feeds: Vec<FeedPort>,
     pub(super) fetched: Receiver<Stamped<Fetched>>,
     pub(super) from_peers: Receiver<PeerMessage>,
-    /// Registers of peers whose bytes are copied here, each with its transport.
+    /// Peers' registers that this process copies, each with the transport of its bytes.
     pub(super) mirrored: BTreeMap<RegisterId, &'static str>,
 }
 
@@ -84,7 +84,7 @@ pub(super) fn load(
     let (host, from_peers) = unbounded();
     let peers = Peers { peers, distant, hops, host_ports: ports.ports.clone(), host: Some(host) };
     let loaded = LoadedPlan { spec: Arc::new(plan.spec.clone()), hosted, memory, engine, peers };
-    // A channel without senders counts as closed.
+    // Without fetches, the channel has no senders and would count as closed.
     let has_fetches = ports.fetches.keys().any(|(device, _)| process_map.own().contains(device));
     let fetched = if has_fetches { fetched } else { never() };
     Ok(Loaded { plan: loaded, feeds, fetched, from_peers, mirrored })
@@ -92,19 +92,19 @@ pub(super) fn load(
 
 struct Loader<'a> {
     plan: &'a Instance,
-    /// By device; includes at least those of this process.
+    /// Arenas by device, for at least the devices of this process.
     arenas: &'a BTreeMap<usize, Arena>,
     feeds: Vec<FeedPort>,
     sender: Sender<Stamped<Fetched>>,
 }
 
-/// Port through which the host sends an action its tensors.
+/// Port through which the host sends tensors to an action.
 pub(super) struct FeedPort {
     pub(super) actor: ActorId,
     pub(super) action: u32,
     pub(super) device: usize,
     pub(super) rate: Rate,
-    /// True if the host feeds it after it has seen the step's results.
+    /// True if the host feeds the action after the results of the step have arrived.
     pub(super) decides: bool,
     pub(super) vars: Vec<Var>,
     pub(super) sender: Sender<Vec<HostTensor>>,

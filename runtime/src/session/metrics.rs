@@ -33,7 +33,7 @@ pub(super) struct StepMetrics {
     step_tokens: u64,
     /// Operations of a step, divided by the peak operations per second of all devices.
     step_seconds_min: f64,
-    /// Start of the job's launcher, or without one, of this session. Unix time in milliseconds.
+    /// Unix time in milliseconds when the job's launcher started or, without a launcher, when this session started.
     job_began_ms: u64,
     pub(super) training: Arc<TrainingTime>,
 }
@@ -49,11 +49,11 @@ pub(super) struct TrainingTime {
 }
 
 impl TrainingTime {
-    /// Publishes the ratio, which also decreases while no step ends.
+    /// Publishes the ratio. It decreases even while no step ends.
     pub(super) fn publish(&self) {
         let productive = self.productive_ns.load(Ordering::Relaxed) as f64 * 1e-9;
         let all = self.earlier + self.started.elapsed();
-        // If the clock was set back, the time is too short.
+        // If the clock was set back, the job's time is too short, and the ratio could exceed 1.
         self.ratio.set((productive / all.as_secs_f64()).min(1.0));
     }
 }
@@ -116,7 +116,7 @@ impl StepMetrics {
         if self.job_began_ms == job.began_ms { job.productive_ms } else { 0 }
     }
 
-    /// Sets the productive time after loading a checkpoint, because steps after it are lost.
+    /// Sets the productive time to that of a loaded checkpoint, because the steps after the checkpoint are lost.
     pub(super) fn set_productive(&self, ms: u64) {
         self.training.productive_ns.store(ms.saturating_mul(1_000_000), Ordering::Relaxed);
         self.training.publish();
@@ -158,7 +158,7 @@ pub struct DeviceMetrics {
     pub allocations: usize,
     /// Bytes that collectives received from other devices.
     pub collective_bytes: u64,
-    /// Counters of its backend, by name: [`shardflow_kernels::device::Device::counts`].
+    /// Counters of the device's backend, by name: [`shardflow_kernels::device::Device::counts`].
     pub counts: Vec<(&'static str, u64)>,
 }
 
@@ -167,9 +167,9 @@ pub struct DeviceMetrics {
 pub struct ActorMetrics {
     /// Name in the plan.
     pub name: String,
-    /// Each action by name: number of firings, and seconds during which its kernels were in flight.
+    /// For each action: its name, number of firings, and seconds during which its kernels were in flight.
     pub actions: Vec<(String, u64, f64)>,
-    /// What it waits for, as text.
+    /// What the actor waits for, as text.
     pub waiting: String,
 }
 

@@ -1,4 +1,4 @@
-//! Bounds of parameters and moments, and the search for the first Inf or NaN of a step that is not finite.
+//! Maintains the bounds of parameters and moments, and finds the first Inf or NaN of a non-finite step.
 
 use shardflow_actors::snapshot::NotFinite;
 use shardflow_job::membership::MergeRule;
@@ -16,8 +16,8 @@ use crate::graph::optimizer::Bounds;
 use crate::graph::{Node, NodeOp, Rate, Var};
 use crate::plan::{HostPort, HostTransfer};
 
-/// Where a non-finite tensor was computed. Ordered by its fields, the smallest origin is the cause of the others:
-/// within a micro-batch nodes run in the program's order, and tensors of the whole step come after all micro-batches.
+/// Where a non-finite tensor was computed. Origins are ordered by their fields, and the smallest origin is the cause of
+/// the others. A micro-batch runs its nodes in the program's order. Tensors of the whole step come last.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Origin {
     once_per_step: bool,
@@ -30,7 +30,7 @@ struct Origin {
 }
 
 impl Origin {
-    /// Encodes the origin for an exchange between processes. Encoded pairs are ordered as origins are.
+    /// Encodes the origin for an exchange between processes. Encoded pairs have the same order as origins.
     fn to_pair(self) -> [u64; 2] {
         let Self { once_per_step, micro_batch, node, output, device, elements } = self;
         let computed = u64::from(once_per_step) << 63 | u64::from(micro_batch) << 40 | u64::from(node) << 8;
@@ -49,7 +49,7 @@ impl Origin {
     }
 }
 
-/// Supplied by a process that has found no non-finite tensor.
+/// The pair of a process that has found no non-finite tensor.
 const NOT_FOUND: [u64; 2] = [u64::MAX; 2];
 
 impl Session {
@@ -61,7 +61,7 @@ impl Session {
         }
     }
 
-    /// Raises the bounds to the largest element written to a device's part of a parameter or a moment.
+    /// Raises the bound of parameters or of a moment to the largest absolute value in a newly written part.
     pub(super) fn update_bounds(&mut self, var: Var, part: &HostTensor) {
         let largest = part.as_f32().unwrap_or_default().iter().fold(0f32, |largest, value| largest.max(value.abs()));
         let bounds = &mut self.bounds;
@@ -74,12 +74,12 @@ impl Session {
         *bound = bound.max(f64::from(largest));
     }
 
-    /// Sets the bounds to the largest of all processes, after each has written its own parts; all processes call it.
+    /// Sets each bound to the largest of all processes. All processes call it after they have written their own parts.
     pub(super) fn agree_on_bounds(&mut self) -> Result<(), SessionError> {
         if self.process_map.processes == 1 {
             return Ok(());
         }
-        // Non-negative floats are ordered as their bits are.
+        // Non-negative floats have the same order as their bits.
         let Bounds { parameter, first, second, .. } = self.bounds;
         let moment = |bound: f64| f64::from((bound as f32).next_up()).to_bits();
         let bounds = [parameter.to_bits(), moment(first), moment(second)];
@@ -91,7 +91,7 @@ impl Session {
         Ok(())
     }
 
-    /// Runs the step whose update was cancelled again, and finds its first non-finite tensor. All processes call it.
+    /// Repeats the step whose update was cancelled, and finds its first non-finite tensor. All processes call it.
     pub(super) fn find_first_non_finite(
         &mut self,
         inputs: &Inputs<'_>,
@@ -125,10 +125,10 @@ impl Session {
         let (spec, plan) = (&self.plan.spec.actors[actor], &self.plan.actions[actor][action]);
         let graph = &self.plan.graph;
         let node = match (plan.nodes.get(found.launch), &plan.host) {
-            // The NaN learning rate that cancelled the update.
+            // This is the NaN learning rate that cancelled the update.
             (_, Some(HostPort { transfer: HostTransfer::Decide, .. })) => return None,
             (Some(node), _) => *node,
-            // The host's own tensors, which follow the launches.
+            // The launch for host tensors follows the launches of the nodes.
             (None, host) => graph.tensor(*host.as_ref()?.vars.get(found.write)?).producer,
         };
         let per_step = u64::from(spec.actions[action].per_step).max(1);
@@ -144,7 +144,7 @@ impl Session {
         })
     }
 
-    /// Parameters of this process's devices with Inf or NaN elements, for instance from a loaded file.
+    /// Finds parameters with Inf or NaN elements on this process's devices. They may come from a loaded file.
     fn non_finite_parameters(&self) -> Result<Vec<Origin>, SessionError> {
         let graph = &self.plan.graph;
         let mut out = Vec::new();

@@ -1,4 +1,4 @@
-//! Numbers that the processes of a session combine over the control tree: of each step, of loads and checkpoints.
+//! Combines numbers of all processes over the control tree: those of each step, of loads and of checkpoints.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,10 +13,10 @@ use super::{BETWEEN_STEPS, QUIESCE_TIMEOUT, Session, stopped};
 use crate::cluster::failure::peer_failure;
 use crate::cluster::world::WAITING;
 
-/// Interval at which a waiting process looks which one it waits for.
+/// Interval at which a waiting process checks which process it waits for.
 const CHECK_EVERY: Duration = Duration::from_millis(50);
 
-/// The occasions on which processes combine numbers. Each has its own sequence, in the order of the program.
+/// The occasions on which processes combine numbers. Each topic numbers its rounds in the order of the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Topic {
     Step = 0,
@@ -25,7 +25,7 @@ pub(super) enum Topic {
     Finish = 3,
 }
 
-/// Numbers that were supplied, and whose result is on its way.
+/// The combined result of supplied numbers, which may not have arrived yet.
 pub(super) enum Pending {
     /// This is the only process.
     Alone(Reduced),
@@ -33,7 +33,7 @@ pub(super) enum Pending {
 }
 
 impl Session {
-    /// Supplies this process's numbers; [`Session::combined`] returns those of all processes.
+    /// Supplies this process's numbers; [`Session::combined`] returns the combined numbers of all processes.
     pub(super) fn supply(
         &self,
         topic: Topic,
@@ -52,7 +52,7 @@ impl Session {
         })
     }
 
-    /// Waits for the numbers of all processes. If they are missing after `limit`, the session fails.
+    /// Waits for the combined numbers. If they do not arrive within `limit`, the session fails.
     pub(super) fn combined(&self, pending: Pending, limit: Option<Duration>) -> Result<Reduced, Failure> {
         let combined = self.combined_within(pending, limit);
         if let (Err(failure @ Failure::Peer { .. }), Some(running)) = (&combined, &self.running) {
@@ -61,7 +61,7 @@ impl Session {
         combined
     }
 
-    /// Like [`Session::combined`], without failing the session.
+    /// Like [`Session::combined`], but does not fail the session.
     pub(super) fn combined_within(&self, pending: Pending, limit: Option<Duration>) -> Result<Reduced, Failure> {
         let (topic, results) = match pending {
             Pending::Alone(reduced) => return Ok(reduced),
@@ -83,7 +83,7 @@ impl Session {
                     return reduced.map_err(|_| stopped());
                 }
                 recv(running.failures()) -> failure => {
-                    // A closed channel means that the session has failed, so that failure is the result.
+                    // A closed channel means that the session has failed. The result is its first failure.
                     return Err(failure.unwrap_or_else(|_| running.control().first_failure().unwrap_or_else(stopped)));
                 }
                 recv(timeout) -> _ => {
@@ -95,7 +95,7 @@ impl Session {
         }
     }
 
-    /// Combines numbers between steps: logs slow processes, and waits as long as the watchdog allows.
+    /// Combines numbers between steps. Waits up to the watchdog's limit, and logs slow processes meanwhile.
     pub(super) fn combine(
         &mut self,
         topic: Topic,
@@ -109,28 +109,28 @@ impl Session {
         combined.map_err(|failure| self.fail(failure))
     }
 
-    /// Supplies these words between steps and returns the largest of all processes; the first that differs decides.
+    /// Supplies these words between steps, and returns the lexicographically largest words of all processes.
     pub(super) fn largest<const WORDS: usize>(&mut self, words: [u64; WORDS]) -> Result<[u64; WORDS], SessionError> {
         let reduced =
             self.combine(Topic::BetweenSteps, &[MergeRule::Max { words: WORDS }].into(), vec![words.to_vec()])?;
         Ok(array(&reduced, 0))
     }
 
-    /// Supplies these words between steps and returns those of process 0.
+    /// Supplies these words between steps, and returns the words of process 0.
     pub(super) fn of_first<const WORDS: usize>(&mut self, words: [u64; WORDS]) -> Result<[u64; WORDS], SessionError> {
         let own = if self.process_map.process == 0 { words.to_vec() } else { Vec::new() };
         let reduced = self.combine(Topic::BetweenSteps, &[MergeRule::First { words: WORDS }].into(), vec![own])?;
         Ok(array(&reduced, 0))
     }
 
-    /// Supplies the outcome of this process's part and returns those of all.
+    /// Supplies the outcome of this process's part, and returns the outcomes of all processes.
     pub(super) fn combine_outcomes(&mut self, own: Outcome) -> Result<Outcomes, SessionError> {
         let (process, processes) = (self.process_map.process, self.process_map.processes);
         let reduced = self.combine(Topic::BetweenSteps, &Outcomes::rules(), Outcomes::fields(process, own))?;
         Ok(Outcomes::new(&reduced, processes))
     }
 
-    /// Finishes this process's work and waits for the others: closing a connection earlier may lose the last data sent.
+    /// Finishes this process's work and waits for all processes, because closing a connection earlier may lose data.
     pub(super) fn finish_with_peers(&self) -> Result<(), Failure> {
         let (Some(running), Some(_)) = (&self.running, &self.world) else { return Ok(()) };
         running.quiesce(QUIESCE_TIMEOUT)?;

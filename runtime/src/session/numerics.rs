@@ -1,10 +1,10 @@
-//! Steps with an Inf or NaN loss or gradient, or whose update could overflow (see [`crate::graph::optimizer`]).
-//! The host checks this before any update (a plan's action `decide`), so they change no weight. After Inf or NaN the
-//! step runs again with checks on all launch outputs to find the first such tensor: weights, batch and masks are the
-//! same, and so are the bits.
+//! How a session handles a non-finite step: its loss or gradients are Inf or NaN, or its update could overflow (see
+//! [`crate::graph::optimizer`]). The host checks each step before the update (the action `decide` of the plan), so a
+//! non-finite step changes no weight. After Inf or NaN, the session repeats the step and checks all launch outputs to
+//! find the first non-finite tensor. Weights, batch and masks are unchanged, so the second run has the same bits.
 //!
-//! To roll back further than to the weights before the step, accept the step, load an older checkpoint with
-//! [`super::Session::restore_newest`], and continue with other data: the same batch would fail in the same way.
+//! To return to older weights, accept the step ([`OnNonFinite::Skip`]) and load a checkpoint with
+//! [`super::Session::restore_newest`]. Then continue with other data, because the same batch would fail again.
 
 use std::fmt;
 
@@ -13,15 +13,15 @@ use shardflow_actors::label::Role;
 use crate::graph::optimizer::Overflow;
 use shardflow_job::text::counted;
 
-/// How a step with an Inf or NaN loss or gradient is handled. In any case it updates nothing.
+/// How a step with an Inf or NaN loss or gradient is handled. Such a step never updates the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnNonFinite {
-    /// [`super::Session::step`] fails with [`super::SessionError::NonFinite`] on all processes; the weights stay.
+    /// [`super::Session::step`] fails with [`super::SessionError::NonFinite`] on all processes. Weights are unchanged.
     #[default]
     Stop,
     /// The step counts as done, and [`super::StepReport::non_finite`] describes it.
     Skip {
-        /// After more than this number of consecutive non-finite steps, the step fails as with `Stop`.
+        /// Maximum number of consecutive non-finite steps. The next one fails as with `Stop`.
         in_a_row_max: u32,
     },
 }
@@ -29,24 +29,24 @@ pub enum OnNonFinite {
 /// Description of a non-finite step; equal on all processes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NonFinite {
-    /// Steps done before it.
+    /// Number of steps done before this one.
     pub step: u64,
     /// The loss.
     pub loss: Option<f32>,
     /// Global norm of the gradients.
     pub grad_norm: Option<f64>,
-    /// What the update could make infinite although loss and gradients are finite; see [`crate::graph::optimizer`].
+    /// The value that could overflow in the update, if loss and gradients are finite; see [`crate::graph::optimizer`].
     pub overflow: Option<Overflow>,
-    /// The first one; `None` with an `overflow`, or if the repeated step was finite: memory or a kernel is at fault.
+    /// The first non-finite tensor. `None` with an `overflow`, or if the repeat was finite (faulty memory or kernel).
     pub first: Option<FirstNonFinite>,
 }
 
-/// The first tensor with Inf or NaN elements, in the order of the program, in the first micro-batch that has one.
+/// The first tensor with Inf or NaN, in the order of the program, in the first micro-batch with such a tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FirstNonFinite {
-    /// Its name in the program.
+    /// The tensor's name in the program.
     pub tensor: String,
-    /// The operation that computes it, for instance `einsum`, `parameter` or `input`.
+    /// The operation that computes the tensor, for instance `einsum`, `parameter` or `input`.
     pub op: String,
     /// What the operation does in the step.
     pub role: Role,

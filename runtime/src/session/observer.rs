@@ -27,7 +27,7 @@ pub struct Observer {
     recent: Mutex<RecentSteps>,
     pub(super) passes: Mutex<Passes>,
     incidents: Mutex<Vec<Incident>>,
-    /// Unix time of the start in nanoseconds, which identifies a session among those that one server shows.
+    /// Unix time of the start in nanoseconds. It identifies the session on a server that shows several sessions.
     pub started: u64,
     published: Mutex<PublishedMetrics>,
     /// `Some` if the session publishes to the `metrics` facade.
@@ -36,14 +36,14 @@ pub struct Observer {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SessionHealth {
-    /// It runs a step, or waits for its program; with the number of steps done.
+    /// The session runs a step or waits for the program. The value is the number of steps done.
     Healthy(u64),
     Failed(String),
     Ended,
 }
 
 impl Observer {
-    /// `steps` is still empty.
+    /// `steps` contains no step yet.
     pub(super) fn new(sources: Sources, steps: RecentSteps, training: Option<Arc<TrainingTime>>) -> Self {
         let started = unix_ns().saturating_sub(sources.control.now_ns().unwrap_or_default());
         Self {
@@ -66,7 +66,7 @@ impl Observer {
         self.sources.process_map
     }
 
-    /// The session's progress and memory use. Cheap: it pauses nothing.
+    /// The session's progress and memory use. The call is cheap and pauses no actor.
     pub fn metrics(&self) -> Metrics {
         let (steps, snapshots) = (self.steps.load(Ordering::Relaxed), self.control().snapshot());
         self.sources.metrics.metrics(self.plan(), steps, &snapshots)
@@ -83,12 +83,12 @@ impl Observer {
         self.control().fired(actor, end.saturating_sub(RING_FIRINGS as u64)).firings
     }
 
-    /// Steps done before a pass over the plan ([`pass_of`]).
+    /// Number of steps done before a pass over the plan ([`pass_of`]).
     pub fn step_of(&self, pass: u64) -> u64 {
         self.passes.lock().step_of(pass)
     }
 
-    /// Passes at which the step number jumps, each with the steps done before it.
+    /// Passes at which the step number jumps, each with the number of steps done before it.
     pub fn marks(&self) -> Vec<(u64, u64)> {
         self.passes.lock().marks.iter().copied().collect()
     }
@@ -100,7 +100,7 @@ impl Observer {
     /// Incidents so far, in the order of time; at most 8 of each kind.
     pub fn incidents(&self) -> Vec<Incident> {
         for (reason, count) in self.sources.world.upgrade().map(|world| world.refused()).into_iter().flatten() {
-            // The text omits the count, which changes; the metric has it.
+            // The text omits the count, because the count changes. A metric has it.
             if count > 0 {
                 let text = format!("messages that do not belong to this job or this attempt: {reason}");
                 self.note("refused", text);
@@ -114,7 +114,7 @@ impl Observer {
         incidents
     }
 
-    /// Adds an incident unless it is known, or the list has enough of its kind.
+    /// Adds an incident if it is new and the list has fewer than [`INCIDENTS_MAX`] of its kind.
     fn add_incident(&self, incident: Incident) {
         let mut incidents = self.incidents.lock();
         let is_known = incidents.iter().any(|known| known.kind == incident.kind && known.text == incident.text);
@@ -157,7 +157,7 @@ impl Observer {
     }
 
     pub(super) fn sample_if_due(&self) {
-        // The lock ends before `sample` takes it again.
+        // The lock must end here, because `sample` takes it again.
         let is_due = self.published.lock().is_due();
         if is_due {
             self.sample();
@@ -173,14 +173,14 @@ impl Observer {
         published.sample(&self.sources);
     }
 
-    /// Transport of a register's bytes to a reader: `device`, `process`, `shared_memory`, `socket` or `nccl`. For an
-    /// edge between two other processes it is unknown here, and reported as `shared_memory`.
+    /// Transport of a register's bytes to a reader: `device`, `process`, `shared_memory`, `socket` or `nccl`. The
+    /// transport between two other processes is unknown here and reported as `shared_memory`.
     pub fn transport(&self, register: RegisterId, reader: ActorId) -> &'static str {
         self.sources.transport(register, reader)
     }
 }
 
-/// Incidents of each kind that are kept. The first ones are kept because they explain later ones.
+/// Maximum number of incidents kept of each kind. The first ones are kept, because they explain later ones.
 const INCIDENTS_MAX: usize = 8;
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -12,10 +12,10 @@ use shardflow_job::requests::Requests;
 /// How many threads a CPU device uses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Threads {
-    /// [`crate::passes::CompileOptions::threads_per_device`].
+    /// The number in [`crate::passes::CompileOptions::threads_per_device`].
     #[default]
     Planned,
-    /// This process's equal share of its usable cores, divided among its devices. Computed after the rendezvous.
+    /// The usable cores of this process, divided equally among all devices that share them. Known after the rendezvous.
     Owned,
 }
 
@@ -38,26 +38,26 @@ pub struct SessionOptions {
     pub watchdog: WatchdogOptions,
     /// The processes that run the plan together.
     pub cluster: Cluster,
-    /// Requests to this process, such as signals. All processes get them in one step's [`super::StepReport::request`].
+    /// Requests to this process, such as signals. All processes get them in the same [`super::StepReport::request`].
     pub requests: Option<Arc<Requests>>,
     /// How a step with an Inf or NaN loss or gradient is handled.
     pub on_non_finite: OnNonFinite,
     /// Threads of each CPU device; results do not depend on this number.
     pub threads: Threads,
-    /// Bytes that this process will allocate besides the plan and the snapshots of checkpoints, such as for a copy of the
-    /// parameters. They are counted against the free memory of the node.
+    /// Bytes that this process allocates besides the plan and the snapshots of checkpoints, for instance for a copy of
+    /// the parameters. These bytes count against the free memory of the node.
     pub extra_bytes: u64,
     /// Peak floating-point operations per second of one device, for [`crate::metrics::MFU`].
     pub peak_flops: Option<f64>,
-    /// Total number of steps that the program plans, so that the live page can estimate the end.
+    /// Total number of steps that the program plans. The live page uses it to estimate the end time.
     pub steps_planned: Option<u64>,
-    /// Which ranks get the outputs of a step; the same for all. Other outputs are not sent.
+    /// Which ranks get the outputs of a step. All ranks must have the same value.
     pub outputs: Outputs,
     /// Whether the session publishes to the `metrics` facade; enable it for one session per process.
     pub publishes_metrics: bool,
     /// Values that must be equal on all ranks. Checkpoints record them, and a resume compares them.
     pub declared: Declarations,
-    /// Parameters that a file or checkpoint may have but the program lacks; any other extra parameter is an error.
+    /// Names of parameters that a file may have although the program lacks them. Any other extra parameter is an error.
     pub ignoring: Vec<String>,
 }
 

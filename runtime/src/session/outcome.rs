@@ -1,4 +1,4 @@
-//! The results of all processes' parts of a collective operation.
+//! The outcomes of a collective operation on all processes, and their combination.
 
 use std::sync::Arc;
 
@@ -6,16 +6,16 @@ use shardflow_job::membership::{MergeRule, Reduced};
 
 use crate::checkpoint::error::CheckpointError;
 
-/// The result of a process's part. The variants are in the order of severity.
+/// The result of one process's part of a collective operation. Later variants are more severe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Outcome {
-    /// It succeeded, with this value.
+    /// The process succeeded, with this value.
     Good(u64),
-    /// It found nothing.
+    /// The process found nothing.
     Absent,
-    /// It found only damaged files.
+    /// The process found only damaged files.
     Damaged,
-    /// It failed with this exit code.
+    /// The process failed with this exit code.
     Failed(u8),
 }
 
@@ -43,7 +43,7 @@ impl Outcome {
         if let Self::Good(value) = self { value } else { 0 }
     }
 
-    /// Returns an error if this outcome of a rank is a failure. `problem`: what the rank cannot do with `place`.
+    /// Returns an error if this is the failure of `rank`. `problem` is what the rank cannot do with `place`.
     pub(super) fn check(self, rank: u32, place: &str, problem: &str) -> Result<(), CheckpointError> {
         let Self::Failed(exit) = self else { return Ok(()) };
         let (place, problem) = (place.into(), problem.into());
@@ -51,7 +51,7 @@ impl Outcome {
     }
 }
 
-/// The worst outcome of all processes, and the lowest rank that has it. The largest words of all processes are the worst.
+/// The worst outcome of all processes, and the lowest rank that has it. Larger words mean a worse outcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Worst {
     pub(super) outcome: Outcome,
@@ -101,7 +101,7 @@ impl Outcomes {
         let [first] = array(reduced, 1);
         let absent = match &reduced.difference {
             Some(found) => found.values.iter().filter(|(_, absent)| *absent != 0).map(|(rank, _)| *rank).collect(),
-            // All ranks are equal in this, so the worst stands for all.
+            // All ranks have the same value. If the worst rank found nothing, no rank found anything.
             None if worst.outcome == Outcome::Absent => (0..processes).collect(),
             None => Vec::new(),
         };
@@ -109,7 +109,7 @@ impl Outcomes {
     }
 }
 
-/// The words of a field; zeros if it has another number of them.
+/// The words of a field. Zeros if the field does not have `WORDS` words.
 pub(super) fn array<const WORDS: usize>(reduced: &Reduced, field: usize) -> [u64; WORDS] {
     let words = reduced.words.get(field).and_then(|words| words.as_slice().try_into().ok());
     words.unwrap_or([0; WORDS])

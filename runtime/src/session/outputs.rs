@@ -1,5 +1,5 @@
-//! The results of a step. Devices' pieces go to process 0, which assembles whole outputs and sends them to the processes
-//! that get them.
+//! Collects the results of a step. Every process sends its devices' pieces to process 0. Process 0 assembles whole
+//! outputs and sends them to the processes that get outputs.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,15 +22,15 @@ use crate::plan::segments::SegmentId;
 use crate::sbp::gather;
 use crate::sbp::region::{combine, concat};
 
-/// Fetch results of all devices: one list per firing, with one tensor per port.
+/// Fetch results by device and segment: for each firing, one tensor for each fetched variable.
 type Results = BTreeMap<(usize, SegmentId), Vec<Vec<HostTensor>>>;
 
-/// By index of the graph's output: the whole tensor of each firing; empty if this process does not get it.
+/// The whole tensor of each firing, by index of the graph output. Empty if this process does not get the output.
 pub(super) type OutputTensors = Vec<Vec<HostTensor>>;
 
 impl Session {
-    /// Feeds a batch and waits until the devices of all processes have sent their results. Then the processes combine
-    /// these numbers. Devices wait before the update.
+    /// Feeds a batch and waits until the devices of all processes have sent their results. Then combines the `numbers`
+    /// of all processes by `rules`. The devices wait for the decision on the update.
     pub(super) fn run(
         &mut self,
         inputs: &Inputs<'_>,
@@ -42,23 +42,23 @@ impl Session {
         let wanted = self.fetched_pieces(|device| self.process_map.own().contains(&device));
         self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
         if self.process_map.process != 0 {
-            // They have been sent to process 0.
+            // These pieces have been sent to process 0.
             let mut inbox = self.inbox.lock();
             wanted.iter().for_each(|(port, count)| drop(inbox.take(*port, *count)));
         }
-        // Supplied last, so that a process that waits for numbers knows which process's devices are late.
+        // Supplied after the results: missing numbers then mean that the devices of their process are late.
         let pending = self.supply(Topic::Step, rules, numbers).map_err(|failure| self.fail(failure))?;
         self.combined(pending, None).map_err(|failure| self.fail(failure))
     }
 
-    /// The ports of these devices' fetches, and their number of pieces in a step.
+    /// The port of each fetch of these devices, with its number of pieces in a step.
     fn fetched_pieces(&self, is_wanted: impl Fn(usize) -> bool) -> Vec<(u32, usize)> {
         let fetches = self.ports.fetches.iter().filter(|((device, _), _)| is_wanted(*device));
         let firings = |segment: SegmentId| self.plan.segments.get(segment).rate.per_step(self.plan.micro_batches);
         fetches.map(|((_, segment), (port, _))| (*port, firings(*segment))).collect()
     }
 
-    /// Waits for the results of all devices, on process 0; the others have none.
+    /// On process 0, waits for the results of all devices. Other processes get `None`.
     pub(super) fn take_results(&mut self) -> Result<Option<Results>, SessionError> {
         if self.process_map.process != 0 {
             return Ok(None);
@@ -70,7 +70,7 @@ impl Session {
         Ok(Some(fetches.map(|(key, (port, count))| (*key, inbox.take(port, count))).collect()))
     }
 
-    /// Returns the step's outputs that this process gets; all processes call it.
+    /// Returns the outputs that this process gets from the step. All processes call it.
     pub(super) fn exchange_outputs(&mut self) -> Result<OutputTensors, SessionError> {
         if let Some(results) = self.take_results()? {
             self.send_outputs(&results)?;
@@ -97,7 +97,7 @@ impl Session {
                 match self.whole_output(output, results, firing) {
                     Ok(whole) => self.send(&mut self.inbox.lock(), HostPiece { port, tensors: vec![whole] }),
                     Err(error) => {
-                        // The others wait for it.
+                        // The other processes wait for this output.
                         if self.process_map.processes > 1 {
                             self.fail_alone(error.exit(), &error);
                         }

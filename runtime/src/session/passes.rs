@@ -5,12 +5,12 @@ use std::collections::VecDeque;
 use shardflow_actors::spec::{ActorId, RegisterId, Spec};
 use shardflow_actors::trace::{Cause, FiringRecord};
 
-/// The passes of a session. Firings count passes, which differ from steps: a non-finite step runs twice, to
-/// find its first non-finite tensor, and a restore continues from another step.
+/// The passes of a session over its plan. The number of a firing gives a pass, not a step: a non-finite step runs twice
+/// to find its first non-finite tensor, and a restore continues from another step.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Passes {
     begun: u64,
-    /// Passes, each with the number of steps done before it; passes between two marks have consecutive steps.
+    /// Passes, each with the number of steps done before it. From one mark to the next, steps are consecutive.
     pub(super) marks: VecDeque<(u64, u64)>,
 }
 
@@ -22,7 +22,7 @@ pub fn pass_of(spec: &Spec, actor: ActorId, fired: &FiringRecord) -> u64 {
     fired.firing / u64::from(per_step.max(1))
 }
 
-/// The condition that a firing waited for last, as text, and its register.
+/// The condition that a firing waited for last, as text, and the register of this condition.
 pub(crate) fn cause_of(cause: Cause) -> (&'static str, Option<RegisterId>) {
     match cause {
         Cause::Input(register) => ("input", Some(register)),
@@ -38,7 +38,7 @@ impl Passes {
         mark.map_or(pass, |(first, steps)| steps + (pass - first))
     }
 
-    /// Records the start of a pass, for the step after `steps` steps.
+    /// Records the start of a pass; `steps` is the number of steps done before it.
     pub(super) fn begin(&mut self, steps: u64) {
         if self.step_of(self.begun) != steps || self.marks.is_empty() {
             self.marks.push_back((self.begun, steps));

@@ -5,14 +5,14 @@ use std::path::PathBuf;
 
 use crate::plan::Plan;
 
-/// Variable with the path of the file to which the plan is written as text.
+/// Environment variable with the path of the file for the plan as text.
 pub const PLAN_TEXT: &str = "SHARDFLOW_PLAN_TEXT";
-/// Variable with the path of the file to which the plan is written as an HTML page.
+/// Environment variable with the path of the file for the plan as an HTML page.
 pub const PLAN_HTML: &str = "SHARDFLOW_PLAN_HTML";
-/// Variable with the path of the file to which the plan is written for Graphviz.
+/// Environment variable with the path of the file for the plan as Graphviz input.
 pub const PLAN_DOT: &str = "SHARDFLOW_PLAN_DOT";
 
-/// In the order of writing. The text is last: once it is written, all files are complete.
+/// The variables in the order of writing. The text is last: once it is written, all files are complete.
 const VARIABLES: [&str; 3] = [PLAN_HTML, PLAN_DOT, PLAN_TEXT];
 
 /// True under `shardflow plan`: no session will start, so a program needs neither devices nor data.
@@ -20,7 +20,7 @@ pub fn is_requested() -> bool {
     VARIABLES.iter().any(|variable| std::env::var_os(variable).is_some())
 }
 
-/// Writes the plan to the files that the environment requests. Returns true if there are any.
+/// Writes the plan to the files that the environment requests. Returns true if it requests any.
 pub(super) fn write_requested(plan: &Plan) -> Result<bool, (PathBuf, io::Error)> {
     for variable in VARIABLES {
         let Some(path) = std::env::var_os(variable).map(PathBuf::from) else { continue };

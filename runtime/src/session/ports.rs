@@ -17,11 +17,11 @@ use crate::process_map::ProcessMap;
 #[derive(Clone, Debug, Default)]
 pub struct HostPorts {
     pub ports: Vec<HostRoute>,
-    /// By device and segment: the port of a fetch, and its tensors in order.
+    /// The port of each fetch and the fetched tensors in order, by device and segment.
     pub fetches: BTreeMap<(usize, SegmentId), (u32, Vec<Var>)>,
-    /// By index of the graph's output: the port through which process 0 sends the whole tensor of each firing.
+    /// The port of each graph output, by index. Process 0 sends the whole tensor of each firing through this port.
     pub outputs: Vec<u32>,
-    /// Port of a device's resident tensor, by its index.
+    /// The port of each resident tensor, by device and index.
     pub residents: BTreeMap<(usize, usize), u32>,
 }
 
@@ -55,7 +55,7 @@ impl HostPorts {
         out
     }
 
-    /// The type in which devices send an output to the host.
+    /// The element type in which devices send an output to the host.
     fn fetched_dtype(&self, plan: &Instance, var: Var) -> DType {
         let graph = &plan.graph;
         let fetch = plan.segments.fetch_of(graph, var);
@@ -74,7 +74,7 @@ impl HostPorts {
     }
 }
 
-/// True for an output that decides about the update, which all processes need.
+/// True for an output that determines whether the update is applied. All processes need it.
 fn is_decisive(output: &str) -> bool {
     output == LOSS_OUTPUT || output == GRAD_SQUARES_OUTPUT
 }

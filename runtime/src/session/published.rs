@@ -17,17 +17,17 @@ use crate::metrics as names;
 use crate::plan::instance::Instance;
 use crate::process_map::ProcessMap;
 
-/// Shortest time between two samples, which are taken at the end of a step.
+/// Shortest time between two samples. The session takes a sample at the end of a step.
 const SAMPLE_EVERY: Duration = Duration::from_secs(1);
 
-/// The parts of a running session that an observer reads. They do not keep its device memory alive.
+/// The parts of a running session that an observer reads. They do not keep the session's device memory alive.
 pub(super) struct Sources {
     pub(super) plan: Arc<Instance>,
     pub(super) process_map: ProcessMap,
     pub(super) control: Control,
     pub(super) metrics: MetricsSource,
     pub(super) world: Weak<World>,
-    /// Registers of peers whose bytes are copied here, each with its transport.
+    /// Peers' registers that this process copies, each with the transport of its bytes.
     pub(super) mirrored: BTreeMap<RegisterId, &'static str>,
 }
 
@@ -44,7 +44,7 @@ impl Sources {
     }
 }
 
-/// Metric handles, and values that were published so far.
+/// Metric handles, and the values published so far.
 #[derive(Default)]
 pub(super) struct PublishedMetrics {
     sampled: Option<Instant>,
@@ -52,7 +52,7 @@ pub(super) struct PublishedMetrics {
     firings: HashMap<(ActorId, u32), Histogram>,
     waits: HashMap<(ActorId, Cause), Histogram>,
     slots: HashMap<RegisterId, [Gauge; 3]>,
-    /// By name and labels: each counter, and this session's share of its value. Sessions of one program add up.
+    /// Each counter and this session's share of it, by name and labels. Sessions of a program share the counters.
     totals: HashMap<String, (Counter, u64)>,
 }
 
@@ -139,12 +139,12 @@ impl PublishedMetrics {
         }
     }
 
-    /// Publishes the bytes of other actors' registers that this process's actors have released.
+    /// Publishes how many bytes each actor of this process has read from registers of each other actor.
     fn sample_edges(&mut self, sources: &Sources, snapshots: &[ActorSnapshot]) {
         let spec = &sources.plan.spec;
         let mut bytes: BTreeMap<(&str, &str, &'static str), u64> = BTreeMap::new();
         for snapshot in snapshots {
-            // A register crosses once, even if two actions of the actor read it.
+            // Counts a register once for this reader, even if two of its actions read the register.
             let mut crossed: BTreeMap<RegisterId, (&str, &'static str, u64)> = BTreeMap::new();
             let reader = &spec.actors[snapshot.actor.0 as usize];
             for (index, action) in reader.actions.iter().enumerate() {

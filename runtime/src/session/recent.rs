@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use super::report::StepReport;
 
-/// Number of recent steps that are kept, and how many of them quantiles of step durations use.
+/// Number of recent steps that are kept, and number of newest steps from which quantiles of durations are computed.
 const STEPS_KEPT: usize = 512;
 const STEPS_TIMED: usize = 128;
 
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RecentSteps {
-    /// Tokens of each step.
+    /// Number of tokens per step.
     pub tokens: u64,
     /// Total number of steps that the program plans, if it has set one.
     pub planned: Option<u64>,
@@ -26,7 +26,7 @@ pub struct StepStats {
     /// Steps done, including this one.
     pub steps: u64,
     pub loss: Option<f32>,
-    /// Global norm of its gradients, before clipping.
+    /// Global norm of the step's gradients, before clipping.
     pub gradient_norm: Option<f64>,
     pub learning_rate: f32,
     pub seconds: f64,
@@ -37,7 +37,7 @@ impl RecentSteps {
         self.steps.back()
     }
 
-    /// Quantile of the durations of the newest 128 steps, seconds.
+    /// Quantile of the durations of the newest 128 steps, in seconds.
     pub fn quantile(&self, fraction: f64) -> Option<f64> {
         let mut sorted: Vec<f64> = self.steps.iter().rev().take(STEPS_TIMED).map(|step| step.seconds).collect();
         sorted.sort_by(f64::total_cmp);
@@ -45,8 +45,8 @@ impl RecentSteps {
         sorted.get(index.saturating_sub(1)).copied()
     }
 
-    /// Adds a step; `steps` is the number of steps done, including it. Returns the 99th percentile of the durations if
-    /// it is due: not after each step, because quantiles sort the durations.
+    /// Adds a step; `steps` is the number of steps done, including this one. Returns the 99th percentile of durations
+    /// only after some steps, because a quantile needs a sort.
     pub(super) fn record(
         &mut self,
         steps: u64,

@@ -17,8 +17,8 @@ pub struct StepReport {
     pub loss: Option<f32>,
     /// Global norm of the gradients before clipping, if there are any.
     pub grad_norm: Option<f64>,
-    /// Each output of the whole batch by name; [`crate::graph::Combine`] describes those computed per micro-batch. See
-    /// [`super::SessionOptions::outputs`].
+    /// The outputs by name, for the whole batch. [`crate::graph::Combine`] describes how the values of micro-batches
+    /// are combined. See [`super::SessionOptions::outputs`].
     pub outputs: BTreeMap<String, HostTensor>,
     /// The request that the processes agreed on in this step; equal on all of them. See [`shardflow_job::requests`].
     pub request: Request,
@@ -31,7 +31,7 @@ impl StepReport {
         self.loss.is_none_or(f32::is_finite) && self.grad_norm.is_none_or(f64::is_finite)
     }
 
-    /// A step of which only the update would not be finite: there is no tensor to search for.
+    /// Describes this step as non-finite, without a search for its first non-finite tensor.
     pub(super) fn overflow(&self, overflow: Option<Overflow>) -> NonFinite {
         NonFinite { step: self.step, loss: self.loss, grad_norm: self.grad_norm, overflow, first: None }
     }

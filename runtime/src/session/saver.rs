@@ -35,9 +35,9 @@ impl Saver {
 }
 
 impl Session {
-    /// Starts a saver, like [`Saver::new`], for this session's processes and job. All processes call it. It finds
-    /// faults that prevent later saves: process 0 takes the store's lock and checks free space for all checkpoints;
-    /// every process writes, renames and deletes a file, and must see that of process 0.
+    /// Starts a saver, like [`Saver::new`], for this session's processes and job. All processes call it. It detects
+    /// faults that prevent later saves. Process 0 takes the store's lock and checks free space for all checkpoints.
+    /// Every process writes, renames and deletes a file, and must see the file of process 0.
     ///
     /// # Errors
     /// On all processes, [`CheckpointError`]: `Held`, `NoRoom`, `NotShared`, or the store's error.
@@ -49,7 +49,7 @@ impl Session {
         let job = options.job.or_else(|| self.job.0.clone());
         let saver = Saver::new(store.clone(), agree, SaverOptions { member, plan, job, ..options });
         let nanoseconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
-        // Differs between the processes of this job.
+        // The number differs between the processes of this job.
         let number = (nanoseconds & !0xffff) | u64::from(member.process & 0xffff);
         let probed = saver.and_then(|saver| {
             if member.process == 0 {
@@ -109,7 +109,7 @@ fn checkpoints_max(keep: usize, keep_every: Option<u64>, schedule: Option<SaveSc
     saves.min(newest) + kept.unwrap_or(0)
 }
 
-/// Least common multiple, or `u64::MAX` if it is larger.
+/// Least common multiple, at most `u64::MAX`.
 fn common_multiple(a: u64, b: u64) -> u64 {
     let (mut divisor, mut rest) = (a, b);
     while rest > 0 {
@@ -123,15 +123,15 @@ const BLOCK_BYTES: u64 = 4096;
 /// Typical bytes of a tensor's entry in a manifest or in the description of a shard.
 const ENTRY_BYTES: u64 = 256;
 
-/// True if a file at `path` takes space from the file system of a local store.
+/// True if a store is local and in the same file system as `path`.
 fn is_with(store: &Store, path: &Path) -> bool {
     let device = |path: &Path| path.metadata().ok().map(|metadata| metadata.dev());
     store.local.as_deref().is_some_and(|folder| device(folder) == device(folder_of(path)))
 }
 
-/// Checks free bytes and inodes, if known, for `more` bytes and for `checkpoints` less the existing ones, at least one.
+/// Checks that known free space suffices for `more` bytes and for checkpoints that do not exist yet (at least one).
 fn check_free_space(store: &Store, bytes: u64, files: u64, checkpoints: u64, more: u64) -> Result<(), CheckpointError> {
-    // The lock has created the folder.
+    // The folder exists, because taking the lock has created it.
     let Some(folder) = store.local.as_deref() else { return Ok(()) };
     let existing = store.steps()?.len() as u64;
     let checkpoints = checkpoints.saturating_sub(existing).max(1);

@@ -1,4 +1,4 @@
-//! A session's part of a checkpoint: a snapshot taken between two steps, and its restoration under any mesh.
+//! Takes a session's snapshot for a checkpoint between two steps, and restores a checkpoint under any mesh.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -28,9 +28,9 @@ use shardflow_job::exit::Exit;
 /// Result of [`Session::restore_newest`].
 #[derive(Debug)]
 pub struct Restored {
-    /// Step and cursor of the loaded checkpoint; `None` if there is none, and the session is unchanged.
+    /// Step and cursor of the loaded checkpoint. `None` if there is no checkpoint; the session is then unchanged.
     pub found: Option<(u64, Cursor)>,
-    /// Errors of newer checkpoints, which are damaged and were skipped.
+    /// Errors of newer checkpoints that were skipped because they are damaged.
     pub damaged: Vec<CheckpointError>,
     /// Notes on the loaded checkpoint, one line each: different declared values or seed, skipped optimizer states.
     pub notes: Vec<String>,
@@ -48,8 +48,8 @@ impl Session {
         })
     }
 
-    /// The agreement and this process's rank for a [`crate::checkpoint::Saver`]. Checks the node's memory for the
-    /// snapshots that a saver holds, so that a job without room for them fails before it trains.
+    /// Returns the agreement and this process's rank for a [`crate::checkpoint::Saver`]. Checks that the node has
+    /// memory for the saver's snapshots. Without that memory, a job fails here, before it trains.
     ///
     /// # Errors
     /// [`crate::plan::error::PlanError::NodeMemory`], on all processes.
@@ -63,8 +63,8 @@ impl Session {
         Ok(self.world.as_ref().map_or((Arc::new(SingleProcess), rank), |world| world.agree()))
     }
 
-    /// Copies the hosted devices' parameters and optimizer state to host memory, reusing the buffers of `spare` if
-    /// given. The cursor is empty. Call it between steps.
+    /// Copies the parameters and optimizer state of this process's devices to host memory, into the buffers of `spare`
+    /// if given. The cursor of the snapshot is empty. Call it between steps.
     ///
     /// # Errors
     /// The failure of an earlier step.
@@ -72,7 +72,7 @@ impl Session {
         self.snapshot_of(self.process_map.own(), spare)
     }
 
-    /// [`Session::snapshot`] of these devices. The first device of a placement that holds a part provides it.
+    /// [`Session::snapshot`] of these devices. If several devices of a placement hold a part, the first provides it.
     pub fn snapshot_of(&self, devices: Range<usize>, spare: Option<Snapshot>) -> Result<Snapshot, SessionError> {
         self.check_not_failed()?;
         let mut spare = spare.map(|s| s.pieces).unwrap_or_default().into_iter();
@@ -109,11 +109,11 @@ impl Session {
         }
     }
 
-    /// Loads a checkpoint of any mesh; each hosted device reads only its part. All processes call it. Step and seed
-    /// become the checkpoint's, so that dropout masks continue unchanged. Returns notes for the user, one line each.
+    /// Loads a checkpoint of any mesh; each device reads only its part. All processes call it. Step and seed are then
+    /// those of the checkpoint, so dropout masks continue unchanged. Returns notes for the user, one line each.
     ///
     /// # Errors
-    /// [`CheckpointError`], or [`SessionError::Disagreement`] if two ranks differ; nothing was changed then.
+    /// [`CheckpointError`], or [`SessionError::Disagreement`] if two ranks differ. In both cases nothing has changed.
     pub fn restore_checkpoint(&mut self, reader: &CheckpointReader) -> Result<Vec<String>, SessionError> {
         let parts = self.read_parts(reader);
         let productive_ms = self.step_metrics.productive_ms(reader.manifest().job);
@@ -174,11 +174,11 @@ impl Session {
         Ok(notes)
     }
 
-    /// Loads the newest checkpoint of the store that all processes can read; all must call it. Damaged ones are
-    /// skipped, reported, and replaced when training reaches their steps again; if all are damaged, this fails.
+    /// Loads the newest checkpoint of the store that all processes can read. All processes call it. It skips and
+    /// reports damaged checkpoints; later saves at their steps replace them. If all are damaged, it returns an error.
     ///
     /// # Errors
-    /// When the store cannot be read, or its newest good checkpoint does not fit the program, on any process.
+    /// A process cannot read the store, all checkpoints are damaged, or the newest good one does not fit the program.
     pub fn restore_newest(&mut self, store: &Store) -> Result<Restored, SessionError> {
         let (mut before, mut all) = (None, Vec::new());
         loop {
@@ -189,7 +189,7 @@ impl Session {
                 Ok(_) => Outcome::Damaged,
                 Err(error) => Outcome::Failed(error.exit_code()),
             };
-            // The first process decides which step is loaded and which are damaged.
+            // Process 0 decides which step is loaded and which checkpoints are damaged.
             let chosen = Outcome::from_pair(self.of_first(own.to_pair())?);
             let (reader, numbers) = found?;
             chosen.check(0, store.place(), "cannot read it")?;
@@ -220,7 +220,7 @@ impl Session {
                 (Err(SessionError::Checkpoint(error)), Outcome::Damaged) => all.push(error),
                 (Err(error), _) => return Err(error),
                 (Ok((parts, reader)), Outcome::Good(_)) => {
-                    // The first process's productive time counts: launchers of other nodes began later.
+                    // The productive time of process 0 counts, because the launchers of other nodes started later.
                     let notes = self.load_parts(Ok(parts), &reader, outcomes.first)?;
                     return Ok(Restored { found: Some((step, reader.manifest().cursor.clone())), damaged: all, notes });
                 }
@@ -233,14 +233,14 @@ impl Session {
             }
             let is_deleted =
                 self.process_map.process == 0 && store.is_committed(step).is_ok_and(|committed| !committed);
-            // If it was deleted, a newer one may have replaced it.
+            // If the checkpoint was deleted, a newer one may have replaced it.
             before = if is_deleted { before } else { Some(step) };
             self.damaged_up_to = self.damaged_up_to.max(step);
         }
     }
 
-    /// Looks for a checkpoint on the first process; the others find none without reading the store. Also returns the
-    /// newest step with a checkpoint if some are damaged, else 0, and a digest of the checkpoint's cursor.
+    /// Looks for a checkpoint on process 0. The other processes do not read the store and return no checkpoint. Also
+    /// returns the newest step with a checkpoint (0 if none is damaged), and a digest of the found checkpoint's cursor.
     fn look_up(
         &self,
         store: &Store,
@@ -275,7 +275,7 @@ impl Session {
     }
 }
 
-/// A tensor to read into. Reuses the buffer of `spare` if it has the right type.
+/// Returns a tensor to read into. It reuses the buffer of `spare` if the type matches.
 fn reuse_buffer(spare: Option<SnapshotPiece>, dtype: DType, region: &Region) -> HostTensor {
     let spare = spare.filter(|piece| piece.data.dtype() == dtype).map(|piece| piece.data.data);
     HostTensor { shape: region.size.clone(), data: spare.unwrap_or(HostData::empty(dtype)) }

@@ -51,10 +51,10 @@ use shardflow_job::machine::{affinity, threads_per_device};
 use shardflow_job::rendezvous::Fact;
 use shardflow_job::rendezvous::facts::{COLLECTIVES, ENCRYPTION, KERNELS, MESH, PLAN, TRANSPORT};
 
-/// The fact for [`SessionOptions::outputs`].
+/// Name of the fact for [`SessionOptions::outputs`].
 const OUTPUTS: &str = "outputs";
 
-/// The warning for kernels built with this optimization level, which may be fifty times slower.
+/// Returns a warning if kernels built with this optimization level are slow (up to fifty times slower).
 fn slow_build_warning(opt_level: &str) -> Option<String> {
     let advice = "build with --release, or add to Cargo.toml: [profile.dev.package.\"*\"] opt-level = 3";
     matches!(opt_level, "0" | "1")
@@ -72,10 +72,10 @@ struct Resources {
 }
 
 impl Session {
-    /// Joins the others, allocates arenas, creates weights and starts actors. All processes call it with the same plan.
+    /// Joins the processes, allocates arenas, creates weights, starts actors. All processes call it with the same plan.
     ///
     /// # Errors
-    /// If memory, threads or peers are unavailable; [`crate::plan::error::PlanError::NodeMemory`] before allocation.
+    /// Memory, threads or peers are unavailable. [`crate::plan::error::PlanError::NodeMemory`] comes before allocation.
     pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
         if plan_files::write_requested(&plan).map_err(|(path, source)| SessionError::PlanFile { path, source })? {
             return Err(SessionError::PlanWritten);
@@ -155,7 +155,7 @@ impl Session {
     /// Creates each device's part of each parameter.
     fn initialize(&mut self) -> Result<(), SessionError> {
         let plan = self.plan.clone();
-        // Including parameters of other processes.
+        // The bound includes the parameters of other processes.
         let largest = plan.graph.nodes().iter().map(|node| match node.op {
             NodeOp::Parameter { init } => init.magnitude_bound(),
             _ => 0.0,
@@ -173,7 +173,7 @@ impl Session {
         Ok(())
     }
 
-    /// Starts the actors and their observer. `mirrored`: the transports of peers' registers.
+    /// Starts the actors and their observer. `mirrored` is the field of [`Sources`].
     fn begin(
         &mut self,
         loaded: LoadedPlan,
@@ -183,7 +183,7 @@ impl Session {
         let observer_slot = Arc::new(OnceLock::new());
         let mut running = prepare(loaded, with_stall_recording(&options.watchdog, observer_slot.clone()))?;
         if let Some(world) = &self.world {
-            // Before `begin` waits, so that a failure elsewhere can end that wait.
+            // Must precede the wait in `begin`: a failure of another process can then end that wait.
             world.watch(&running);
         }
         self.set_activity(WAITING);
@@ -205,7 +205,7 @@ impl Session {
             observer.note("restart", format!("attempt {index} of the job ended with {}", Exit::from_code(*code)));
         }
         let observer = Arc::new(observer);
-        // This is the only place that sets it.
+        // Nothing else sets the slot, so this succeeds.
         let _ = observer_slot.set(Arc::downgrade(&observer));
         (self.observer, self.running) = (Some(observer), Some(running));
         Ok(())
@@ -262,14 +262,14 @@ impl Resources {
     }
 }
 
-/// The declared values, with those of the optimizer.
+/// The declared values of the program, and the settings of the optimizer.
 fn declared(plan: &Instance, options: &SessionOptions) -> Declarations {
     let declared = options.declared.clone();
     let Some(adamw) = plan.graph.objective.map(|objective| objective.optimizer) else { return declared };
     declared.declare(OPTIMIZER, adamw, OnResume::Warn).declare(MAX_NORM, adamw.max_norm, OnResume::Warn)
 }
 
-/// Values that must be equal on all processes, besides the build. The plan is last because it depends on most others.
+/// Values other than the build that must be equal on all processes. The plan depends on most of them, so it is last.
 fn facts(plan: &Instance, options: &SessionOptions) -> Result<Vec<Fact>, ClusterError> {
     let cluster = &options.cluster.options;
     let kernels = match plan.device {
@@ -291,7 +291,7 @@ fn facts(plan: &Instance, options: &SessionOptions) -> Result<Vec<Fact>, Cluster
     Ok(facts)
 }
 
-/// The error of a failed join. The end of another process during the join becomes the same failure as after it.
+/// The error of a failed join. If another process ended during the join, it is the same error as after the join.
 fn failed_join(error: ClusterError) -> SessionError {
     match error {
         ClusterError::Membership(MembershipError::Ended(cause)) => SessionError::Failed(peer_failure(&cause)),
@@ -299,7 +299,7 @@ fn failed_join(error: ClusterError) -> SessionError {
     }
 }
 
-/// Reports to the others that the start failed here. Returns the error to end with: a peer's cause if that came first.
+/// Reports to the other processes that the start failed here. Returns a peer's cause if it came first, else `error`.
 pub(super) fn cannot_start(world: &World, error: SessionError) -> SessionError {
     let report = || world.membership.fail(format!("it cannot start: {error}"), error.exit().code());
     match &error {
@@ -307,7 +307,7 @@ pub(super) fn cannot_start(world: &World, error: SessionError) -> SessionError {
             cause @ (TransportError::Unreachable { to: process, .. }
             | TransportError::Missing { from: Some(process), .. }),
         )) => world.membership.suspect(*process, cause.to_string()),
-        // The session has reported its failure.
+        // The session has already reported its failure.
         SessionError::Failed(_) => {}
         error if is_interrupted_start(error) => {}
         _ => report(),
@@ -323,7 +323,7 @@ pub(super) fn cannot_start(world: &World, error: SessionError) -> SessionError {
     }
 }
 
-/// True if another process interrupted the start; it reports its cause, or heartbeats detect its loss.
+/// True if another process interrupted the start. It reports the cause itself, or heartbeats detect its loss.
 fn is_interrupted_start(error: &SessionError) -> bool {
     match error {
         SessionError::Cluster(ClusterError::Transport(broken)) => {
@@ -334,7 +334,7 @@ fn is_interrupted_start(error: &SessionError) -> bool {
     }
 }
 
-/// Threads of each device under [`Threads::Owned`].
+/// Number of threads of each device under [`Threads::Owned`].
 fn owned_threads(world: Option<&World>, process_map: &ProcessMap, node_processes: &[u32]) -> usize {
     let (quota, own) = (available_parallelism().map_or(1, usize::from), affinity());
     let cores = |process: &u32| world.map_or(&own[..], |world| world.cores(*process));
@@ -343,7 +343,7 @@ fn owned_threads(world: Option<&World>, process_map: &ProcessMap, node_processes
     threads_per_device(&shares.collect::<Vec<_>>(), own_index.unwrap_or(0), quota).min(THREADS_MAX)
 }
 
-/// The same options, with a callback that counts stalls and records them as incidents.
+/// Returns the options with a callback that also counts stalls and records them as incidents.
 fn with_stall_recording(options: &WatchdogOptions, observer: Arc<OnceLock<Weak<Observer>>>) -> WatchdogOptions {
     let user_callback = options.on_stall.clone();
     let on_stall: OnStall = Arc::new(move |report| {

@@ -23,14 +23,14 @@ use shardflow_job::membership::Reduced;
 use shardflow_job::requests::{Request, since_1970};
 
 impl Session {
-    /// Runs one step on a batch and returns the program's outputs; all devices are then idle. A slice of named tensors is
-    /// the whole batch; see [`Batch::Local`] to supply a part. Nothing is updated if loss or gradient norm is Inf or NaN,
-    /// or the update could overflow: see [`super::numerics`]. A program without an objective ignores `learning_rate`.
+    /// Runs one step on a batch and returns the program's outputs; all devices are idle afterwards. A slice of named
+    /// tensors is the whole batch; [`Batch::Local`] is a part. Nothing is updated if loss or gradient norm is Inf or
+    /// NaN, or the update could overflow: see [`super::numerics`]. Without an objective, `learning_rate` has no effect.
     ///
     /// # Errors
-    /// An input that is missing, unknown, of the wrong shape or type, or holds a token outside the vocabulary: nothing
-    /// ran. [`SessionError::NonFinite`], if the options require it, or [`SessionError::Disagreement`] on all ranks, if
-    /// learning rates or shared elements differ: nothing was updated. Also the failure of the session.
+    /// Before anything runs: a missing or unknown input, a wrong shape or type, or a token outside the vocabulary.
+    /// Before the update: [`SessionError::NonFinite`], if the options require it, or [`SessionError::Disagreement`] on
+    /// all ranks, if learning rates or shared elements differ. Also the failure of the session.
     pub fn step<'a>(&mut self, batch: impl Into<Batch<'a>>, learning_rate: f32) -> Result<StepReport, SessionError> {
         let batch = batch.into();
         self.check_inputs(batch)?;
@@ -79,7 +79,7 @@ impl Session {
         accepted.map(|()| report)
     }
 
-    /// This process's request, learning rate and digests of a step, which all processes compare.
+    /// The numbers of a step that all processes compare: this process's request, learning rate and digests.
     fn step_numbers(&self, request: u64, learning_rate: f32, inputs: &Inputs<'_>) -> Vec<Vec<u64>> {
         let own = self.process_map.process;
         let digest = |input: &SharedInput| {
@@ -99,7 +99,7 @@ impl Session {
         fields_of_step(&self.plan, request, learning_rate, digests)
     }
 
-    /// Returns the largest request of all processes; a difference between their numbers cancels the update.
+    /// Returns the largest request of all processes. If other numbers differ, cancels the update and returns an error.
     fn agree_on_step(&mut self, all: &Reduced) -> Result<u64, SessionError> {
         if let Some(difference) = &all.difference {
             let difference = difference_in_step(&self.plan, &self.shared_inputs, self.steps, difference);
@@ -114,7 +114,7 @@ impl Session {
         let hyper = HostTensor::f32(&[2], vec![learning_rate, (self.updates + 1) as f32]);
         let decided =
             self.feeds.iter().filter(|feed| feed.decides).try_for_each(|feed| self.feed(feed, |_, _| hyper.clone()));
-        // The watchdog reports slow devices.
+        // There is no time limit here, because the watchdog reports slow devices.
         let ended = decided.and_then(|()| self.running()?.quiesce(Duration::MAX));
         ended.map(drop).map_err(|failure| self.fail(failure))
     }
@@ -134,7 +134,7 @@ impl Session {
         let running = self.running()?;
         let firings = feed.rate.per_step(self.plan.micro_batches);
         for micro_batch in 0..firings {
-            // The receiver is dropped only with the stream; the next line reports that.
+            // The receiver is dropped only with the stream. `add_tokens` below reports the end of the stream.
             let _ = feed.sender.send(feed.vars.iter().map(|var| tensor(*var, micro_batch)).collect());
         }
         running.add_tokens(feed.actor, feed.action, firings as u32)
@@ -197,7 +197,7 @@ impl Session {
         if graph.producer(var).name != RNG_INPUT {
             return self.region(var, local_part(graph, var, device), micro_batch, inputs);
         }
-        // The seed offsets the counter, so that masks depend on the seed and not on the mesh.
+        // The seed offsets the counter, so masks depend on the seed and not on the mesh.
         let step = (init::mix(self.seed) as i32).wrapping_add(self.steps as i32);
         HostTensor::i32(&[2], vec![step, micro_batch as i32])
     }
@@ -219,7 +219,7 @@ impl Session {
     /// This rank's part of a whole batch, for [`Batch::Local`].
     ///
     /// # Errors
-    /// The same as those of [`Session::step`] for a wrong input.
+    /// Those of [`Session::step`] for a wrong input.
     pub fn local_batch<'a>(&self, whole: &[(&'a str, HostTensor)]) -> Result<Vec<(&'a str, HostTensor)>, SessionError> {
         self.check_inputs(Batch::Whole(whole))?;
         let inputs = Inputs::from(Batch::Whole(whole));

@@ -1,4 +1,4 @@
-//! Checks that token ids are in the vocabulary: shards of a split table cannot distinguish invalid ids from others'.
+//! Checks that token ids are in the vocabulary, because a shard of a split table cannot detect invalid ids.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use super::error::SessionError;
 use crate::graph::{Graph, Node, NodeOp, Var};
 use crate::plan::Plan;
 
-/// By name of each input that holds token ids: the number of rows of the smallest table that it indexes.
+/// For each input of token ids, by name: the number of rows of the smallest table that these ids index.
 pub(super) fn vocabularies(graph: &Graph) -> BTreeMap<String, usize> {
     let mut out = BTreeMap::new();
     for node in graph.nodes() {
@@ -26,7 +26,7 @@ pub(super) fn vocabularies(graph: &Graph) -> BTreeMap<String, usize> {
     out
 }
 
-/// Number of tokens per step: elements of the largest input of ids.
+/// Number of tokens per step: the elements of the largest input of token ids.
 pub(super) fn tokens_per_step(plan: &Plan) -> u64 {
     let vocabularies = vocabularies(&plan.graph);
     let inputs = plan.graph.nodes().iter().filter(|node| vocabularies.contains_key(&node.name));
@@ -37,7 +37,7 @@ pub(super) fn tokens_per_step(plan: &Plan) -> u64 {
     inputs.map(elements).max().unwrap_or(0) as u64
 }
 
-/// Name of the input that has this value, in any layout.
+/// Name of the input from which this value comes, in any layout.
 fn input_name(graph: &Graph, mut var: Var) -> Option<String> {
     loop {
         let node = graph.producer(var);
@@ -49,7 +49,7 @@ fn input_name(graph: &Graph, mut var: Var) -> Option<String> {
     }
 }
 
-/// Returns an error for an id that is negative, or not less than `tokens`.
+/// Returns an error if an id is negative or at least `tokens`.
 pub(super) fn check_ids(name: &str, ids: &HostTensor, tokens: usize) -> Result<(), SessionError> {
     let values = ids.as_i32().unwrap_or_default();
     let Some(position) = values.iter().position(|id| usize::try_from(*id).map_or(true, |id| id >= tokens)) else {

@@ -1,15 +1,15 @@
 //! Decides which of several reports is the first cause of a session's end. Pure: the caller supplies the time.
 //!
-//! One failure causes many reports: the failed process reports itself, its peers lose their connections to it and later
-//! its heartbeats, and processes that stop because of it are lost to others. Reports carry no times, because clocks
-//! differ. Their order depends on their kind, and on whether the reporter already knew of another report:
+//! One failure causes many reports. The failed process reports itself. Its peers report lost connections, and later
+//! missing heartbeats. Processes that stop because of the failure are also reported as lost. Reports carry no times,
+//! because clocks differ. Their rank depends on their kind, and on whether the reporter already knew of another report:
 //!
-//! 1. this process's own failure, unless it already knew of a peer's own failure;
-//! 2. a peer's own failure, with the same condition;
+//! 1. this process's own failure, unless this process already knew of a peer's own failure;
+//! 2. a peer's own failure, unless that peer already knew of another process's own failure;
 //! 3. secondary failures: the reporter already knew of another process's failure;
-//! 4. symptoms (a lost connection, missing heartbeats): the process with the most accusers, first-hand ones first.
+//! 4. symptoms (lost connection, missing heartbeats): the process with most first-hand accusers, then most accusers.
 //!
-//! Ties go to the lower process number. After the first report, a grace window allows better reports to arrive. So
+//! The lower process number wins a tie. After the first report, a grace window allows better reports to arrive. So
 //! processes that receive the same reports in any order decide on the same cause. Only an own failure is final at once.
 
 use std::cmp::Reverse;
@@ -50,9 +50,9 @@ pub(crate) struct Report {
     /// The process that failed; equal to `by` for [`Kind::Failed`].
     pub(crate) about: u32,
     pub(crate) kind: Kind,
-    /// The reporter already knew of another report that may have caused this one.
+    /// True if the reporter already knew of another report that may have caused this one.
     pub(crate) follows: bool,
-    /// Empty if a heartbeat brought the report, which has no room for it; a control message supplies it later.
+    /// Empty if a heartbeat, which has no room for text, brought the report. A control message supplies the text later.
     pub(crate) cause: String,
     pub(crate) exit: u8,
 }
@@ -63,7 +63,7 @@ impl Report {
     }
 }
 
-/// Text for the cause of a report that only a heartbeat brought.
+/// Text for the cause if only a heartbeat has brought the report.
 const UNKNOWN_CAUSE: &str = "it is lost; the report of the cause did not arrive";
 
 /// Collects reports and makes one decision.
@@ -74,12 +74,12 @@ pub(crate) struct Arbiter {
     grace: Duration,
     /// When the grace window ends.
     decide_at: Option<Duration>,
-    /// By reporter, accused process and kind, so their number is bounded.
+    /// By reporter, accused process and kind, so the number of reports is bounded.
     reports: BTreeMap<(u32, u32, Kind), Report>,
     closed: bool,
-    /// The reports that this process has passed on, and whether they had a cause.
+    /// The reports that this process has passed on, and whether they contained a cause.
     relayed: BTreeMap<(u32, u32, Kind), bool>,
-    /// The best rank of these, see [`Arbiter::relays`].
+    /// The best (lowest) rank of the relayed reports, see [`Arbiter::relays`].
     best_relayed: u8,
 }
 
@@ -89,7 +89,7 @@ impl Arbiter {
         Self { own, processes, grace, decide_at: None, reports, closed: false, relayed, best_relayed: u8::MAX }
     }
 
-    /// Closes the arbiter after this process has left cleanly: later reports are ignored.
+    /// Closes the arbiter after this process has left cleanly. The arbiter then ignores later reports.
     pub(crate) fn close(&mut self) {
         self.closed = true;
     }
@@ -104,13 +104,13 @@ impl Arbiter {
         Report { by: self.own, about, kind: Kind::Lost, follows, cause, exit }
     }
 
-    /// The process that this one has lost without knowing of another report; the lowest number.
+    /// The process that this one has lost before it knew of another report. If there are several, the lowest number.
     pub(crate) fn lost_by_own(&self) -> Option<u32> {
         let lost = self.reports.values().find(|r| r.by == self.own && r.kind == Kind::Lost && !r.follows);
         lost.map(|r| r.about)
     }
 
-    /// The reports that count.
+    /// All accepted reports.
     pub(crate) fn reports(&self) -> impl Iterator<Item = &Report> {
         self.reports.values()
     }
@@ -120,8 +120,8 @@ impl Arbiter {
         exist && (report.by == report.about) == (report.kind == Kind::Failed)
     }
 
-    /// True if this process must pass the report on: once, even after its own decision. A report that cannot be the first
-    /// cause because a better one was passed on before needs no passing on: one failure causes many of those.
+    /// True if this process must pass the report on, even after its own decision. It passes each report on once. A
+    /// report that ranks below a relayed one cannot be the first cause, so it is dropped.
     pub(crate) fn relays(&mut self, report: &Report) -> bool {
         let rank = match report.kind {
             Kind::Failed if !report.follows => 0,
@@ -138,7 +138,7 @@ impl Arbiter {
         true
     }
 
-    /// Adds a report; false if it is known, too late or invalid.
+    /// Adds a report. Returns false if the report is known, too late or invalid.
     pub(crate) fn report(&mut self, now: Duration, report: Report) -> bool {
         if self.closed || !self.is_valid(&report) {
             return false;
@@ -189,7 +189,7 @@ impl Arbiter {
             let same = self.reports.values().filter(|r| r.kind == report.kind && r.about == report.about);
             Reverse(same.filter(|r| !(first_hand && r.follows)).count())
         };
-        // Among the accusers of one process, the text names this process first, then the lowest number.
+        // The text names one accuser: this process if it is among them, or else the one with the lowest number.
         (class, accusers(true), accusers(false), report.about, report.follows, report.by != self.own, report.by)
     }
 }

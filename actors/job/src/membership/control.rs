@@ -1,5 +1,5 @@
-//! The control plane: one thread that exchanges control messages with all peers over authenticated connections. Each
-//! message follows its length, a little-endian u32. The first message is [`Body::Joined`].
+//! The control plane: one thread that exchanges control messages with all peers over authenticated connections. The
+//! length of a message precedes it as a little-endian u32. The first message is [`Body::Joined`].
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
@@ -17,7 +17,7 @@ use super::outbox::{Outbox, Waiting};
 use super::shared::{JoinOnDrop, Shared};
 use crate::transport::{Connection, Socket};
 
-/// Starts the control thread, which ends when the first returned value is dropped. Connections open later.
+/// Starts the control thread. The thread ends when the first returned value is dropped. Connections open later.
 pub(super) fn start(
     shared: Arc<Shared>,
     connections: BTreeMap<u32, Connection>,
@@ -119,7 +119,7 @@ impl AsyncConnection {
         Ok(Self { connection, ready })
     }
 
-    /// Retries `attempt` until it does not return `WouldBlock`.
+    /// Retries `attempt` while it returns `WouldBlock`.
     async fn complete<R>(
         &self,
         interest: Interest,

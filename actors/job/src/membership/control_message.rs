@@ -1,4 +1,4 @@
-//! Control messages as bytes with limits: `header (bincode) | payload` (raw: bincode copies bytes one by one).
+//! Control messages as bytes with limits: `header (bincode) | payload`. The payload is raw: bincode copies bytewise.
 
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use serde::{Deserialize, Serialize};
@@ -24,17 +24,17 @@ pub(crate) struct ControlMessage {
 
 /// Maximum number of processes in a message.
 pub(crate) const LISTED_MAX: usize = 512;
-/// Receiver of a message to all processes.
+/// Value of `to` in a message to all processes.
 pub(crate) const TO_ALL: u32 = u32::MAX;
 
 /// The kinds of control messages. Reports and `Leaving` are urgent: the receiver answers with `Received`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Body {
-    /// The sender's membership runs; the first message.
+    /// The first message. It reports that the sender's membership runs.
     Joined,
     /// All processes on the sender's side of the edge have joined.
     Complete,
-    /// The application's, from a process to another one or to all; the payload is its bytes.
+    /// A message of the application, from one process to another or to all processes. The payload is its bytes.
     Message { from: u32, to: u32, topic: u16 },
     /// A process failed or lost another one.
     Report(Report),
@@ -42,7 +42,7 @@ pub(crate) enum Body {
     Leaving { processes: Vec<u32> },
     /// How many urgent control messages the sender has received since the start.
     Received { urgent: u64 },
-    /// Numbers of a topic's round; the payload combines those of the sender and of all below it, or of all processes.
+    /// Numbers of a topic's round. The payload combines the sender's subtree (upwards) or all processes (downwards).
     Round { topic: u16, round: u64 },
     /// The topic's round waits for this process.
     Missing { topic: u16, round: u64, process: u32 },

@@ -1,13 +1,13 @@
-//! The state of one membership: its neighbours in the control tree, reports, rounds and the first cause. Pure: the caller
-//! supplies the time, and carries out the effects in their order.
+//! The state of one membership: its neighbours in the control tree, reports, rounds and the first cause. Pure: the
+//! caller supplies the time and executes the effects in order.
 //!
-//! - **CM-1**: between any two processes there is one path. Every process handles the messages of a neighbour in order
-//!   and queues what it passes on at once, so messages between two processes arrive in the order of sending.
-//! - **CM-2**: only a neighbour on the way to a process can bring what that process has sent.
-//! - **CM-3**: a process that has left passes messages on until its connections close. After that, those below it can no
-//!   longer reach the others. That is no failure: a session's processes leave together, after their last common work.
-//! - **CM-4**: all neighbours of a lost process detect its loss themselves, and report it to the part of the tree that
-//!   they still reach. So every process learns of it within a deadline and one message for each level of the tree.
+//! - **CM-1**: one path connects any two processes. Every process handles a neighbour's messages in order and
+//!   immediately queues those that it passes on. So messages between two processes arrive in the order of sending.
+//! - **CM-2**: a process's messages are accepted only from the neighbour on the way to that process.
+//! - **CM-3**: a process that has left passes messages on until its connections close. Then the processes below it can
+//!   no longer reach the rest. This is no failure: a session's processes leave together, after their last common work.
+//! - **CM-4**: every neighbour of a lost process detects the loss and reports it to the part of the tree that it still
+//!   reaches. So every process learns of the loss within a deadline and one message for each level of the tree.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -50,7 +50,7 @@ pub(super) enum Link {
 #[derive(Debug, Default)]
 pub(super) struct Peer {
     pub(super) link: Link,
-    /// All processes on its side of the edge have joined.
+    /// True if all processes on the neighbour's side of the edge have joined.
     is_complete: bool,
     pub(super) left: bool,
     /// Urgent control messages: sent to the peer, acknowledged by it, and received from it.
@@ -58,9 +58,9 @@ pub(super) struct Peer {
     pub(super) urgent_acknowledged: u64,
     urgent_received: u64,
     pub(super) last_heartbeat: Option<Duration>,
-    /// The process on its side of the edge that has been silent for longest, as of its last heartbeat.
+    /// The most silent process on the neighbour's side of the edge, according to its last heartbeat.
     most_silent: Option<MostSilent>,
-    /// Processes whose leaving has not been reported to it yet.
+    /// Processes whose departure has not been reported to the neighbour yet.
     departures: BTreeSet<u32>,
 }
 
@@ -75,11 +75,11 @@ pub(crate) struct Core {
     detector: Option<Detector>,
     rounds: Rounds,
     pub(super) first: Option<FirstCause>,
-    /// This process has left.
+    /// True after this process has left.
     pub(super) left: bool,
     /// Other processes that have left.
     departed: BTreeSet<u32>,
-    /// Messages that no process with the same program sends.
+    /// Number of messages that no process with the same program sends.
     pub(super) garbled: u64,
     pub(super) effects: VecDeque<Effect>,
 }
@@ -106,7 +106,7 @@ impl Core {
         self.detector.is_some()
     }
 
-    /// Handles the first message of a neighbour. It gets the reports that were sent before.
+    /// Handles the first message of a neighbour, and sends the earlier reports to this neighbour.
     pub(crate) fn connected(&mut self, process: u32, now: Duration) {
         let Some(peer) = self.peers.get_mut(&process) else { return };
         peer.link = Link::Open;
@@ -115,7 +115,7 @@ impl Core {
         self.advance_join(now);
     }
 
-    /// Reports to each neighbour that all processes on this side of the edge have joined, once they have.
+    /// Once all processes on this side of an edge have joined, reports this to the neighbour on the other side.
     fn advance_join(&mut self, now: Duration) {
         if self.detector.is_some() || self.peers.values().any(|peer| peer.link != Link::Open) {
             return;
@@ -127,13 +127,13 @@ impl Core {
             self.detector = Some(Detector::new(self.peers.keys().copied(), self.deadline, now));
             self.tree.children(self.own).into_iter().for_each(|child| self.send(child, Body::Complete.into()));
         }
-        // Once: `Complete` of the parent arrives only after this one.
+        // This happens only once, because the parent sends `Complete` only after this message.
         if let Some(parent) = parent.filter(|_| is_above && !is_all) {
             self.send(parent, Body::Complete.into());
         }
     }
 
-    /// Neighbours that have not joined, or whose side of the edge is not complete.
+    /// Neighbours that have not joined, and neighbours whose side of the edge is not complete.
     pub(super) fn missing_peers(&self) -> impl Iterator<Item = (u32, &Peer)> {
         let is_missing = |(_, peer): &(&u32, &Peer)| peer.link == Link::Joining || !peer.is_complete;
         self.peers.iter().filter(is_missing).map(|(process, peer)| (*process, peer))
@@ -149,8 +149,8 @@ impl Core {
         }
     }
 
-    /// The next heartbeats, one to each neighbour: the process that this one has lost, and the most silent one on this
-    /// side of the edge. None if the session has ended for another cause; neighbours then detect the missing heartbeats.
+    /// The next heartbeats, one to each neighbour: the process that this one has lost, and the most silent process on
+    /// this side of the edge. Empty if the session has ended for another cause; neighbours then detect silence.
     pub(crate) fn heartbeats(&self, now: Duration) -> Vec<(u32, Option<u32>, Option<MostSilent>)> {
         let lost = self.arbiter.lost_by_own();
         if self.first.is_some() && lost.is_none() {
@@ -170,7 +170,8 @@ impl Core {
         let by = heartbeat.process;
         let Some(peer) = self.peers.get_mut(&by) else { return };
         if let Some(about) = heartbeat.lost {
-            // No sign of life: the sender is ending. Its control message may not arrive: TCP also needs the way back.
+            // No sign of life: the sender is ending. TCP needs both directions, so the sender's control message may be
+            // lost.
             let (cause, exit) = (String::new(), Exit::PeerUnavailable.code());
             let report = Report { by, about, kind: Kind::Lost, follows: false, cause, exit };
             if !peer.left {
@@ -237,7 +238,7 @@ impl Core {
         }
     }
 
-    /// Sends a report of this process to all; false if it changes nothing.
+    /// Sends a report of this process to all. Returns false if the report changes nothing.
     fn add_own_report(&mut self, report: Report, now: Duration) -> bool {
         let is_new = self.arbiter.report(now, report.clone());
         if is_new && self.arbiter.relays(&report) {
@@ -246,7 +247,7 @@ impl Core {
         is_new
     }
 
-    /// Adds the report of another process that came from a neighbour, and passes it on.
+    /// Adds another process's report, received from a neighbour, and passes it on.
     fn add_report(&mut self, from: u32, report: Report, now: Duration) {
         let relays = self.arbiter.relays(&report);
         if self.arbiter.report(now, report.clone()) && report.cause.is_empty() {
@@ -270,7 +271,7 @@ impl Core {
         }
     }
 
-    /// Sends an urgent message to all neighbours but the one that it came from.
+    /// Sends an urgent message to all neighbours except the one that sent it.
     fn broadcast_urgent(&mut self, from: Option<u32>, body: &Body) {
         let peers: Vec<u32> = self.peers.keys().copied().filter(|peer| Some(*peer) != from).collect();
         peers.into_iter().for_each(|to| self.send_urgent(to, body.clone()));
@@ -308,7 +309,7 @@ impl Core {
         self.decide(now);
     }
 
-    /// Acknowledgements are not acknowledged, so there are no more of them than of urgent messages.
+    /// Acknowledgements are not acknowledged, so their number is at most that of urgent messages.
     fn acknowledge(&mut self, by: u32) {
         let Some(peer) = self.peers.get_mut(&by) else { return };
         peer.urgent_received += 1;
@@ -348,7 +349,7 @@ impl Core {
         self.effects.push_back(Effect::Notify(MembershipEvent::Left { process }));
     }
 
-    /// Passes on which processes have left; several at once, because all leave at about the same time.
+    /// Reports departures, several in one message, because all processes leave at about the same time.
     fn pass_departures(&mut self) {
         let mut pending = Vec::new();
         for (to, peer) in &mut self.peers {
@@ -358,7 +359,7 @@ impl Core {
         pending.into_iter().for_each(|(to, processes)| self.send_urgent(to, Body::Leaving { processes }));
     }
 
-    /// The neighbours that an own message to `to` is sent to; `None` if it has left or cannot be reached.
+    /// The next hop for an own message to `to`; `None` if `to` has left or cannot be reached.
     pub(super) fn route(&self, to: u32) -> Option<u32> {
         let hop = self.tree.next_hop(self.own, to)?;
         let peer = self.peers.get(&hop)?;
@@ -382,7 +383,7 @@ impl Core {
         self.apply_or_suspect(effects, self.own, now);
     }
 
-    /// The process whose numbers the topic's round waits for, as far as this process knows.
+    /// The process whose numbers are missing in the topic's round, as far as this process knows.
     pub(crate) fn missing(&self, topic: u16) -> Option<u32> {
         self.rounds.missing(topic)
     }
@@ -420,8 +421,8 @@ impl Core {
         self.detector.as_ref()?.health(process, now)
     }
 
-    /// Time since each process's last sign of life: a neighbour's heartbeat, or for other processes that of the neighbour
-    /// on the way, which names the most silent one behind it. `None` if it has left.
+    /// Time since each process's last sign of life; `None` if it has left. For a process behind a neighbour, this is
+    /// the neighbour's time, plus the silence that the neighbour reports if that process is the most silent one.
     pub(crate) fn silent_times(&self, now: Duration) -> Vec<(u32, Option<Duration>)> {
         let silent = |process: u32| {
             let hop = self.tree.next_hop(self.own, process).filter(|_| !self.departed.contains(&process))?;

@@ -25,17 +25,17 @@ pub(crate) struct Heartbeat {
     pub(crate) process: u32,
     /// Counts up from 1 within an epoch.
     pub(crate) sequence: u64,
-    /// The process that the sender has lost, which is the reason for its end.
+    /// The process that the sender has lost. The sender ends because of this loss.
     pub(crate) lost: Option<u32>,
-    /// Of the processes that the sender stands for.
+    /// The most silent process on the sender's side of the edge.
     pub(crate) most_silent: Option<MostSilent>,
 }
 
-/// The process whose last heartbeat is the oldest of a group.
+/// The process of a group whose last heartbeat is the oldest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MostSilent {
     pub(crate) process: u32,
-    /// Time since then, in whole milliseconds once it has been sent.
+    /// Time since the last heartbeat. A datagram carries this time in whole milliseconds.
     pub(crate) silent: Duration,
 }
 
@@ -51,7 +51,7 @@ pub(crate) enum Rejection {
     NewerEpoch,
     /// From another run with the same key.
     Session,
-    /// A duplicate, or older than the newest one.
+    /// A duplicate, or older than the newest datagram.
     Replay,
 }
 

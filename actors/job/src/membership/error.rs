@@ -43,7 +43,7 @@ impl MembershipError {
     /// The exit code for this error.
     pub fn exit(&self) -> Exit {
         match self {
-            // The system cannot start a thread.
+            // `WouldBlock` means that the system cannot start a thread.
             Self::Io { source, .. } if source.kind() == io::ErrorKind::WouldBlock => Exit::Refused,
             Self::Config { .. } | Self::Io { .. } => Exit::Internal,
             Self::TooLarge { .. } | Self::NoPeer { .. } | Self::Numbers { .. } | Self::Left => Exit::Internal,

@@ -46,8 +46,8 @@ pub fn samples() -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// Panics unless datagrams without the key are rejected, and accepted ones are of this epoch, come from an existing
-/// process, have exactly one encoding, and are accepted once.
+/// Checks that datagrams without the key are rejected. Checks that every accepted datagram is of this epoch, comes from
+/// an existing process, has exactly one encoding, and is accepted only once. Panics if a check fails.
 pub fn check_datagram(bytes: &[u8]) {
     let mut codec = codec(7);
     let forged = codec.read(bytes);
@@ -62,11 +62,11 @@ pub fn check_datagram(bytes: &[u8]) {
     }
 }
 
-/// Checks that a decoded control message has exactly one encoding and a payload within the limit; and the same bytes as
-/// the numbers of a round: they have one encoding, and combining them with a process's own ends.
+/// Checks that a decoded control message has exactly one encoding and a payload within the limit. Also reads the bytes
+/// as numbers of a round: they have one encoding, and combining them with a process's own numbers terminates.
 ///
 /// # Panics
-/// When one of these does not hold.
+/// If one of these checks fails.
 pub fn check_control_message(bytes: &[u8]) {
     if let Ok(message) = ControlMessage::read(bytes) {
         assert!(message.payload.len() <= MESSAGE_BYTES_MAX);

@@ -1,7 +1,7 @@
 //! One thread that sends and receives heartbeats and runs the failure detector.
 //!
-//! Heartbeats are datagrams: after a network outage of some seconds, TCP's retransmission timer has backed off by about
-//! the same time, so a TCP connection could stay silent past the deadline after recovery. A datagram arrives at once.
+//! Heartbeats are datagrams, because a TCP connection could stay silent past the deadline. After a network outage of
+//! some seconds, TCP may wait for about the same time before it retransmits. A datagram arrives at once.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -24,7 +24,7 @@ pub(crate) struct Heartbeats {
     pub(crate) shared: Arc<Shared>,
     pub(crate) codec: Codec,
     pub(crate) socket: UdpSocket,
-    /// Of the neighbours in the control tree.
+    /// Heartbeat addresses of the neighbours in the control tree.
     pub(crate) addresses: BTreeMap<u32, SocketAddr>,
     pub(crate) interval: Duration,
 }
@@ -52,7 +52,7 @@ impl Heartbeats {
             self.drain();
             self.shared.tick();
             if !loss_reported && self.shared.heartbeats().iter().any(|(_, lost, _)| lost.is_some()) {
-                // Sent at once: this process may end before the next heartbeat.
+                // The loss is sent at once, because this process may end before the next heartbeat.
                 loss_reported = true;
                 self.send(&mut sequence);
             }
@@ -72,7 +72,7 @@ impl Heartbeats {
     }
 
     fn wait(&self, timeout: Duration) {
-        // Rounded up to milliseconds, so that the loop does not spin for the last fraction.
+        // The timeout is rounded up to milliseconds, so that the loop does not spin for the last fraction.
         let nanos = (timeout.subsec_millis() + 1).min(999) * 1_000_000;
         let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: i64::from(nanos) };
         // An error (a signal) has the same effect as a timeout: the loop continues.
@@ -80,7 +80,7 @@ impl Heartbeats {
     }
 
     fn drain(&mut self) {
-        // One byte longer than a datagram, to detect longer ones.
+        // The buffer is one byte longer than a datagram, to detect longer datagrams.
         let mut bytes = [0; BYTES + 1];
         for _ in 0..DRAIN_MAX {
             let Ok((length, _)) = self.socket.recv_from(&mut bytes) else { return };

@@ -53,7 +53,7 @@ impl Outbox {
         (Self { messages: sender, count: Arc::clone(&count) }, Waiting { messages, count })
     }
 
-    /// Queues a control message. Only application messages are limited, because there are few others.
+    /// Queues a control message. Only application messages are limited, because there are few other messages.
     pub(crate) fn send(&self, message: &ControlMessage) -> Result<(), Unsent> {
         let is_message = matches!(message.body, Body::Message { .. });
         let message_bytes = is_message.then_some(message.payload.len() as u64);

@@ -1,7 +1,7 @@
-//! Numbers of all processes that combine on their way up the control tree: the rules, and the message of a subtree. Pure.
+//! Combines numbers of all processes along the control tree: the rules, and the message of a subtree. Pure.
 //!
-//! Every rule gives the same result for any tree: a maximum and a comparison do not depend on the order, and process 0's
-//! value needs no combination. A sum of floats has no rule here, because its bits would depend on the tree.
+//! Every rule gives the same result for any tree: a maximum and a comparison do not depend on the order, and process
+//! 0's value needs no combination. There is no rule for sums of floats, because their bits would depend on the tree.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ const CONFIG: Configuration<LittleEndian, Fixint, Limit<MESSAGE_BYTES_MAX>> =
 /// How the words of a field combine. All processes use the same rules for a topic's round.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MergeRule {
-    /// The largest of all processes; the first word that differs decides.
+    /// The largest words of all processes, in lexicographic order.
     Max {
         /// Number of words.
         words: usize,
@@ -28,8 +28,8 @@ pub enum MergeRule {
         /// Number of words.
         words: usize,
     },
-    /// One word that must be equal on these processes, given in order; without a list, on all. Others supply none.
-    /// It travels up only until all of them have been compared.
+    /// One word that must be equal on these processes (ascending), or on all processes without a list. Other processes
+    /// supply no word. The word travels up only until the words of all these processes have been compared.
     Same(Option<Arc<[u32]>>),
 }
 
@@ -56,7 +56,7 @@ pub struct Difference {
 pub(crate) struct Partial {
     /// The words of all [`MergeRule::Max`] fields, in order.
     max: Vec<u64>,
-    /// Fields whose words have been equal so far, and are compared with others further up.
+    /// Fields whose words are equal so far. Processes further up compare these words with others.
     same: Vec<(u32, u64)>,
     difference: Option<Difference>,
 }
@@ -79,7 +79,7 @@ fn decode<T: for<'a> Deserialize<'a>>(bytes: &[u8]) -> Option<T> {
     (read == bytes.len()).then_some(value)
 }
 
-/// Largest number of bytes that numbers with these rules take in a message between `processes`.
+/// Maximum bytes of a message with numbers for these rules, in a world of this number of processes.
 pub(crate) fn bytes_max(rules: &[MergeRule], processes: u32) -> usize {
     let words = |rule: &MergeRule| match rule {
         MergeRule::Max { words } | MergeRule::First { words } => 8 * words,
@@ -88,7 +88,7 @@ pub(crate) fn bytes_max(rules: &[MergeRule], processes: u32) -> usize {
     64 + rules.iter().map(words).sum::<usize>() + 12 * processes as usize
 }
 
-/// True if a process supplies as many words as the rules say.
+/// True if process `own` supplies the number of words that each rule requires.
 pub(crate) fn fits(rules: &[MergeRule], own: u32, fields: &[Vec<u64>]) -> bool {
     let count = |rule: &MergeRule| match rule {
         MergeRule::Max { words } => *words,
@@ -124,7 +124,7 @@ impl Partial {
         decode(bytes)
     }
 
-    /// True if a process with these rules below `top` may have sent it.
+    /// True if a process `top` with these rules could have sent this for its subtree.
     pub(crate) fn is_valid(&self, rules: &[MergeRule], tree: &ControlTree, top: u32) -> bool {
         let max = rules.iter().map(|rule| if let MergeRule::Max { words } = rule { *words } else { 0 }).sum::<usize>();
         let is_same = |field: u32| matches!(rules.get(field as usize), Some(MergeRule::Same(_)));
@@ -175,7 +175,7 @@ impl Partial {
         out
     }
 
-    /// The message to all processes, from process 0 with these words of its own.
+    /// Process 0's message to all processes. `fields` contains process 0's own words.
     pub(crate) fn total(self, rules: &[MergeRule], fields: &[Vec<u64>]) -> Vec<u8> {
         let mut largest = self.max.into_iter();
         let mut words = Vec::new();
@@ -216,14 +216,14 @@ impl Reduced {
     }
 }
 
-/// Whose word it is: of this process, or of all processes below a child.
+/// The source of a word: this process, or the subtree of a child.
 enum Source {
     Own,
     Below(u32),
 }
 
 impl Source {
-    /// The processes that have supplied this word of the field.
+    /// The processes that have supplied this source's word of the field.
     fn processes(&self, rules: &[MergeRule], field: u32, tree: &ControlTree, own: u32) -> Vec<u32> {
         match self {
             Self::Own => vec![own],
@@ -283,7 +283,7 @@ mod tests {
         (Reduced::read(&total, rules).expect("it fits"), bytes)
     }
 
-    /// The result by definition.
+    /// Computes the result directly from the definition, without a tree.
     fn expected(rules: &[MergeRule], fields: &[Vec<Vec<u64>>]) -> Reduced {
         let mut reduced = Reduced::default();
         for (index, rule) in rules.iter().enumerate() {

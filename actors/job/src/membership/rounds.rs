@@ -1,7 +1,7 @@
-//! Rounds in which all processes combine numbers: up the control tree to process 0, and the result down again. Pure.
+//! Rounds that combine numbers of all processes: up the control tree to process 0, then the result down the tree. Pure.
 //!
-//! - **GR-1**: a topic's rounds follow each other, and a child is at most one round ahead of the results it was sent. So a
-//!   process keeps at most one message of each child and topic.
+//! - **GR-1**: a topic's rounds run one after another. A child is at most one round ahead of the results that it has
+//!   received. So a process keeps at most one message per child and topic.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -25,25 +25,25 @@ pub(crate) struct Rounds {
     topics: BTreeMap<u16, Topic>,
 }
 
-/// The numbers that this process supplies to a round, with their rules.
+/// The numbers that this process supplies to a round, and their rules.
 type Supplied = (Arc<[MergeRule]>, Vec<Vec<u64>>);
 
 #[derive(Debug, Default)]
 struct Topic {
-    /// This process's numbers of rounds that have not been combined.
+    /// Numbers that this process has supplied to rounds that are not combined yet.
     own: VecDeque<Supplied>,
-    /// By child: its numbers of the next round.
+    /// By child: the child's numbers of the next round.
     below: BTreeMap<u32, Partial>,
-    /// Rules of the round that was sent up and whose result is missing.
+    /// Rules of the round that was sent to the parent and still waits for its result.
     sent_rules: Option<Arc<[MergeRule]>>,
-    /// Rounds combined here, and results received.
+    /// Number of rounds combined here, and number of results received.
     combined: u64,
     received: u64,
-    /// When the first numbers of the round arrived or, after they were combined, when that was.
+    /// When the round's first numbers arrived. After their combination: when they were combined.
     since: Option<Duration>,
-    /// By neighbour: the process that it waits for in the current round.
+    /// By neighbour: the process that the neighbour waits for in the current round.
     named: BTreeMap<u32, u32>,
-    /// By neighbour: the process that this one has named to it in the current round.
+    /// By neighbour: the missing process that this process has last reported to it in the current round.
     reported: BTreeMap<u32, u32>,
 }
 
@@ -61,7 +61,7 @@ pub(crate) enum RoundEffect {
     },
 }
 
-/// A peer's message that no process with the same program sends.
+/// A message that no process with the same program sends.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Unexpected;
 
@@ -88,7 +88,7 @@ impl Rounds {
         }
         let state = self.topics.entry(topic).or_default();
         if self.children.contains(&by) {
-            // GR-1; the round after the combined one may arrive before this process's own result was received.
+            // GR-1: a child supplies the next round only after this process has passed on the last result.
             let expected = state.combined;
             if round != expected || state.below.contains_key(&by) || state.received != state.combined {
                 return Err(Unexpected);
@@ -150,7 +150,7 @@ impl Rounds {
         }
     }
 
-    /// The process whose numbers the topic's round waits for, as far as this process knows.
+    /// The process whose numbers are missing in the topic's round, as far as this process knows.
     pub(crate) fn missing(&self, topic: u16) -> Option<u32> {
         let state = self.topics.get(&topic)?;
         let named = |neighbour: u32| state.named.get(&neighbour).copied().unwrap_or(neighbour);
@@ -165,8 +165,8 @@ impl Rounds {
         }
     }
 
-    /// The messages that name the missing process of rounds that have waited for a while, to neighbours that wait too.
-    /// A neighbour without a report assumes that this process is the missing one.
+    /// For each round that has waited for a while: messages that name the missing process to the neighbours that also
+    /// wait. A neighbour without such a message assumes that this process is the missing one.
     pub(crate) fn tick(&mut self, now: Duration) -> Vec<RoundEffect> {
         let mut effects = Vec::new();
         let topics: Vec<u16> = self.topics.keys().copied().collect();
@@ -176,7 +176,7 @@ impl Rounds {
             let waits = state.since.is_some_and(|since| now.saturating_sub(since) >= NAME_AFTER);
             let Some(process) = missing.filter(|_| waits) else { continue };
             let is_combined = state.combined > state.received;
-            // Children wait for a result once they have sent their numbers; the parent waits for this process until then.
+            // A child waits once it has sent its numbers. The parent waits until this process has combined its subtree.
             let below = self.children.iter().filter(|child| is_combined || state.below.contains_key(child));
             let above = self.tree.parent(self.own).filter(|_| !is_combined);
             let waiting: BTreeSet<u32> = below.copied().chain(above).collect();

@@ -37,7 +37,7 @@ impl Drop for JoinOnDrop {
 #[derive(Debug)]
 struct State {
     core: Core,
-    /// Of the neighbours that have joined.
+    /// Outboxes of the neighbours that have joined.
     outboxes: BTreeMap<u32, Outbox>,
     /// By topic: both ends of the channel of results.
     results: BTreeMap<u16, (Sender<Reduced>, Receiver<Reduced>)>,
@@ -112,7 +112,7 @@ impl Shared {
             match effect {
                 Effect::Send { to, message } => self.pass_on(state, to, &message),
                 Effect::Notify(event) => self.notify(state, event),
-                // The other end is in the same map.
+                // The send cannot fail, because the receiver is in the same map.
                 Effect::Reduced { topic, reduced } => drop(state.results(topic).0.send(reduced)),
             }
         }
@@ -124,7 +124,7 @@ impl Shared {
         // If the connection has just ended, `disconnected` reports it.
         let Some(outbox) = state.outboxes.get(&to) else { return };
         if let Err(Unsent::Full(Count { messages, bytes })) = outbox.send(message) {
-            // Its sender is elsewhere; waiting here would also hold up reports.
+            // The message comes from another process, and waiting here would also delay reports.
             let cause = format!("it reads no messages: {messages} ({bytes} bytes) are queued for it");
             state.core.suspect(to, cause, self.now());
         }
@@ -192,7 +192,7 @@ impl Shared {
         }
     }
 
-    /// The next heartbeats, by receiver: the lost process, and the most silent one on this side of the edge.
+    /// The next heartbeats: receiver, lost process, and the most silent process on this side of the edge.
     pub(crate) fn heartbeats(&self) -> Vec<(u32, Option<u32>, Option<MostSilent>)> {
         self.state.lock().core.heartbeats(self.now())
     }
@@ -231,7 +231,7 @@ impl Shared {
         self.change(|core, now| core.suspect(process, cause, now));
     }
 
-    /// Counts bytes of a peer that are no control message.
+    /// Counts bytes from a peer that are not a valid control message.
     pub(crate) fn garbled(&self, process: u32, reason: &str) {
         tracing::warn!(process, reason, "rejected a control message");
         self.count(|c| c.garbled += 1);
@@ -275,7 +275,7 @@ impl Shared {
                 }
             })
         };
-        // All neighbours get it, even if one is gone.
+        // All neighbours get the message, even if one of them is gone.
         let sent: Vec<_> = hops.into_iter().map(send).collect();
         sent.into_iter().collect()
     }
@@ -302,7 +302,7 @@ impl Shared {
         Ok(results)
     }
 
-    /// The process whose numbers the topic's round waits for, and whether it has left.
+    /// The process whose numbers are missing in the topic's round, and whether that process has left.
     pub(crate) fn missing(&self, topic: u16) -> Option<(u32, bool)> {
         let state = self.state.lock();
         let process = state.core.missing(topic)?;
@@ -328,8 +328,8 @@ impl Shared {
         self.state.lock().core.first.clone()
     }
 
-    /// Waits until all connected neighbours have acknowledged the urgent control messages, and thereby all earlier ones;
-    /// false on timeout. Does not wait for neighbours that are already lost.
+    /// Waits until all connected neighbours have acknowledged the urgent control messages, and thereby all earlier
+    /// messages. Returns false on timeout. Does not wait for neighbours that are already lost.
     pub(crate) fn wait_for_delivery(&self, timeout: Duration) -> bool {
         let is_delivered = |p: &Peer| p.link != Link::Open || p.urgent_acknowledged == p.urgent_sent;
         let is_lost = |core: &Core, process: u32| {

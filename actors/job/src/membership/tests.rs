@@ -113,7 +113,7 @@ fn leave_all(members: Vec<Membership>) {
 fn messages_arrive_in_order() {
     let members = world(1, 3);
     for i in 0..2000u32 {
-        // More messages than the window holds; the receiver reads each one.
+        // Sends more messages than an outbox holds. The receiver reads each message.
         members[0].send(1, 7, i.to_le_bytes().to_vec()).expect("the receiver reads all messages");
         assert_eq!(next_message(&members[1]), (0, 7, i.to_le_bytes().to_vec()));
     }
@@ -216,7 +216,7 @@ fn a_process_that_leaves_in_order_is_not_lost() {
     for member in &members {
         assert_eq!(member.notices().recv_timeout(SOON), Ok(MembershipEvent::Left { process: 2 }));
         assert!(matches!(member.send(2, 0, vec![]), Err(MembershipError::Gone { process: 2 })));
-        // Waits longer than the deadline: missing heartbeats and a late suspicion are not failures.
+        // Waits longer than the deadline, because missing heartbeats and a late suspicion must not be failures.
         member.suspect(2, "connection reset");
         assert!(member.notices().recv_timeout(ms(1700)).is_err());
         assert_eq!(member.silent_times().last(), Some(&(2, None)));
@@ -261,7 +261,7 @@ fn a_one_way_partition_ends_both_sides() {
 #[test]
 fn invalid_datagrams_are_rejected_and_counted() {
     let mut configs = configs(9, 2);
-    // Few heartbeats of the real peer, so that they do not interfere with the sequence numbers below.
+    // The real peer sends few heartbeats, so that they do not interfere with the sequence numbers below.
     configs[1].interval = Duration::from_secs(1);
     let target = configs[0].heartbeat.local_addr().expect("bound");
     let members = start(configs);
@@ -442,7 +442,7 @@ fn a_peer_that_does_not_read_costs_at_most_one_outbox() {
             Err(other) => panic!("{other}"),
         }
     }
-    // Beside those that wait, some are in the buffers of the sockets and of the proxy.
+    // Some of the sent messages are not in the outbox, but in the buffers of the sockets and of the proxy.
     assert!(sent <= 16 * outbox::MESSAGES_MAX && sent + rejected == 100_000, "{sent} were sent");
     let start = Instant::now();
     drop(members.remove(0));

@@ -1,5 +1,5 @@
-//! The control tree: who exchanges control messages and heartbeats with whom. It follows nodes, so that most edges stay
-//! within a node. Pure; every process builds the same tree from the roster.
+//! The control tree determines which processes exchange control messages and heartbeats. It follows nodes, so that most
+//! edges stay within a node. Pure: every process builds the same tree from the roster.
 //!
 //! - **CT-1**: the processes of a node are leaves below the node's first process, its leader.
 //! - **CT-2**: leaders form a tree with at most [`FAN_OUT`] children each, in order of rank. Process 0 is the root, and
@@ -20,7 +20,7 @@ pub struct ControlTree {
 }
 
 impl ControlTree {
-    /// The tree of processes on these nodes: any value that is equal for the processes of a node, by rank.
+    /// Builds the tree. `nodes` contains one value per rank. The processes of one node have equal values.
     pub fn new<N: Ord>(nodes: &[N]) -> Self {
         let mut members: std::collections::BTreeMap<&N, Vec<u32>> = std::collections::BTreeMap::new();
         for (process, node) in (0..).zip(nodes) {
@@ -37,7 +37,7 @@ impl ControlTree {
         tree
     }
 
-    /// Adds these nodes below `parent`: the first one's leader, its processes, and the rest in up to [`FAN_OUT`] parts.
+    /// Adds these nodes below `parent`: the first node, and below its leader the others, in up to [`FAN_OUT`] parts.
     fn place(&mut self, nodes: &[Vec<u32>], parent: Option<u32>) {
         let Some((first, rest)) = nodes.split_first() else { return };
         let leader = first[0];

@@ -1,11 +1,11 @@
-//! Compares what is computed by device class or for one device with what is computed for each device in turn.
+//! Checks that results by device class, and results for one device, equal those from a pass over all devices.
 
 use shardflow_kernels::tensor::Region;
 
 use super::*;
 use crate::boxing::step::{Pull, StepKind};
 
-/// The pulls of all target devices, by one pass over them.
+/// The pulls of all target devices, computed in one pass over these devices.
 fn all_pulls(step: &BoxingStep) -> Vec<Vec<Pull>> {
     let (source, target) = (&step.from.placement, &step.to.placement);
     let same_axes = source.axes().iter().map(|a| a.size).eq(target.axes().iter().map(|a| a.size));
@@ -49,7 +49,7 @@ fn check_step(step: &BoxingStep) {
     }
 }
 
-/// Checks the route, and a transfer to another placement or a single step on the same one, if there is one.
+/// Checks the steps of the route, and the single step from source to target, if there is one.
 fn check_classes(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout) {
     let overlap = Overlap::of(&from.placement, &to.placement);
     let ends = |side: &Side<'_>| side.ends.iter().map(|end| (*end).clone()).collect();
@@ -101,8 +101,8 @@ proptest! {
     }
 }
 
-/// The changes of layout in a layer of a GPT, and of its gradients: with axes of more than one device besides `data` and
-/// `tensor`, the search evaluates as many edges.
+/// The layout changes in a layer of a GPT and of its gradients. If two more axes besides `data` and `tensor` have
+/// several devices, the search evaluates no more edges.
 #[test]
 fn more_axes_take_no_more_work() {
     let edges = |axes: &[(&str, usize)], layouts: &[(&str, &str)]| {
@@ -126,8 +126,8 @@ fn more_axes_take_no_more_work() {
     assert!(four <= two, "{four} edges with four axes on a placement, {two} with two");
 }
 
-/// On more than two axes the search omits layouts. Without a reduction the plan is still the cheapest; with one it costs
-/// at most a third more.
+/// On more than two axes the search omits layouts. Without a reduction, the plan is still the cheapest. With a
+/// reduction, it costs at most a third more.
 #[test]
 fn plans_on_three_axes_are_close_to_the_cheapest() {
     let cube = |first: usize| Placement::of((first..first + 8).collect(), &[("a", 2), ("b", 2), ("c", 2)]).unwrap();
@@ -135,7 +135,7 @@ fn plans_on_three_axes_are_close_to_the_cheapest() {
     let is_usual = |layout: &&NdSbp| layout.partial() != Some(ReduceOp::Max);
     let all: Vec<NdSbp> = all_layouts(2, 3).iter().filter(is_usual).cloned().collect();
     let pairs = all.iter().flat_map(|from| all.iter().map(move |to| (from, to)));
-    // A part of the pairs, for time.
+    // Only some of the pairs, to save time.
     for (from, to) in pairs.step_by(23) {
         for target in [&here, &there] {
             let from = PlacedLayout { placement: here.clone(), sbp: from.clone() };

@@ -28,7 +28,7 @@ fn with_deadline(test: impl FnOnce()) {
     watchdog.join().unwrap();
 }
 
-/// Aborts the collectives of the other members when one panics.
+/// Aborts the collectives of the other members when one member panics.
 struct AbortOnPanic<'a>(&'a InProcess);
 
 impl Drop for AbortOnPanic<'_> {
@@ -39,8 +39,8 @@ impl Drop for AbortOnPanic<'_> {
     }
 }
 
-/// Runs a step on one thread per device, and returns the shards. Adds the bytes that each device receives outside
-/// collectives to `pulled`, by rank.
+/// Runs a step on one thread per device, and returns the shards. Adds to `pulled` the bytes that each device receives
+/// outside collectives, by rank.
 fn run_step(
     engine: &Arc<InProcess>,
     step: &BoxingStep,
@@ -78,7 +78,7 @@ fn run_collective(engine: &Arc<InProcess>, call: GroupCall, input: &HostTensor, 
     let read = View::new("test", &input_arena, 0, &input.shape, DType::F32).unwrap();
     let write = View::new("test", &output_arena, 0, shape, DType::F32).unwrap();
     let GroupCall { ranks, member, kind } = call;
-    // Groups of equal ranks have equal ids.
+    // Groups with the same ranks have the same id.
     let id = ranks.iter().fold(0, |id, rank| id | 1 << rank);
     let call = CollectiveCall { group: Arc::new(Group { id, ranks }), member, kind };
     engine.run(&call, &[read], &[write]).unwrap();

@@ -1,22 +1,22 @@
-//! Plays a step in virtual time: whenever the sites of ready work are free, the work with the first priority runs. So
-//! the lists cannot deadlock, and all sites run the work that they share in one order.
+//! Simulates a step in virtual time. Whenever the sites of ready work are free, the work with the lowest priority value
+//! runs. So the lists cannot deadlock, and all sites run shared work in the same order.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap};
 
 use super::work::WorkGraph;
 
-/// What a named schedule says about each [`super::work::Work`], by index.
+/// The priority and limit that a named schedule gives to each [`super::work::Work`], by index.
 #[derive(Clone, Debug)]
 pub struct Rules {
-    /// Of the work that is ready, the lowest value runs first; ties go to the work that the program makes last, which
+    /// Ready work with the lowest value runs first. A tie goes to the work that is last in the program, because that
     /// finishes micro-batches.
     pub priorities: Vec<i32>,
-    /// Maximum number of micro-batches that have begun and are not closed.
+    /// Maximum number of micro-batches that the work has begun and the work in `closed_by` has not ended.
     pub in_flight_max: Vec<u32>,
 }
 
-/// One firing of a list.
+/// One firing in a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Index of the work.
@@ -25,14 +25,14 @@ pub struct Entry {
     pub iteration: u32,
 }
 
-/// The order of a step, and when each firing runs.
+/// The order of a step, and the time of each firing.
 #[derive(Clone, Debug, Default)]
 pub struct StepPlan {
-    /// By site, in order.
+    /// The list of each site.
     pub lists: Vec<Vec<Entry>>,
-    /// By work and iteration: start and end in ticks.
+    /// Start and end of each firing in ticks, by work and iteration.
     pub times: Vec<Vec<(u64, u64)>>,
-    /// By work: maximum number of micro-batches in flight.
+    /// For each work: the maximum number of micro-batches in flight.
     pub in_flight: Vec<u32>,
     /// The schedule's priorities, by work.
     pub priorities: Vec<i32>,
@@ -53,14 +53,14 @@ pub(super) fn play(graph: &WorkGraph, rules: &Rules) -> StepPlan {
 struct Player<'a> {
     graph: &'a WorkGraph,
     rules: &'a Rules,
-    /// By work: the work that waits for it.
+    /// For each work: the work that waits for it.
     readers: Vec<Vec<usize>>,
     now: u64,
     /// Times at which sites become free or work becomes ready.
     events: BinaryHeap<Reverse<u64>>,
-    /// By site.
+    /// The time at which each site becomes free.
     free_at: Vec<u64>,
-    /// Work whose next firing waits for nothing that has not begun, by priority; with the time when it is ready.
+    /// Work whose next firing needs only firings that have begun, by priority. `ready_at` has its start time.
     enabled: BTreeSet<(i32, Reverse<usize>)>,
     ready_at: Vec<u64>,
     lists: Vec<Vec<Entry>>,
@@ -90,7 +90,7 @@ impl<'a> Player<'a> {
         }
     }
 
-    /// Enables the next firing of this work if all that it waits for has begun.
+    /// Enables the next firing of this work if all firings that it waits for have begun.
     fn enable(&mut self, index: usize) {
         let work = &self.graph.work[index];
         let iteration = self.times[index].len();
@@ -100,7 +100,7 @@ impl<'a> Player<'a> {
         let mut ready_at = 0;
         for (need, hop) in &work.needs {
             let times = &self.times[*need];
-            // Work of the whole step waits for all micro-batches, and is waited for by all.
+            // Work of the whole step waits for the last micro-batch. Micro-batches wait for work of the whole step.
             let last = match (work.firings, self.graph.work[*need].firings) {
                 (1, all) => all as usize - 1,
                 (_, 1) => 0,
@@ -116,7 +116,7 @@ impl<'a> Player<'a> {
         }
     }
 
-    /// Starts all work that can start now. Ready work keeps its sites free of work with a later priority.
+    /// Starts all work that can start now. Ready work reserves its sites against work of a later priority.
     fn start_ready(&mut self) {
         let mut reserved: BTreeSet<usize> = BTreeSet::new();
         let candidates: Vec<usize> = self.enabled.iter().map(|(_, Reverse(index))| *index).collect();
@@ -153,7 +153,7 @@ impl<'a> Player<'a> {
         }
     }
 
-    /// Number of micro-batches that this work has begun and that are not closed.
+    /// Number of micro-batches that this work has begun and the work in `closed_by` has not ended.
     fn open(&self, index: usize) -> u32 {
         let ended = |closing: &usize| self.times[*closing].partition_point(|(_, end)| *end <= self.now) as u32;
         let begun = self.times[index].len() as u32;

@@ -22,7 +22,7 @@ pub(super) fn rules(graph: &WorkGraph, saves_memory: bool) -> Rules {
     Rules { priorities: priorities.collect(), in_flight_max: in_flight_max.collect() }
 }
 
-/// By work: the largest number of hops from it to the end of the forward work.
+/// For each work: the largest number of hops from it to the end of the forward work.
 fn hops_to_end(graph: &WorkGraph) -> Vec<u32> {
     let mut readers: Vec<Vec<(usize, u32)>> = vec![Vec::new(); graph.work.len()];
     for (index, work) in graph.work.iter().enumerate().filter(|(_, work)| work.role == Role::Forward) {
@@ -32,7 +32,7 @@ fn hops_to_end(graph: &WorkGraph) -> Vec<u32> {
     }
     let mut hops = vec![None; graph.work.len()];
     for index in 0..graph.work.len() {
-        // Depth first, with an explicit stack: a program may be longer than the thread's own stack.
+        // Depth-first search with an explicit stack: recursion over a long program could overflow the thread's stack.
         let mut open = vec![index];
         while let Some(&at) = open.last() {
             let next = readers[at].iter().find(|(reader, _)| hops[*reader].is_none());

@@ -1,4 +1,4 @@
-//! Step plans of pipelines take the known times, with the known numbers of micro-batches in flight.
+//! Tests that step plans of pipelines have the known durations and numbers of micro-batches in flight.
 
 use shardflow_actors::label::Role;
 
@@ -38,7 +38,7 @@ fn makespan(plan: &StepPlan) -> u64 {
     plan.times.iter().flatten().map(|time| time.1).max().unwrap_or(0)
 }
 
-/// Each entry runs once, in the order of its work, and after all that it needs.
+/// Checks that each work fires as often as it must, after all that it needs, and that lists are in order of time.
 fn check(graph: &WorkGraph, plan: &StepPlan) {
     for (index, work) in graph.work.iter().enumerate() {
         assert_eq!(plan.times[index].len(), work.firings as usize, "work {index}");
@@ -66,7 +66,7 @@ fn pipelines_take_the_known_times() {
     assert_eq!(plans[1].in_flight[..4], [4, 3, 2, 1]);
 }
 
-/// With hops, `2 (p - s) - 1` micro-batches in flight keep every stage busy; here in half ticks.
+/// With hops, `2 (p - s) - 1` micro-batches in flight keep stage `s` of `p` busy. Times are in half ticks.
 #[test]
 fn one_forward_one_backward_runs_further_ahead_when_messages_take_time() {
     let stages: Vec<usize> = (0..8).collect();
@@ -81,7 +81,7 @@ fn one_forward_one_backward_runs_further_ahead_when_messages_take_time() {
     assert_eq!(plan.in_flight[..8], [8, 7, 6, 5, 4, 3, 2, 1]);
 }
 
-/// Every assignment of chunks to few devices ends, whatever the order in which the chain visits them.
+/// The plan ends for every assignment of chunks to three sites, in whatever order the chain visits the sites.
 #[test]
 fn chains_that_return_to_a_site_end() {
     for chunks in 1..6u32 {
@@ -97,7 +97,6 @@ fn chains_that_return_to_a_site_end() {
     }
 }
 
-/// Work on all sites keeps its place among the work of single sites.
 #[test]
 fn work_on_several_sites_runs_in_one_order_on_all() {
     for schedule in [Schedule::GPipe, Schedule::OneFOneB] {

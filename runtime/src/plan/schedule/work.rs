@@ -1,4 +1,4 @@
-//! The work of a step, as schedules see it: the compute segments of a plan with their dependencies.
+//! The input of a schedule: the work of a step, which is a plan's compute segments with their dependencies.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -13,9 +13,9 @@ use crate::plan::segments::{HostTransfer, SegmentId, Segments};
 pub struct WorkGraph {
     /// The compute segments.
     pub work: Vec<Work>,
-    /// Number of sites. The devices of a site are in the same placements, so they run the same segments.
+    /// Number of sites. A site is a set of devices that are in the same placements, so they run the same segments.
     pub sites: usize,
-    /// Firings in a step of the work of each micro-batch.
+    /// Number of micro-batches in a step.
     pub micro_batches: u32,
     /// Ticks from the end of work to the start of work that waits for it on another stream or device.
     pub hop_ticks: u64,
@@ -30,18 +30,18 @@ pub struct Work {
     pub role: Role,
     /// The sites that run it.
     pub sites: Vec<usize>,
-    /// Firings in a step: 1, or one for each micro-batch.
+    /// Number of firings in a step: 1, or one for each micro-batch.
     pub firings: u32,
-    /// Duration of a firing.
+    /// Duration of a firing, in ticks.
     pub ticks: u64,
-    /// The work that it waits for: index, and whether a hop lies between.
+    /// The work that it waits for, as `(index, true if a hop lies between)`.
     pub needs: Vec<(usize, bool)>,
-    /// The backward work on the same sites that reads what this leaves for it.
+    /// Indices of the backward work on the same sites that reads outputs of this work.
     pub closed_by: Vec<usize>,
 }
 
-/// Relative durations: of one micro-batch through one stage, of work of the whole step, and from the end of work to the
-/// start of the work that waits for it on another stream or device.
+/// Relative durations in ticks: forward and backward of one micro-batch in one stage, work of the whole step, and a hop
+/// (see [`WorkGraph::hop_ticks`]).
 const FORWARD: u64 = 10;
 const BACKWARD: u64 = 20;
 const STEP: u64 = 1;
@@ -74,8 +74,8 @@ pub fn work_graph(graph: &Graph, segments: &Segments, micro_batches: usize) -> (
     (WorkGraph { work, sites, micro_batches: micro_batches as u32, hop_ticks: HOP }, site_of_device)
 }
 
-/// Groups devices by the placements with compute segments that they are in. Returns the site of each device, and the
-/// sites of each placement.
+/// Groups devices into sites by their placements. Only placements with compute segments count. Returns the site of each
+/// device, and the sites of each placement.
 fn sites(graph: &Graph, segments: &Segments) -> (Vec<Option<usize>>, BTreeMap<usize, Vec<usize>>) {
     let used: BTreeSet<usize> =
         segments.list.iter().filter(|s| s.stream == StreamKind::Compute).map(|s| s.placement).collect();
@@ -101,16 +101,16 @@ fn sites(graph: &Graph, segments: &Segments) -> (Vec<Option<usize>>, BTreeMap<us
     (site_of, sites_of)
 }
 
-/// All segments by which the host fetches results.
+/// All segments in which the host fetches results.
 fn fetches(segments: &Segments) -> Vec<SegmentId> {
     segments.ids().filter(|id| segments.get(*id).host == Some(HostTransfer::Fetch)).collect()
 }
 
-/// Finds the compute segments that a segment waits for, through segments of other streams.
+/// Finds the compute segments that a segment waits for, directly or through segments of other streams.
 struct Needs<'a> {
     segments: &'a Segments,
     index_of: &'a BTreeMap<SegmentId, usize>,
-    /// By segment of another stream: the work that it waits for.
+    /// For each segment of another stream: the work that it waits for.
     through: HashMap<SegmentId, BTreeSet<usize>>,
     fetches: Vec<SegmentId>,
 }
@@ -150,7 +150,7 @@ impl Needs<'_> {
     }
 }
 
-/// The backward work that reads what a forward segment leaves on its own devices.
+/// The backward work that reads outputs of a forward segment on the same placement.
 fn closed_by(segments: &Segments, index_of: &BTreeMap<SegmentId, usize>, id: SegmentId) -> Vec<usize> {
     let own = segments.get(id);
     if own.label.role != Role::Forward {

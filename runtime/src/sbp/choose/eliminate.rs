@@ -1,19 +1,19 @@
 //! Minimises a sum of tables over discrete variables by eliminating one variable at a time.
 //!
-//! To eliminate a variable, the tables that contain it are replaced by one table over its neighbours: the least sum for
-//! each of their values. This is nonserial dynamic programming (Bertelè and Brioschi 1972). The result is exact, and
-//! the time is linear in the number of variables while the tables stay small, as they do for programs made of layers.
-//! Where they would not, a variable is fixed at its best value in the tables that contain it, see [`ENTRIES_MAX`].
+//! To eliminate a variable, one table replaces all tables that contain the variable. The new table is over the
+//! variable's neighbours, and has the least sum for each combination of their values. This is nonserial dynamic
+//! programming (Bertelè and Brioschi 1972). While the tables stay small, as in programs made of layers, the result is
+//! exact and the time is linear in the number of variables. Beyond [`ENTRIES_MAX`], a variable is fixed.
 
 use std::collections::BTreeSet;
 use std::ops::AddAssign;
 use std::rc::Rc;
 
-/// Maximum number of sums that the elimination of one variable computes. Beyond it, a neighbour is fixed instead.
+/// Maximum number of sums to eliminate one variable. If all variables need more, a neighbour of one is fixed instead.
 pub(super) const ENTRIES_MAX: usize = 1 << 16;
 
-/// Difference, relative to the sum of the largest costs, below which sums count as equal: the order of a sum changes its
-/// rounding.
+/// Sums that differ by less than this fraction of the tables' largest costs together count as equal: the order of a sum
+/// changes its rounding.
 const TIE: f64 = 1e-12;
 
 /// What is minimised: the time, and among equal times the number of layout changes.
@@ -33,13 +33,13 @@ impl AddAssign for Cost {
 /// A cost for each combination of values of some variables; the last variable varies fastest.
 #[derive(Clone, Debug)]
 pub(super) struct Table {
-    /// Sorted.
+    /// The variables, sorted.
     pub variables: Vec<usize>,
     pub costs: Rc<[Cost]>,
 }
 
 impl Table {
-    /// The largest cost that is possible.
+    /// The largest finite cost.
     fn seconds_max(&self) -> f64 {
         self.costs.iter().map(|cost| cost.seconds).filter(|seconds| seconds.is_finite()).fold(0.0, f64::max)
     }
@@ -52,7 +52,7 @@ pub(super) struct Minimum {
     pub is_exact: bool,
 }
 
-/// Finds the values with the least sum; ties go to the first values. `sizes`: the number of values of each variable.
+/// Finds the values with the least sum; ties go to the first values. `sizes` has the number of values of each variable.
 pub(super) fn minimise(sizes: &[usize], tables: Vec<Table>) -> Minimum {
     let mut search = Elimination::new(sizes, tables);
     let mut is_exact = true;
@@ -69,7 +69,7 @@ pub(super) fn minimise(sizes: &[usize], tables: Vec<Table>) -> Minimum {
     Minimum { values: search.values(), is_exact }
 }
 
-/// A variable that is decided once its neighbours are.
+/// An eliminated variable: its value follows from the values of its neighbours.
 struct Decision {
     variable: usize,
     neighbours: Vec<usize>,
@@ -80,11 +80,11 @@ struct Decision {
 struct Elimination<'a> {
     sizes: &'a [usize],
     tables: Vec<Table>,
-    /// By variable, until it is decided: the tables that contain it.
+    /// For each undecided variable: the tables that contain it.
     tables_of: Vec<BTreeSet<usize>>,
-    /// By variable: those that share a table with it.
+    /// For each variable: the variables that share a table with it.
     neighbours: Vec<BTreeSet<usize>>,
-    /// The undecided variables by the number of sums that their elimination computes.
+    /// The undecided variables, as `(number of sums to eliminate it, variable)`.
     queue: BTreeSet<(usize, usize)>,
     decisions: Vec<Decision>,
     /// Costs that differ by this or less are equal.
@@ -140,7 +140,7 @@ impl<'a> Elimination<'a> {
         (tables, neighbours)
     }
 
-    /// Adds tables, and queues their variables again.
+    /// Adds tables, and queues the neighbours again.
     fn replace(&mut self, tables: Vec<Table>, neighbours: &[usize]) {
         tables.into_iter().for_each(|table| self.insert(table));
         for &neighbour in neighbours {
@@ -170,7 +170,7 @@ impl<'a> Elimination<'a> {
         self.replace(if neighbours.is_empty() { Vec::new() } else { vec![table] }, &neighbours);
     }
 
-    /// Decides a variable by the least possible entry of each of its tables.
+    /// Fixes a variable at the value with the least lower bound: the sum of its tables' least entries for that value.
     fn fix(&mut self, variable: usize) {
         let (tables, neighbours) = self.remove(variable);
         let size = self.sizes[variable];
@@ -205,7 +205,7 @@ impl<'a> Elimination<'a> {
         best
     }
 
-    /// The values, from the last decision to the first: each depends on later ones.
+    /// Returns the values, computed from the last decision to the first, because a decision depends on later ones.
     fn values(&self) -> Vec<usize> {
         let mut values = vec![0; self.sizes.len()];
         for Decision { variable, neighbours, best } in self.decisions.iter().rev() {
@@ -219,7 +219,7 @@ impl<'a> Elimination<'a> {
 /// The distances in a table between entries that differ by one in one variable.
 struct Strides {
     own: usize,
-    /// For each neighbour; 0 for one that the table does not contain.
+    /// The distance for each neighbour; 0 if the table does not contain the neighbour.
     neighbours: Vec<usize>,
 }
 

@@ -68,7 +68,7 @@ impl Builder {
         self.product("y", "bth,ch->btc", a, down)
     }
 
-    /// The objective of the choice that eliminates nodes, which `choose` makes for large problems.
+    /// The objective of the choice by elimination, which `choose` uses for large problems.
     fn eliminated_seconds(&self) -> f64 {
         let mut planner = Planner::default();
         let mut chooser = Chooser::new(&self.problem, &mut planner).unwrap();
@@ -174,7 +174,7 @@ fn the_cost_is_the_sum_of_compute_and_boxing() {
     let all_reduce = 2.0 * 5e-6 + (4 * 64 * 256 * 4) as f64 * 1e-10;
     assert!((choice.cost_seconds - compute - all_reduce).abs() < 1e-12, "{}", choice.cost_seconds);
     assert_eq!(choice.conversions, []);
-    // A layout that two nodes require is counted once (CH-1).
+    // A layout change that two nodes require is counted once (CH-1).
     let mut b = Builder::new("tensor=2");
     let x = b.tensor("x", &[4, 64, 256], Some("S0"));
     for name in ["p", "q"] {
@@ -256,11 +256,11 @@ fn malformed_problems_are_refused() {
     assert!(why(partial).contains("no candidate's layouts"));
 }
 
-/// Where tables would be too large, variables are fixed; the rest is still minimised.
+/// Where tables would be too large, variables are fixed; the sum over the other variables is still minimised.
 #[test]
 fn wide_problems_are_eliminated_within_bounds() {
     let size = 6;
-    // Each variable shares a table with each other one: the cost of equal values, and of a value other than 3.
+    // Every two variables share a table. Equal values cost 1 ms, and a first value other than 3 costs 1 s.
     let pair = |a: usize, b: usize| {
         let cost = |i: usize| f64::from(u8::from(i / size == i % size)) * 1e-3 + f64::from(u8::from(i / size != 3));
         let costs = (0..size * size).map(|i| Cost { seconds: cost(i), conversions: 0 }).collect();
@@ -299,6 +299,6 @@ fn large_problems_are_solved_in_time() {
     let choice = b.choose();
     let elapsed = start.elapsed();
     eprintln!("{} nodes in {elapsed:?}, {} conversions", b.problem.nodes.len(), choice.conversions.len());
-    // Ten times the usual duration, because the machine may be busy.
+    // The limit is ten times the usual duration, because the machine may be busy.
     assert!(elapsed < Duration::from_secs(5), "{elapsed:?}");
 }

@@ -13,7 +13,7 @@ fn lost(by: u32, about: u32, follows: bool) -> Report {
     Report { by, about, kind: Kind::Lost, follows, cause: "connection lost".into(), exit: 69 }
 }
 
-/// Returns the time and the decision of process `own` of 6 for reports at these times. Checks every 50 ms.
+/// Returns the decision of process `own` of 6, and its time, for timed reports. The arbiter checks every 50 ms.
 fn decide(own: u32, reports: &[(u64, Report)]) -> Option<(u64, FirstCause)> {
     let mut arbiter = Arbiter::new(own, 6, GRACE);
     let mut found = None;
@@ -57,7 +57,7 @@ fn the_kind_of_a_report_decides() {
 
 #[test]
 fn a_process_that_was_frozen_decides_on_itself() {
-    // After process 1 resumes, it first reads its peer's report, then detects that the peer has closed the connections.
+    // After process 1 resumes, it reads its peer's report. Then it detects that the peer has closed the connections.
     let mut arbiter = Arbiter::new(1, 2, GRACE);
     assert!(arbiter.report(ms(0), Report { about: 1, ..lost(0, 1, false) }));
     let symptom = arbiter.own_symptom(0, "connection lost".into(), 69);
@@ -173,7 +173,7 @@ impl World {
 }
 
 proptest::proptest! {
-    /// One process fails, with or without a report. Peers detect it at different times, and look lost when they stop.
+    /// One process fails, with or without a report. Peers detect this at different times, and look lost when they stop.
     #[test]
     fn survivors_agree_on_the_process_that_failed_first(
         processes in 2u32..7,

@@ -1,4 +1,4 @@
-//! Whole worlds of memberships in virtual time, without sockets: up to 3,072 processes.
+//! Tests whole worlds of memberships in virtual time, without sockets. A world has up to 3,072 processes.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -12,7 +12,7 @@ const DEADLINE: u64 = 4000;
 const GRACE: u64 = 500;
 const INTERVAL: u64 = 250;
 const TICK: u64 = 50;
-/// Longest time of a message between neighbours.
+/// Maximum latency of a message between neighbours, in ms.
 const HOP: u64 = 20;
 
 /// What travels between neighbours.
@@ -34,12 +34,12 @@ struct World {
     frozen: BTreeSet<u32>,
     arrivals: BinaryHeap<Arrival>,
     contents: BTreeMap<u64, Travelling>,
-    /// By sender and receiver: the last arrival, since connections keep the order.
+    /// By sender and receiver: the time of the last arrival. Connections keep the order of messages.
     last: BTreeMap<(u32, u32), u64>,
     sent: u64,
     now: u64,
     delays: Vec<u64>,
-    /// By process: what the application received, with the times.
+    /// By process: the events that the application received, with their times.
     notices: Vec<Vec<(u64, MembershipEvent)>>,
     results: Vec<Vec<(u16, Reduced)>>,
     /// By process: datagrams sent, and control messages sent.
@@ -74,7 +74,7 @@ impl World {
         world
     }
 
-    /// A world of even nodes after all have joined.
+    /// A world with `per_node` processes on each node, after all processes have joined.
     fn joined(processes: u32, per_node: u32) -> Self {
         let mut world = Self::new(&(0..processes).map(|process| process / per_node).collect::<Vec<_>>(), &[1]);
         world.run(500);
@@ -129,7 +129,7 @@ impl World {
         });
     }
 
-    /// Runs for this time. A process whose session has ended exits a tick later.
+    /// Runs for `duration` ms. A process whose session has ended exits a tick later.
     fn run(&mut self, duration: u64) {
         let end = self.now + duration;
         while self.now < end {
@@ -179,7 +179,7 @@ impl World {
         })
     }
 
-    /// Checks that all but `lost` end because of it within this time after `begin`.
+    /// Checks that all other processes end with `lost` as the cause, within `within` ms after `begin`.
     fn assert_all_blame(&self, lost: u32, begin: u64, within: u64) {
         for process in (0..self.tree.processes()).filter(|process| *process != lost) {
             let (at, first) = self.ended(process).unwrap_or_else(|| panic!("process {process} runs"));
@@ -188,7 +188,7 @@ impl World {
         }
     }
 
-    /// Longest time of a message between any two processes.
+    /// Maximum latency of a message between any two processes, in ms.
     fn longest_way(&self) -> u64 {
         2 * HOP * u64::from((0..self.tree.processes()).map(|process| self.tree.depth(process)).max().unwrap_or(0))
     }
@@ -360,7 +360,7 @@ fn messages_that_cannot_come_from_a_neighbour_are_refused() {
     let forged = [
         Body::Message { from: 3, to: 0, topic: 1 },
         Body::Message { from: 0, to: 0, topic: 1 },
-        // It would go back to where it came from.
+        // The message would go back to its sender.
         Body::Message { from: 2, to: 2, topic: 1 },
         Body::Report(failed(1)),
         Body::Leaving { processes: vec![2, 3] },
@@ -372,7 +372,7 @@ fn messages_that_cannot_come_from_a_neighbour_are_refused() {
     forged.into_iter().for_each(|body| world.act(0, |core, now| core.receive(2, body.into(), now)));
     let core = world.cores[0].as_ref().expect("it runs");
     assert_eq!((core.garbled, &core.first, world.notices[0].len()), (count, &None, 0));
-    // Numbers out of turn end the session: the processes do not run the same program.
+    // Numbers out of turn end the session, because the processes do not run the same program.
     let round = ControlMessage { body: Body::Round { topic: 0, round: 7 }, payload: Vec::new() };
     world.act(0, |core, now| core.receive(2, round, now));
     world.run(1000);
@@ -422,7 +422,7 @@ proptest! {
         prop_assert_eq!(found, expected);
     }
 
-    /// CM-4: whichever process dies or stops, all others end because of it, in time.
+    /// CM-4: whichever process dies or freezes, all others end because of this process, in time.
     #[test]
     fn the_loss_of_any_process_is_known_to_all(
         (nodes, delays) in worlds(), lost in any::<prop::sample::Index>(), freezes: bool,
@@ -445,7 +445,7 @@ proptest! {
         world.run(1000);
         let (failed, later) = (failed.index(nodes.len()) as u32, later.index(nodes.len()) as u32);
         world.act(failed, |core, now| core.fail("it broke".into(), 71, now));
-        // Another process suspects it, and a third one fails after it knows.
+        // A second process suspects the failed one, and fails itself after it has received the report.
         world.act(later, |core, now| core.suspect(failed, "a broken connection".into(), now));
         world.run(world.longest_way() + HOP);
         world.act(later, |core, now| core.fail("a collective was aborted".into(), 69, now));
