@@ -9,7 +9,9 @@ use shardflow_kernels::collective::{CollectiveKind, ReduceOp};
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::DType;
 
+use super::action::DeviceRegister;
 use super::assign::RegisterPlan;
+use super::emit::emit;
 use super::error::PlanError;
 use super::slots::Slots;
 use super::validate::{check_quotient, validate};
@@ -67,6 +69,41 @@ fn plans_for_many_meshes_are_valid_and_deterministic() {
         assert!(plan.spec == again.spec && plan.memory == again.memory, "mesh {mesh}");
         assert_eq!(format!("{:?}", plan.actions), format!("{:?}", again.actions), "mesh {mesh}");
     }
+}
+
+/// A device's own programs differ from those of its class's first device only in regions and ranks.
+#[test]
+fn devices_of_a_class_run_the_same_programs() {
+    let mut classes = 0;
+    for mesh in ["data=3,tensor=3", "data=8", "data=5,stage=2", "stage=2,tensor=4", "data=3,stage=4,tensor=2"] {
+        let plan = gpt(mesh, 2, Schedule::OneFOneB);
+        classes += plan.classes.devices.len();
+        for device in 0..plan.device_count() {
+            let class = plan.class_plan(device);
+            for (id, first) in class.storage.segments.iter().zip(&class.actions) {
+                let own = emit(&plan, device, *id);
+                let at = format!("mesh {mesh}, device {device}, {}", own.plan.name);
+                assert_eq!((own.scratch_bytes, &own.outputs), (first.scratch_bytes, &first.outputs), "{at}");
+                assert_eq!((&own.plan.signals, &own.plan.nodes), (&first.plan.signals, &first.plan.nodes), "{at}");
+                let register = |at: &DeviceRegister| (plan.classes.of[at.device], at.register);
+                let [inputs, others] = [&own, first].map(|e| e.inputs.iter().map(register).collect::<Vec<_>>());
+                assert_eq!(inputs, others, "{at}");
+                for (own, first) in own.plan.launches.iter().zip(&first.plan.launches) {
+                    assert_eq!(own.op.name(), first.op.name(), "{at}");
+                    assert_eq!((&own.reads, &own.writes), (&first.reads, &first.writes), "{at}");
+                    assert_eq!((&own.workspace, own.accumulate), (&first.workspace, first.accumulate), "{at}");
+                }
+            }
+        }
+    }
+    assert!(classes < 9 + 8 + 10 + 8 + 24, "some devices are alike");
+}
+
+#[test]
+fn the_number_of_classes_does_not_grow_with_the_data_axis() {
+    let classes = |mesh: &str| gpt(mesh, 1, Schedule::OneFOneB).classes.devices.len();
+    assert_eq!(classes("data=4,stage=2"), classes("data=8,stage=2"));
+    assert_eq!(classes("data=2,tensor=2"), classes("data=8,tensor=2"));
 }
 
 #[test]
