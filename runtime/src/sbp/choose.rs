@@ -524,7 +524,7 @@ fn check_node(
     }
     for Candidate { signature, .. } in &node.candidates {
         if (signature.inputs.len(), signature.outputs.len()) != (node.inputs.len(), node.outputs.len()) {
-            return error(format!("candidate {signature} has a different number of operands"));
+            return error(format!("candidate {signature} does not have as many inputs and outputs as the node"));
         }
         let operands = signature.inputs.iter().zip(&node.inputs);
         for (sbp, &tensor) in operands.chain(signature.outputs.iter().zip(&node.outputs)) {

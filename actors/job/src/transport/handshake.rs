@@ -60,7 +60,7 @@ pub enum Refusal {
     WrongProcess { expected: u32, actual: u32 },
     #[error("it cannot decode the hello message: run the same build for all processes")]
     Unreadable,
-    #[error("it already has its maximum of {unclaimed} connections that are not in use yet")]
+    #[error("it already has {unclaimed} unused connections, which is the maximum")]
     Crowded { unclaimed: u64 },
 }
 
