@@ -46,7 +46,7 @@ fn inconsistent_manifests_are_refused() {
         ("72 bytes at offset 129 of e0-0/shard-0-of-2.safetensors, but the file has 200 bytes", |m| {
             m.tensors[0].pieces[0].offset = 129
         }),
-        ("which has 200", |m| m.tensors[0].pieces[0].offset = u64::MAX),
+        ("but the file has 200 bytes", |m| m.tensors[0].pieces[0].offset = u64::MAX),
         ("tensor scalar: its pieces cover 0 of 1 elements", |m| m.tensors[1].pieces.clear()),
         ("overlap", |m| {
             let scalar = m.tensors[1].pieces[0].clone();
