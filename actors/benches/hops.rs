@@ -176,7 +176,7 @@ fn hops(c: &mut Criterion) {
     group.finish();
 }
 
-/// Measures the complete runtime: empty programs on two streams of one device.
+/// Measures the complete runtime with empty programs on two streams of one device.
 fn firing(b: &mut criterion::Bencher<'_>) {
     let engine: Arc<dyn Collective> = Arc::new(InProcess::new());
     let device = Device::cpu(0, 1, engine.clone());

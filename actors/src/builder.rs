@@ -33,7 +33,7 @@ impl Builder {
     /// Adds an action of priority 0.
     ///
     /// # Panics
-    /// If the actor does not belong to this builder. The methods below also panic on unknown ids.
+    /// Panics if the actor does not belong to this builder. The methods below also panic on unknown ids.
     pub fn action(&mut self, actor: ActorId, name: impl Into<String>, per_step: u32) -> ActionRef {
         let actions = &mut self.spec.actors[actor.0 as usize].actions;
         actions.push(ActionSpec { name: name.into(), per_step, ..ActionSpec::default() });
@@ -96,22 +96,22 @@ impl Builder {
         register
     }
 
-    /// Mutable access to an action.
+    /// Returns mutable access to an action.
     pub fn action_mut(&mut self, action: ActionRef) -> &mut ActionSpec {
         &mut self.spec.actors[action.actor.0 as usize].actions[action.action as usize]
     }
 
-    /// Mutable access to an actor.
+    /// Returns mutable access to an actor.
     pub fn actor_mut(&mut self, actor: ActorId) -> &mut ActorSpec {
         &mut self.spec.actors[actor.0 as usize]
     }
 
-    /// Mutable access to a register.
+    /// Returns mutable access to a register.
     pub fn register_mut(&mut self, register: RegisterId) -> &mut RegisterSpec {
         &mut self.spec.registers[register.0 as usize]
     }
 
-    /// Marks a register as early: a signal publishes each piece, before the piece's last write firing has ended.
+    /// Marks a register as early: a signal publishes each piece before the last firing that writes the piece has ended.
     pub fn early(&mut self, register: RegisterId) {
         let writers: Vec<_> = self.spec.writers(register).collect();
         for (action, port) in writers {

@@ -1,7 +1,7 @@
-//! Delivers messages: maps an actor's id to its mailbox, or to the peer that hosts it.
+//! Delivers messages: maps an actor's id to the actor's mailbox, or to the peer that hosts the actor.
 //!
 //! ractor's mailboxes are unbounded, so the bus counts each mailbox's entries and checks the count. Credits bound the
-//! count: one entry per slot of each input (CR-3), one per slot and reader of each output, and a firing's events.
+//! count: one entry per slot of each input (CR-3), one per slot and reader of each output, and one firing's events.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -103,7 +103,7 @@ impl Bus {
         entries.load(Ordering::Relaxed) > *bound
     }
 
-    /// Counts an entry as taken out. Returns a CR-3 error if the mailbox held more entries than credits allow.
+    /// Records that an entry was taken out. Returns a CR-3 error if the mailbox held more entries than credits allow.
     pub(crate) fn dequeued(&self, actor: ActorId, name: &str, cast: &Cast) -> Result<(), ProtocolError> {
         if !is_bounded(cast) {
             return Ok(());
@@ -125,7 +125,7 @@ impl Bus {
     }
 }
 
-/// True for entries whose number credits bound. The host's entries have no such bound.
+/// True for a kind of entry whose count is bounded by credits. The count of the host's entries is not bounded.
 fn is_bounded(cast: &Cast) -> bool {
     match cast {
         Cast::Event(ProtocolEvent::Token { .. } | ProtocolEvent::Start) | Cast::Snapshot(_) => false,

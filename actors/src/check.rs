@@ -119,7 +119,7 @@ fn check_actor(spec: &Spec, id: ActorId) -> Result<(), SpecError> {
     Ok(())
 }
 
-/// A submission has one `repeat` flag, so all accumulating outputs must begin their pieces in the same firings.
+/// A submission has one `repeat` flag, so an action's accumulating outputs must begin their pieces in the same firings.
 fn check_accumulation(spec: &Spec, name: &str, action: &ActionSpec) -> Result<(), SpecError> {
     let mut accumulating = action.outputs.iter().filter(|output| output.pieces.accumulates());
     let Some(one) = accumulating.next() else { return Ok(()) };
@@ -135,7 +135,7 @@ fn check_accumulation(spec: &Spec, name: &str, action: &ActionSpec) -> Result<()
     Ok(())
 }
 
-/// Returns the entry at `index`, or an error that names `at`, the place that holds the index.
+/// Returns the entry at `index`. An error names `at`, the place in the plan that contains the index.
 fn known<'a, T>(table: &'a [T], index: u32, kind: &'static str, at: &str) -> Result<&'a T, SpecError> {
     let index = index as usize;
     table.get(index).ok_or_else(|| SpecError::UnknownIndex { at: at.into(), kind, index })
@@ -199,11 +199,12 @@ fn check_decision(spec: &Spec) -> Result<(), SpecError> {
     Ok(())
 }
 
-/// Checks that host tokens bound every action: the action is external, or a bounded action writes one of its inputs.
+/// Checks that host tokens bound every action. An action is bounded if it is external or if a bounded action writes one
+/// of its inputs.
 fn check_bounded(spec: &Spec) -> Result<(), SpecError> {
     let is_external = |(_, action): &(ActionRef, &ActionSpec)| action.external;
     let mut bounded: HashSet<ActionRef> = spec.all_actions().filter(is_external).map(|(at, _)| at).collect();
-    // All writers of a register share an ordered list. Once one of them is bounded, the list bounds all.
+    // All writers of a register share an ordered list. Once one writer is bounded, the list bounds all writers.
     let writers = |(register, of): (u32, &RegisterSpec)| -> Vec<ActionRef> {
         spec.writers(RegisterId(register)).map(|(action, _)| ActionRef { actor: of.producer, action }).collect()
     };

@@ -1,7 +1,7 @@
 //! The number of register slots that a pipeline needs to run at full speed. Pure arithmetic.
 
 /// Returns the smallest number of stash slots that stage `stage` of `stages` needs so that every stage stays busy in
-/// the steady state of one-forward-one-backward. The result is in `1..=micro_batches`. All durations have one unit.
+/// the steady state of one-forward-one-backward. The result is in `1..=micro_batches`. All durations share one unit.
 ///
 /// Every stage repeats a period `T = forward + backward`. A micro-batch takes `forward + hop` to the next stage and
 /// `backward + hop` back. Both delays are fixed phases modulo `T`, and the phases cancel. So the round trip is the

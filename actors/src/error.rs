@@ -14,12 +14,13 @@ pub enum Failure {
     Kernel { actor: String, device: usize, action: String, cause: Box<KernelError> },
     #[error("{actor} on device {device}: {cause}")]
     Protocol { actor: String, device: usize, cause: ProtocolError },
-    /// An actor panicked: a bug in this crate.
+    /// An actor panicked. This is a bug in this crate.
     #[error("{actor} on device {device} panicked{}: {message}", .action.as_ref().map(|a| format!(" in action {a}")).unwrap_or_default())]
     Panic { actor: String, device: usize, action: Option<String>, message: String },
     #[error("rank {process}: {cause}")]
     Peer { process: u32, cause: PeerError },
-    /// No progress although work is left. `process`: the other process with the cause, if any. `report`: the waits.
+    /// There is no progress although work is left. `process` is the other process that contains the cause, if any.
+    /// `report` lists the waits.
     #[error("no progress for {idle_ms} ms: {cause}\n{report}")]
     Stalled { idle_ms: u64, cause: String, process: Option<u32>, report: String },
 }

@@ -1,7 +1,7 @@
 //! Frames of a register connection: messages, and headers of register data.
 //!
-//! Each has [`FRAME_BYTES`] bytes: magic "SF", the version, the frame as bincode with fixed-size little-endian numbers,
-//! and zeros. Each frame has exactly one encoding. It omits session and epoch, because the handshake fixes both.
+//! Each frame has [`FRAME_BYTES`] bytes: magic "SF", the version, the frame as bincode with fixed-size little-endian
+//! numbers, and zeros. Each frame has exactly one encoding. It omits session and epoch: the handshake fixes both.
 
 use bincode::config::{Configuration, Fixint, LittleEndian, legacy};
 use serde::{Deserialize, Serialize};
@@ -22,10 +22,10 @@ const CONFIG: Configuration<LittleEndian, Fixint> = legacy();
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum Frame {
-    /// A message between actors. `Filled` follows only after all bytes of the piece were sent or are in shared memory.
+    /// A message between actors. `Filled` is sent only after all bytes of the piece were sent or are in shared memory.
     Message(Message),
-    /// Without a pipe, `bytes` raw bytes follow: the parts of the slot that the receiver's readers read, in order. If
-    /// the register uses a pipe, the pipe carries these bytes, and none follow here.
+    /// If the register uses no pipe, `bytes` raw bytes follow: the parts of the slot that the receiver's readers read,
+    /// in order. If the register uses a pipe, the pipe carries these bytes, and none follow here.
     Data { register: RegisterId, slot: u32, piece: u64, bytes: u64 },
     /// `bytes` raw bytes follow: the tensors of a host port, in order.
     Host { port: u32, bytes: u64 },
@@ -39,7 +39,7 @@ pub enum Frame {
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum FrameError {
-    /// Not the start of a frame: the stream is out of sync.
+    /// The bytes are not the start of a frame, because the stream is out of sync.
     #[error("invalid frame magic {got:02x?}")]
     Magic { got: [u8; 2] },
     #[error("frame version {got}, expected {FRAME_VERSION}")]
@@ -58,7 +58,7 @@ impl Frame {
         frame
     }
 
-    /// Decodes a frame. The caller must check the length of the data, and that registers, slots and ports exist.
+    /// Decodes a frame. The caller must check the data's length, and check that registers, slots and ports exist.
     pub fn decode(frame: &[u8; FRAME_BYTES]) -> Result<Self, FrameError> {
         let &[first, second, version, ref body @ ..] = frame;
         if [first, second] != MAGIC {

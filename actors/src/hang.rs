@@ -7,7 +7,7 @@ use crate::protocol::{ActorWaits, Missing};
 use crate::snapshot::ActorSnapshot;
 use crate::spec::{ActionRef, ActorId, RegisterId, Spec};
 
-/// Maximum number of further roots of equal rank that a text names. A stuck device causes only a few.
+/// Maximum number of further roots of equal rank that a text names. A stuck device causes only a few such roots.
 const NAMED_MAX: usize = 4;
 
 /// A wait in a collective: communicator id, waiting rank, and the rank that it waits for.
@@ -24,7 +24,7 @@ pub struct Hang {
     text: String,
 }
 
-/// A root cause: others wait for it, but it waits for nobody.
+/// A root cause: other actions wait for it, but it waits for nobody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Root {
     /// The producer has published a piece, but this reader did not receive the message.
@@ -39,12 +39,13 @@ pub(crate) enum Root {
         piece: u64,
         reader: ActionRef,
     },
-    /// A firing that has not ended although it waits for nobody: its kernels, stream or device hang.
+    /// A firing that has not ended although it waits for no other actor: its kernels, stream or device hang.
     Firing(ActionRef),
     /// A firing that has not ended although all members of its collectives have begun. The late member is unknown.
     Collective(ActionRef),
     Unresponsive(ActorId),
-    /// Another process. `actor` runs there, or runs here and lacks a token while the host program waits for `process`.
+    /// Another process. `actor` runs in that process, or runs in this process and lacks a token while the host program
+    /// waits for `process`.
     Process {
         process: u32,
         actor: ActorId,
@@ -156,7 +157,7 @@ impl Hang {
         self.root.process()
     }
 
-    /// All other processes that may contain the cause, without duplicates.
+    /// All processes, except this one, that may contain the cause. Contains no duplicates.
     pub fn processes(&self) -> Vec<u32> {
         let all: BTreeSet<u32> = iter::once(&self.root).chain(&self.also).filter_map(Root::process).collect();
         all.into_iter().collect()
@@ -318,7 +319,7 @@ impl<'a> Search<'a> {
         })
     }
 
-    /// All waits of an action, one per target that could end the wait.
+    /// All waits of an action. A wait occurs once for each target that could end it.
     fn waits(&self, at: ActionRef) -> Vec<(WaitReason, Next)> {
         let busy = |action| WaitReason::Busy { action };
         let Some(snapshot) = self.snapshots.get(&at.actor) else {

@@ -15,14 +15,14 @@ pub enum Role {
     Norm,
     /// Updates parameters, once per step after the host's decision.
     Update,
-    /// Moves tensors between devices, on a different stream from the layers.
+    /// Moves tensors between devices. Runs on its own stream, not on the stream of the layers.
     Communication,
     /// Exchanges tensors with the host.
     Host,
 }
 
 impl Role {
-    /// The name in traces, plans and errors.
+    /// Returns the role's name in traces, plans and errors.
     pub fn name(self) -> &'static str {
         match self {
             Self::Forward => "forward",

@@ -68,7 +68,7 @@ pub struct LoadedPlan {
     pub hosted: BTreeMap<ActorId, ActorHost>,
     /// Memory of the registers that these actors write or read. For a peer's register, it is mapped memory or a mirror.
     pub memory: BTreeMap<RegisterId, RegisterMemory>,
-    /// The collective engine; aborted when the session fails.
+    /// The collective engine. The session aborts it when the session fails.
     pub engine: Arc<dyn Collective>,
     /// The other processes; empty when this process hosts all actors.
     pub peers: Peers,

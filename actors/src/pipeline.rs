@@ -6,22 +6,22 @@ use crate::spec::{ActionRef, Firing, Spec};
 /// Whether forward or backward fires first when both are ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PipelineSchedule {
-    /// All forwards before any backward. Huang et al. 2019, <https://arxiv.org/abs/1811.06965>.
+    /// All forwards run before any backward. Huang et al. 2019, <https://arxiv.org/abs/1811.06965>.
     Gpipe,
-    /// One forward, one backward. Narayanan et al. 2019 (PipeDream), 2021, <https://arxiv.org/abs/2104.04473>.
+    /// Forwards and backwards alternate. Narayanan et al. 2019 (PipeDream), 2021, <https://arxiv.org/abs/2104.04473>.
     OneForwardOneBackward,
 }
 
 /// A pipeline of `credits.len()` stages.
 #[derive(Clone, Debug)]
 pub struct Pipeline {
-    /// Micro-batches in a step.
+    /// Number of micro-batches in a step.
     pub micro_batches: u32,
     /// Stash slots by stage: the maximum number of micro-batches between their forward and backward on that stage.
     pub credits: Vec<u32>,
     /// The schedule.
     pub schedule: PipelineSchedule,
-    /// True for a precomputed list, false for firing by credit.
+    /// True if the stages fire by a precomputed list, false if they fire by credit.
     pub ordered: bool,
 }
 
@@ -42,8 +42,9 @@ impl Pipeline {
         }
         for s in 0..p.saturating_sub(1) {
             let (here, next) = (stages[s], stages[s + 1]);
-            // With the slot count of the earlier stage's stash, these registers never delay a firing. A micro-batch in
-            // one of them still holds a stash slot, or frees its slot before the stash slot's next holder needs one.
+            // Each of these registers has the slot count of the earlier stage's stash, so it never delays a firing. A
+            // micro-batch in such a register either still holds a stash slot, or frees its register slot before the
+            // stash slot's next holder needs one.
             let slots = self.credits[s];
             b.edge(format!("stage{s}.activation"), slots, here.0, next.0);
             b.edge(format!("stage{}.gradient", s + 1), slots, next.1, here.1);
@@ -51,7 +52,7 @@ impl Pipeline {
         b.build()
     }
 
-    /// Returns the firing rule. A list has `warm_up` forwards, then backwards and forwards in turn, then backwards.
+    /// Returns the firing rule. A list has `warm_up` forwards, then backwards and forwards alternately, then backwards.
     fn firing(&self, credits: u32) -> Firing {
         if !self.ordered {
             return Firing::Credit;

@@ -1,7 +1,8 @@
-//! The register protocol of one actor: a pure state machine from events to effects, for shell, simulator and tests.
+//! The register protocol of one actor. It is a pure state machine that turns events into effects. The shell, the
+//! simulator and the tests run it.
 //!
-//! At each port, the plan fixes each firing's piece and slot, by a rate or a table. The producer stores the state of
-//! each slot of its registers. Each input port stores which piece it holds in each slot. Events do not allocate.
+//! For each port, the plan fixes the piece and the slot of every firing, by a rate or a table. The producer stores the
+//! state of its registers' slots. Each input port stores which piece it holds in each slot. Events do not allocate.
 //!
 //! - **CR-1**, **CR-2**: see `protocol/slots.rs`.
 //! - **CR-3**: a reader holds at most one piece in each slot; this bounds every queue of messages.
@@ -35,7 +36,7 @@ pub use slots::RegisterSlots;
 pub(crate) use slots::SlotFault;
 pub use waiting::{ActionWaits, ActorWaits, Holder, Missing};
 
-/// A message between actors. Carries ids and slots, never addresses. `reader` is an index in the register's readers.
+/// A message between actors. It carries ids and slots, never addresses. `reader` indexes the register's readers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the comments of the types name the fields")]
 pub enum Message {
@@ -46,7 +47,7 @@ pub enum Message {
 }
 
 impl Message {
-    /// The sender and the receiver; `None` for a register or reader that the plan does not have.
+    /// Returns the sender and the receiver, or `None` for a register or reader that the plan does not have.
     pub fn route(&self, spec: &Spec) -> Option<(ActorId, ActorId)> {
         let (Self::Filled { register, reader, .. } | Self::Released { register, reader, .. }) = self;
         let register = spec.registers.get(register.0 as usize)?;
@@ -100,9 +101,9 @@ pub struct Protocol {
     in_flight: Option<u32>,
     actions: Box<[ActionState]>,
     slots: Box<[RegisterSlots]>,
-    /// Sorted. The position of a register is its index in `slots`.
+    /// The produced registers, sorted. The position of a register is its index in `slots`.
     produced: Box<[RegisterId]>,
-    /// Sorted.
+    /// The routing of producers' messages, sorted by register and reader.
     reading: Box<[Reading]>,
     firing: FiringState,
 }
@@ -121,9 +122,9 @@ struct ActionState {
 
 #[derive(Clone, Debug)]
 enum FiringState {
-    /// Action indices, by priority.
+    /// Action indices, sorted by priority.
     Credit(Box<[u32]>),
-    /// The list, and the position of the next firing in it.
+    /// The ordered list, and the position of the next firing in that list.
     Ordered(Box<[u32]>, usize),
 }
 
@@ -131,7 +132,7 @@ impl Protocol {
     /// Creates the actor's state before [`ProtocolEvent::Start`].
     ///
     /// # Panics
-    /// If [`crate::check::check`] rejects the plan, or the plan has no such actor.
+    /// Panics if [`crate::check::check`] rejects the plan, or the plan has no such actor.
     pub fn new(spec: &Arc<Spec>, me: ActorId) -> Self {
         let own = spec.actor(me);
         let mut produced: Vec<_> = own.actions.iter().flat_map(|a| &a.outputs).map(|o| o.register).collect();
@@ -168,10 +169,10 @@ impl Protocol {
         Ok(())
     }
 
-    /// Processes an event without a launch. The caller can apply several events before it calls [`Protocol::fire`].
+    /// Processes an event but launches nothing. The caller can apply several events before [`Protocol::fire`].
     ///
     /// # Errors
-    /// An event that no correct peer sends. The state is then unspecified, and the session must end.
+    /// Fails for an event that no correct peer sends. The state is then unspecified, and the session must end.
     pub fn apply(&mut self, event: ProtocolEvent, effects: &mut Vec<Effect>) -> Result<(), ProtocolError> {
         match event {
             ProtocolEvent::Start => self.started = true,
@@ -191,7 +192,7 @@ impl Protocol {
         Ok(())
     }
 
-    /// Launches the next firing, if the actor is idle and one is ready.
+    /// Launches the next firing, if the actor is idle and an action is ready.
     pub fn fire(&mut self, effects: &mut Vec<Effect>) {
         if !self.started || self.in_flight.is_some() {
             return;

@@ -1,7 +1,7 @@
 //! Registers between processes. Messages to an actor on a peer go to the peer's outbox. One thread writes the outbox to
 //! the connection. Another thread reads the peer's messages and delivers them to the local actors.
 //!
-//! A slot's bytes are sent at most once to each process, before the `Filled` message, to the same slot of a mirror.
+//! A slot's bytes are sent at most once to each process, before the `Filled` message, into the same slot of a mirror.
 //! Credits also bound the mirror: the producer cannot rewrite a slot before all readers have released it. Processes
 //! with shared memory exchange only ids. Between GPUs, a pipe may carry the bytes; the connection announces them.
 //!
@@ -42,7 +42,7 @@ pub struct ByteRun {
     pub bytes: usize,
 }
 
-/// The registers that this process exchanges with one peer. Both processes derive this from the same plan.
+/// The registers that this process exchanges with one peer. Both processes derive these registers from the same plan.
 #[derive(Debug)]
 pub struct PeerSpec {
     /// Number of the peer.
@@ -77,7 +77,7 @@ pub struct Peers {
     pub peers: Vec<PeerSpec>,
     /// Actors on processes without a connection to this one, with the number of their process.
     pub distant: BTreeMap<ActorId, u32>,
-    /// By process: the next peer on the way. This process maps to itself. Empty if all other processes are peers.
+    /// For each process: the next peer on the way to it. This process maps to itself. Empty if all others are peers.
     pub hops: Vec<u32>,
     /// Ports between the host programs of all processes, outside the plan.
     pub host_ports: Vec<HostRoute>,
@@ -117,7 +117,7 @@ pub(crate) enum Outgoing {
 /// The outboxes of a session, and the state of its peers.
 #[derive(Debug)]
 pub(crate) struct Remote {
-    /// By actor: index of the peer that hosts the actor, if any.
+    /// For each actor: index of the peer that hosts the actor, if any.
     peer_of: Vec<Option<usize>>,
     distant: BTreeMap<ActorId, u32>,
     hops: Vec<u32>,
@@ -126,12 +126,13 @@ pub(crate) struct Remote {
     outboxes: Vec<(u32, Sender<Outgoing>)>,
     pub(crate) host_ports: Vec<HostRoute>,
     pub(crate) host: Option<Sender<PeerMessage>>,
-    /// By peer: the last received `Ready` round, the round's stamp, and whether the peer has ended in an orderly way.
+    /// For each peer: the last received `Ready` round, its stamp, and whether the peer has ended in an orderly way.
     ready: Mutex<Vec<(u64, Stamped<()>, bool)>>,
     changed: Condvar,
-    /// By register: race clocks of this process's messages about it. They precede later messages of peers about it.
+    /// For each register: race clocks of this process's messages about the register. These messages precede later
+    /// messages of peers about the register.
     pub(crate) sent: Vec<ReleaseClocks>,
-    /// By register and local reader: number of pieces that the reader has released to a remote producer.
+    /// For each register and local reader: number of pieces that the reader has released to a remote producer.
     released: Vec<Box<[AtomicU64]>>,
 }
 
@@ -157,7 +158,7 @@ impl Remote {
         (remote, ends)
     }
 
-    /// Queues a message for an actor on a peer; false if no peer hosts the actor.
+    /// Queues a message for an actor on a peer. Returns false if no peer hosts the actor.
     pub(crate) fn send(&self, to: ActorId, message: Message) -> bool {
         let Some(peer) = self.peer_of.get(to.0 as usize).copied().flatten() else { return false };
         if let Message::Released { register, reader, .. } = message {
@@ -188,7 +189,7 @@ impl Remote {
         port.to.is_none_or(|to| !(0..self.outboxes.len()).any(|peer| self.is_behind(peer, to)))
     }
 
-    /// True if host pieces from and to the process pass through this peer.
+    /// True if host pieces from and to `process` pass through this peer.
     pub(crate) fn is_behind(&self, peer: usize, process: u32) -> bool {
         let hop = self.hops.get(process as usize).copied().unwrap_or(process);
         self.carries_host[peer] && self.outboxes[peer].0 == hop
@@ -281,7 +282,8 @@ mod tests {
     use super::*;
     use crate::builder::Builder;
 
-    /// Process 3 of 8. Its neighbours on the tree are 0 and 5; 7 is behind 5. It exchanges registers with 6, behind 0.
+    /// Process 3 of 8. Its neighbours on the tree are 0 and 5. Process 7 is behind 5. Process 3 exchanges registers
+    /// with process 6, which is behind 0.
     fn remote() -> (Remote, Vec<Receiver<Outgoing>>) {
         let peer = |process| {
             let connection = UnixStream::pair().expect("a pair").0.into();

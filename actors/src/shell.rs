@@ -29,7 +29,7 @@ pub use crate::loaded::{ActionProgram, ActorHost, BaseRef, LoadedPlan, RegisterM
 use connections::{Connections, serve};
 use shard::{Shard, ShardActor};
 
-/// A running session. A drop stops the session. After a failure, all methods fail with the first cause.
+/// A running session. Dropping it stops the session. After a failure, all methods fail with the first cause.
 #[derive(Debug)]
 pub struct RunningSession {
     session: Arc<Session>,
@@ -54,7 +54,8 @@ pub fn start(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSess
 /// Creates the actors of a loaded plan and the threads of its connections. [`RunningSession::begin`] starts the actors.
 ///
 /// # Errors
-/// [`ActorError::Spec`], [`ActorError::Loaded`] if parts do not match; [`ActorError::Thread`] if a thread cannot start.
+/// Fails with [`ActorError::Spec`] if the plan is inconsistent, with [`ActorError::Loaded`] if the loaded parts do not
+/// match the plan, and with [`ActorError::Thread`] if a thread cannot start.
 pub fn prepare(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSession, ActorError> {
     check_loaded(&loaded)?;
     let LoadedPlan { spec, hosted, memory, engine, peers } = loaded;
@@ -86,7 +87,7 @@ pub fn prepare(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSe
     };
     let actors = spawn(devices, &session, &mut running.threads)?;
     session.bus.connect(actors);
-    // Starts the connections last, so that the receiving actor of a peer's message exists.
+    // Starts the connections last, so that the actor that receives a peer's message already exists.
     let connections = serve(&session, ends, &memory);
     running.connections = connections.map_err(|e| ActorError::Thread { device: 0, message: e.to_string() })?;
     if let Some(every) = running.options.check_every {
@@ -95,7 +96,7 @@ pub fn prepare(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSe
     Ok(running)
 }
 
-/// Starts all actors, with one thread per device. If one device fails to start, stops all others.
+/// Starts all actors, with one thread per device. If one device fails to start, stops the actors of all other devices.
 fn spawn(
     devices: BTreeMap<usize, Vec<(ActorId, Shard)>>,
     session: &Arc<Session>,
@@ -167,7 +168,7 @@ fn start_device(
 }
 
 impl RunningSession {
-    /// Waits up to [`WatchdogOptions::wait_max`] until all peers have also called this, then starts the actors.
+    /// Waits at most [`WatchdogOptions::wait_max`] until all peers have also called `begin`, then starts the actors.
     pub fn begin(&mut self) -> Result<(), Failure> {
         self.refresh()?;
         for actor in self.session.streams.keys() {
@@ -197,7 +198,7 @@ impl RunningSession {
     }
 
     /// Blocks until every step that has all its tokens has ended. Returns false if `timeout` passes first. The host may
-    /// access the arenas only after this returns true.
+    /// access the arenas only after this method has returned true.
     pub fn quiesce(&self, timeout: Duration) -> Result<bool, Failure> {
         let Session { steps, failure, .. } = &*self.session;
         let ended = failure.wait_until(timeout, || steps.whole_steps_have_ended())?;
@@ -205,9 +206,10 @@ impl RunningSession {
         Ok(ended)
     }
 
-    /// Sends the bytes of `initial` registers to the peers that read them. Waits up to [`WatchdogOptions::wait_max`]
-    /// for the peers' bytes. All processes must call this, with no work in flight, after such a register was written
-    /// outside the plan. After the first step, it is exact only for registers whose slots all hold initial pieces.
+    /// Sends the bytes of `initial` registers to the peers that read them. Waits at most [`WatchdogOptions::wait_max`]
+    /// for the peers' bytes. After such a register was written outside the plan, all processes must call this while no
+    /// work is in flight. After the first step, the result is exact only for registers whose slots all hold initial
+    /// pieces.
     pub fn refresh(&mut self) -> Result<(), Failure> {
         self.rounds += 1;
         let session = &self.session;
@@ -229,7 +231,7 @@ impl RunningSession {
         Control(Arc::downgrade(&self.session))
     }
 
-    /// The channel receives the first cause, once, when the session fails.
+    /// Returns the channel that receives the first cause once, when the session fails.
     pub fn failures(&self) -> &Receiver<Failure> {
         &self.failures
     }
@@ -247,7 +249,7 @@ impl RunningSession {
         std::mem::take(&mut self.session.records.not_finite.lock())
     }
 
-    /// For hosts with their own clock: runs a watchdog check; `now` counts from the start. Returns a stall's report.
+    /// Runs a watchdog check, for hosts with their own clock. `now` counts from the start. Returns a stall's report.
     pub fn check_progress(&self, now: Duration) -> Option<String> {
         self.watchdog.lock().check(now, &self.session)
     }
@@ -263,7 +265,7 @@ impl RunningSession {
         drop(self.watchdog_stop.take());
         self.session.bus.stop();
         if self.session.steps.any_in_flight() {
-            // Members may have stopped already, so a collective could wait forever. The abort is not a failure.
+            // Members of a collective may have stopped already, so it could wait forever. The abort is not a failure.
             self.session.leave();
             self.session.engine.abort("the session was shut down");
         }
@@ -310,13 +312,13 @@ impl Control {
         self.0.upgrade().map_or_else(Vec::new, |session| session.snapshot())
     }
 
-    /// Returns ended firings of an actor of this process, from index `from`.
+    /// Returns the ended firings of an actor of this process, from index `from` on.
     pub fn fired(&self, actor: ActorId, from: u64) -> NewFirings {
         let session = self.0.upgrade();
         session.and_then(|session| Some(session.records.rings.get(&actor)?.read(from))).unwrap_or_default()
     }
 
-    /// Nanoseconds since the session's start, the origin of all firing times.
+    /// Nanoseconds since the session's start. All firing times also count from this start.
     pub fn now_ns(&self) -> Option<u64> {
         self.0.upgrade().map(|session| session.activity.now_ns())
     }
@@ -327,7 +329,8 @@ impl Control {
         self.0.upgrade().into_iter().for_each(store);
     }
 
-    /// Nanoseconds since the last progress: an actor processed a message, a token or the end of a firing.
+    /// Nanoseconds since the last progress, that is, since an actor last processed a message, a token or the end of
+    /// a firing.
     pub fn idle_ns(&self) -> Option<u64> {
         self.0.upgrade().map(|session| session.activity.idle_ns())
     }

@@ -1,7 +1,7 @@
 //! Runs a plan's protocols in virtual time. Reports makespan, timeline, slot peaks, data races and causes of deadlocks.
 //!
 //! Data is symbolic: a slot holds a hash, and a firing mixes the hashes that it reads. The protocol is deterministic.
-//! So all runs of one plan must end with equal digests, whatever the delays.
+//! So all runs of one plan must end with equal digests for any delays.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -20,7 +20,7 @@ mod data;
 use data::{Data, Groups};
 pub use data::{DataRace, SimulatedFiring};
 
-/// Durations in ticks; the caller chooses the unit.
+/// Durations in ticks. The caller chooses the length of a tick.
 #[derive(Clone, Debug, Default)]
 pub struct Timing {
     /// Duration of a firing, by actor and action.
@@ -30,14 +30,15 @@ pub struct Timing {
 }
 
 impl Timing {
-    /// The same duration for every action.
+    /// Creates a timing with the same duration for every action.
     pub fn uniform(spec: &Spec, action_ticks: u64, hop_ticks: u64) -> Self {
         let action_ticks = spec.actors.iter().map(|a| vec![action_ticks; a.actions.len()]).collect();
         Self { action_ticks, hop_ticks }
     }
 
-    /// Takes durations measured by actor and action, without latency. They include waits for late members of a
-    /// collective. The simulator adds these waits itself, so actions of one group and name get the shortest duration.
+    /// Creates a timing from durations measured by actor and action, without latency. The durations include waits for
+    /// late members of a collective. The simulator adds these waits itself, so actions of one group and name all get
+    /// the shortest of their durations.
     pub fn measured(spec: &Spec, mut action_ticks: Vec<Vec<u64>>) -> Self {
         let mut least: HashMap<(u32, &str), u64> = HashMap::new();
         for (at, action) in spec.all_actions() {
@@ -71,7 +72,8 @@ pub struct Jitter {
 pub struct SimulationOptions {
     /// Number of steps; each action fires `per_step` times per step.
     pub steps: u32,
-    /// Random delays and tie-breaking. Without jitter, all messages of a tick arrive before firings are chosen (exact).
+    /// Random delays and tie-breaking. Without jitter, the run is exact: all messages of a tick arrive before firings
+    /// are chosen.
     pub jitter: Option<Jitter>,
     /// A fault to inject, for tests of the checks themselves.
     #[cfg(test)]
@@ -79,7 +81,7 @@ pub struct SimulationOptions {
 }
 
 impl SimulationOptions {
-    /// An exact run with all the tokens that `steps` steps need.
+    /// Creates the options of an exact run with all the tokens that `steps` steps need.
     pub fn steps(steps: u32) -> Self {
         Self { steps, ..Self::default() }
     }
@@ -94,7 +96,7 @@ pub struct SimulatedRun {
     pub timeline: Vec<SimulatedFiring>,
     /// Maximum number of slots held at once, by register.
     pub slots_peak: Vec<u32>,
-    /// Hash of all data; does not depend on timing.
+    /// Hash of all data. It does not depend on timing.
     pub digest: u64,
 }
 
@@ -122,7 +124,7 @@ struct Simulator<'a> {
     options: &'a SimulationOptions,
     rng: Option<SplitMix64>,
     now: u64,
-    /// `(tick, tie, index in arrivals)`.
+    /// The pending arrivals, as `(tick, tie, index in arrivals)`.
     queue: BinaryHeap<Reverse<(u64, u64, usize)>>,
     arrivals: Vec<(ActorId, ProtocolEvent)>,
     /// Tick of the last delivery between two actors; later messages must not overtake it.
@@ -141,7 +143,7 @@ struct Simulator<'a> {
 /// Runs `options.steps` steps of a plan.
 ///
 /// # Panics
-/// If `timing.action_ticks` has no entry for an action.
+/// Panics if `timing.action_ticks` has no entry for an action.
 pub fn simulate(
     spec: &Arc<Spec>,
     timing: &Timing,
@@ -373,7 +375,7 @@ impl Simulator<'_> {
         self.rng.as_mut().map_or(0, |rng| rng.below(max + 1))
     }
 
-    /// Checks CR-6 for one register. With `settled`, also checks that no message is in transit.
+    /// Checks CR-6 for one register. If `settled` is set, also checks that no message is in transit.
     fn check_conservation(&self, id: RegisterId, settled: bool) -> Result<(), SimulationError> {
         let register = self.spec.register(id);
         let Some(slots) = self.protocols[register.producer.0 as usize].slots(id) else { return Ok(()) };

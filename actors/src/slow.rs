@@ -9,13 +9,13 @@ use crate::spec::{ActorId, Spec};
 
 /// Number of recent samples that count.
 const WINDOW: usize = 10;
-/// A process is reported if at least this number of samples waited for it. A pipeline's bubbles cause fewer, except
-/// with many stages and few micro-batches.
+/// A process is reported if at least this number of samples waited for it. A pipeline's bubbles cause fewer such
+/// samples, except with many stages and few micro-batches.
 const WAITS_MIN: usize = 8;
 /// Number of samples between reports of a process that stays slow.
 const REPEAT_AFTER: u64 = 60;
 
-/// By the number of the awaited process: what this process waits for.
+/// What this process waits for, by the number of the awaited process.
 pub(crate) type Sample = BTreeMap<u32, String>;
 
 /// Returns the other processes that this one waits for now; empty while any stream of this process works.
@@ -67,12 +67,12 @@ fn actors(missing: &Missing) -> Vec<ActorId> {
 pub(crate) struct Tally {
     window: VecDeque<Sample>,
     count: u64,
-    /// By process: the sample at which it was last reported.
+    /// For each process: the sample at which it was last reported.
     reported: BTreeMap<u32, u64>,
 }
 
 impl Tally {
-    /// Adds a sample. Returns a report for each process that most recent samples wait for, once per [`REPEAT_AFTER`].
+    /// Adds a sample. Reports each process that at least [`WAITS_MIN`] samples wait for, once per [`REPEAT_AFTER`].
     pub(crate) fn add(&mut self, sample: Sample) -> Vec<String> {
         self.count += 1;
         if self.window.len() == WINDOW {

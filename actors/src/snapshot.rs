@@ -11,7 +11,7 @@ pub struct ActorSnapshot {
     pub actor: ActorId,
     /// Number of begun firings since the start, by action.
     pub firings: Vec<u64>,
-    /// Total time from launch to end of the ended firings, as this actor observed it, by action.
+    /// For each action: total time from launch to end of its ended firings, as this actor observed it.
     pub busy_ns: Vec<u64>,
     /// Total time of the actor's stream in collectives: waits for other members, and transfers.
     pub collective_ns: u64,
@@ -21,7 +21,7 @@ pub struct ActorSnapshot {
     pub idle: Idle,
     /// Current idle time. It is 0 while a firing is in flight and before the session's start.
     pub idle_now_ns: u64,
-    /// Launch time of the firing in flight, nanoseconds since the session's start.
+    /// Launch time of the firing in flight, in nanoseconds since the session's start.
     pub in_flight_since_ns: Option<u64>,
     /// The registers that the actor produces.
     pub registers: Vec<RegisterUse>,
@@ -52,7 +52,7 @@ impl RegisterUse {
         self.states.iter().filter(|(state, _)| matches!(state, SlotState::Filled { .. })).count() as u32
     }
 
-    /// True if a slot holds this piece for this reader: it was published, and no release has arrived.
+    /// True if a slot holds this piece for this reader: the piece was published, and no release has arrived.
     pub(crate) fn is_held(&self, piece: u64, reader: u32) -> bool {
         let holds = |state: &SlotState| matches!(state, SlotState::Filled { piece: held, .. } if *held == piece);
         self.states.iter().any(|(state, readers)| holds(state) && readers.contains(&reader))

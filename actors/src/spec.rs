@@ -41,11 +41,11 @@ pub struct Decision {
 
 /// The channel from one producing actor to its readers.
 ///
-/// In step `s`, a writer's access to piece `p` means piece `s * pieces_per_step + p + initial`, and a reader's access to
+/// In step `s`, a writer's access to piece `p` means piece `s * pieces_per_step + p + initial`. A reader's access to
 /// piece `p` means piece `s * pieces_per_step + p`. So readers lag behind the writers by `initial` pieces.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RegisterSpec {
-    /// Shown in errors, e.g. `stage0.forward/h`.
+    /// The name shown in errors, e.g. `stage0.forward/h`.
     pub name: String,
     /// The actor whose actions write the register. If several actions write it, the actor fires by an ordered list.
     pub producer: ActorId,
@@ -75,7 +75,7 @@ pub struct ActionRef {
 /// An actor: the actions that run on one stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ActorSpec {
-    /// Shown in errors, e.g. `device 3 compute`.
+    /// The name shown in errors, e.g. `device 3 compute`.
     pub name: String,
     /// Rank of the device in the mesh.
     pub device: usize,
@@ -90,33 +90,35 @@ pub struct ActorSpec {
 /// The streams of one device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum StreamKind {
-    /// Layer shards.
+    /// Runs layer shards.
     Compute,
-    /// Collectives that overlap compute.
+    /// Runs collectives that overlap compute.
     Communication,
-    /// Transfers from other placements and from the host.
+    /// Runs transfers from other placements and from the host.
     Copy,
 }
 
 /// How an actor chooses its next action.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Firing {
-    /// Any action with available inputs and credits may fire: the lowest `priority` value first, then the lowest index.
+    /// Any action with available inputs and credits may fire. Among several, the lowest `priority` value fires first,
+    /// and then the lowest index.
     Credit,
-    /// The order of this list of action indices, which repeats every step. The next action waits until it is ready.
+    /// Actions fire in the order of this list of action indices, which repeats every step. The actor waits until the
+    /// list's next action is ready.
     Ordered(Vec<u32>),
 }
 
 /// One action.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ActionSpec {
-    /// Shown in errors, e.g. `forward`.
+    /// The name shown in errors, e.g. `forward`.
     pub name: String,
     /// What the action does.
     pub label: Label,
     /// Lower values fire first under [`Firing::Credit`].
     pub priority: i32,
-    /// Firings in one step.
+    /// Number of firings in one step.
     pub per_step: u32,
     /// Input ports.
     pub inputs: Vec<InputSpec>,

@@ -1,4 +1,4 @@
-//! Shared state of a running session. The first failure ends it: collectives are aborted, all actors stop.
+//! Shared state of a running session. The first failure ends the session: it aborts collectives and stops all actors.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;

@@ -57,13 +57,13 @@ pub struct FiringRecord {
 /// Idle time of an actor by cause, in nanoseconds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Idle {
-    /// Waiting for a piece, by register.
+    /// Time spent waiting for a piece, by register.
     pub input_ns: BTreeMap<RegisterId, u64>,
-    /// Waiting for a free slot, by register.
+    /// Time spent waiting for a free slot, by register.
     pub credit_ns: BTreeMap<RegisterId, u64>,
-    /// Waiting for the host.
+    /// Time spent waiting for the host.
     pub host_ns: u64,
-    /// No wait for others: the actor's own messages were in transit.
+    /// Time in which the actor waited for nobody else, because its own messages were in transit.
     pub own_ns: u64,
 }
 

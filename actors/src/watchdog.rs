@@ -42,11 +42,11 @@ impl Default for WatchdogOptions {
     }
 }
 
-/// Used as "no limit"; small enough that an `Instant` does not overflow.
+/// Stands for "no limit". The value is small enough that adding it to an `Instant` does not overflow.
 const NO_LIMIT: Duration = Duration::from_secs(1 << 30);
 
 impl WatchdogOptions {
-    /// Timeout of a wait for live processes: [`WatchdogOptions::abort_after`]. Dead processes end a wait sooner.
+    /// The timeout of a wait for live processes: [`WatchdogOptions::abort_after`]. A dead process ends a wait sooner.
     pub fn wait_max(&self) -> Duration {
         self.abort_after.unwrap_or(NO_LIMIT).min(NO_LIMIT)
     }

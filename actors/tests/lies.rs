@@ -185,7 +185,7 @@ fn wrong_sizes_are_rejected() {
     check(&[], data(IN, 0, 0, 8), "8 bytes for a slot of register 'in', expected 4");
     check(&[], data(IN, 0, 0, 0), "0 bytes for a slot of register 'in', expected 4");
     check(&[], data(IN, 0, 0, u64::MAX), "18446744073709551615 bytes for a slot of register 'in', expected 4");
-    // One size fits a different element type, and the other one fits a different shape.
+    // One of these sizes fits a different element type, and the other size fits a different shape.
     check(&[], Frame::Host { port: 0, bytes: 4 }, "4 bytes for port 0, expected 8");
     let huge = Frame::Host { port: 0, bytes: 1 << 40 };
     check(&[], huge, "1099511627776 bytes for port 0, expected 8");

@@ -19,7 +19,7 @@ pub struct GptArgs {
     /// Text to train on; the default is this repository's own sources and docs.
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
-    /// Devices along each mesh axis, such as data=2,stage=2,tensor=2. An axis that is not listed has one device.
+    /// Number of devices along each mesh axis, such as data=2,stage=2,tensor=2. An unlisted axis has one device.
     #[arg(long, value_name = "AXIS=N,..", default_value = "data=1,stage=1,tensor=1", value_parser = mesh)]
     pub mesh: Mesh,
     /// Order of forward and backward work in a pipeline.
@@ -35,11 +35,11 @@ pub struct GptArgs {
     /// Micro-batches per step.
     #[arg(long, value_name = "M", default_value_t = 1)]
     pub micro_batches: usize,
-    /// CPU threads of each device; by default the cores of this process are divided evenly.
+    /// CPU threads of each device; by default the cores of this process are divided evenly among its devices.
     #[arg(long, value_name = "N")]
     pub threads_per_device: Option<usize>,
-    /// Memory limit of each device in MiB. By default, a GPU's limit is its free memory. CPU devices must also fit
-    /// together in the free memory of their node.
+    /// Memory limit of each device in MiB. By default, a GPU's limit is its free memory. All CPU devices of a node
+    /// together must also fit in the node's free memory.
     #[arg(long, value_name = "MIB")]
     pub memory_mib: Option<usize>,
     /// Transformer layers.
@@ -73,7 +73,7 @@ pub struct GptArgs {
     /// checkpoint instead.
     #[arg(long, value_name = "N", default_value_t = 1337)]
     pub seed: u64,
-    /// Characters to generate with the trained model at the end; 0 for none.
+    /// Number of characters to generate with the trained model at the end; 0 for none.
     #[arg(long, value_name = "N", default_value_t = 200)]
     pub sample: usize,
     /// Write one JSON object per step to this file.
@@ -107,8 +107,8 @@ pub struct GptArgs {
     /// Policy for a step whose loss or gradients are not finite; such a step never changes a weight.
     #[arg(long, value_enum, default_value_t = NonFiniteArg::Stop)]
     pub on_non_finite: NonFiniteArg,
-    /// Abort with exit code 79 and the cause after this long without progress. A warning comes first, after the time of
-    /// five steps but at least 10 s.
+    /// After this long without progress, report the cause and abort with exit code 79. A warning comes earlier: after
+    /// the time of five steps, but not before 10 s.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub hang_timeout: u64,
     /// Serve Prometheus metrics, the live page and the session's health at this address; --listen alone means
@@ -186,7 +186,7 @@ fn usage(text: String) -> ProgramError {
     ProgramError::new(Exit::Usage, text, "see `gpt --help` for the flags and their defaults")
 }
 
-/// Returns a usage error if the heads do not divide the width. Any other size gets the exit code of a refused plan.
+/// Returns a usage error if the heads do not divide the width. For other sizes, the exit code is `Refused`.
 fn uneven(error: &UnevenSize) -> ProgramError {
     let &UnevenSize { size, value, divisor, parts } = error;
     let (below, above) = (value / parts * parts, error.next_value());
@@ -206,7 +206,7 @@ impl GptArgs {
     /// Checks the flags against each other.
     ///
     /// # Errors
-    /// Returns the first flag that cannot be used, with its value.
+    /// Names the first flag that cannot be used, with its value.
     pub fn check(&self) -> Result<(), ProgramError> {
         let at_least_one = [
             ("--micro-batches", self.micro_batches as u64),
@@ -274,7 +274,7 @@ impl GptArgs {
     /// `--save`.
     ///
     /// # Errors
-    /// The first two flags that name the same file.
+    /// If two flags name the same file. The error names the first two such flags.
     pub fn check_files(&self, processes: u32) -> Result<(), ProgramError> {
         let (data, log) = (("--data", &self.data), ("--log-json", &self.log_json));
         let (save, init) = (("--save", &self.save), ("--init-from", &self.init_from));

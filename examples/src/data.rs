@@ -32,7 +32,7 @@ impl Text {
     /// Reads a file, or the default text when `path` is `None`. The text must hold a sample of `context` tokens.
     ///
     /// # Errors
-    /// A missing, empty or too short file.
+    /// If the file is missing, empty or too short.
     pub fn load(path: Option<&Path>, context: usize) -> Result<Self, ProgramError> {
         match path {
             Some(path) => {
@@ -49,7 +49,7 @@ impl Text {
     /// Makes a text from `bytes`. Error messages name `path` as the source.
     ///
     /// # Errors
-    /// No bytes, or too few for one sample.
+    /// If `bytes` is empty or too short for one sample.
     pub fn from_bytes(path: &Path, bytes: &[u8], context: usize) -> Result<Self, ProgramError> {
         if bytes.is_empty() {
             let text = format!("data file {} is empty", path.display());
@@ -82,7 +82,7 @@ impl Text {
         &self.identity
     }
 
-    /// Identity of the vocabulary: the byte of each token id.
+    /// Identity of the vocabulary. It lists the byte of each token id.
     pub fn vocabulary_identity(&self) -> String {
         identity_of(&self.vocabulary)
     }
@@ -97,7 +97,8 @@ impl Text {
         self.train.len()
     }
 
-    /// Returns `count` samples from sample `first` on: token ids and targets, each `[count, context]`, row-major.
+    /// Returns `count` samples, beginning with sample number `first`: token ids and targets, each `[count, context]`,
+    /// row-major.
     ///
     /// # Panics
     /// If `context` is not shorter than the training part; [`Text::load`] checks this.
@@ -137,7 +138,7 @@ fn repository_text(root: &Path) -> Result<Vec<u8>, ProgramError> {
     };
     let mut files = Vec::new();
     let mut folders = vec![root.to_path_buf()];
-    // Bounded by the number of folders: links are not followed.
+    // The loop ends because the number of folders is finite and links are not followed.
     while let Some(folder) = folders.pop() {
         let entries = std::fs::read_dir(&folder).map_err(|cause| unreadable(&folder, &cause))?;
         for entry in entries {
@@ -204,7 +205,7 @@ mod tests {
 
     #[test]
     fn the_shortest_text_has_one_sample() {
-        // The training part is nine tenths of 6 bytes, rounded down to 5: one sample of 4 tokens and its targets.
+        // The training part is 9/10 of 6 bytes, rounded down to 5. It holds one sample of 4 tokens and its targets.
         assert_eq!(text(b"abcdef", 4).unwrap().samples(7, 1, 4), (vec![0, 1, 2, 3], vec![1, 2, 3, 4]));
         let error = text(b"abcdef", 5).unwrap_err().to_string();
         assert_eq!(

@@ -136,7 +136,7 @@ impl GptError {
             Self::InitFrom(error) | Self::Save(error) => error.first_cause_rank(),
             Self::Session(error) => error.first_cause_rank(),
             Self::Checkpoints(error) => error.session().and_then(SessionError::first_cause_rank),
-            // This process is the first cause. With this rank and code 75, the launcher does not restart it.
+            // This process is the first cause. The launcher does not restart a job that reports this rank and code 75.
             Self::Ended { process, .. } => Some(*process),
             _ => None,
         }
@@ -181,7 +181,7 @@ impl GptError {
             Self::Ended { saved: Saved::All, .. } | Self::Signals(_) => "",
         };
         match self {
-            // Another policy does not help if the loaded parameters have Inf or NaN.
+            // Another policy for non-finite steps does not help if the loaded parameters have Inf or NaN.
             Self::Session(SessionError::NonFinite(found)) if !is_loaded(found) => {
                 format!("{hint}; --on-non-finite selects another policy")
             }

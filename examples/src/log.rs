@@ -56,13 +56,13 @@ pub struct Totals {
     pub devices: Vec<DeviceMemoryRecord>,
 }
 
-/// Progress on stdout: a line for the first and the last step, every few steps, and after a minute without a line. On a
-/// terminal, a live line below the other lines is updated at most once per second.
+/// Prints progress to stdout: a line for the first and the last step, every few steps, and after a minute without a
+/// line. On a terminal, a live line below the other lines is updated at most once per second.
 #[derive(Debug)]
 pub struct Progress {
     steps: u64,
     start: Instant,
-    /// Steps so far, printed or not.
+    /// Number of steps so far, whether or not they were printed.
     done: u32,
     lines: Pace,
     /// `None` if stdout is not a terminal.
@@ -75,7 +75,7 @@ pub struct Progress {
 const CLEAR_LINE: &str = "\r\x1b[K\x1b[?7l";
 const ENABLE_WRAP: &str = "\x1b[?7h";
 
-/// Longest time without a line, so that a reader of a file sees that the run continues.
+/// Longest time without a line. It is limited so that a reader of a file sees that the run continues.
 const SILENT_MAX: Duration = Duration::from_secs(60);
 
 /// Selects the steps to show. A step is due if either rule holds.
@@ -83,19 +83,19 @@ const SILENT_MAX: Duration = Duration::from_secs(60);
 struct Pace {
     /// Rule 1: the step's number is a multiple of this.
     steps: Option<u64>,
-    /// Rule 2: this much time has passed without a line.
+    /// Rule 2: this much time has passed since the last line.
     silent_max: Duration,
     /// Time of the last line.
     last: Option<Duration>,
 }
 
 impl Pace {
-    /// Steps are due every `every` steps, and [`SILENT_MAX`] after the last line.
+    /// Makes steps due every `every` steps, and when [`SILENT_MAX`] has passed since the last line.
     fn steps(every: u64) -> Self {
         Self { steps: Some(every), silent_max: SILENT_MAX, last: Some(Duration::ZERO) }
     }
 
-    /// Steps are due once per second.
+    /// Makes steps due once per second.
     fn seconds() -> Self {
         Self { steps: None, silent_max: Duration::from_secs(1), last: None }
     }
@@ -111,7 +111,7 @@ impl Pace {
 }
 
 impl Progress {
-    /// Starts the clock of a run up to step `steps`.
+    /// Starts the clock of a run that ends at step `steps`.
     pub fn new(steps: u64) -> Self {
         let lines = Pace::steps((steps / 20).max(1));
         let live = program::is_screen(&std::io::stdout()).then_some(Pace::seconds());

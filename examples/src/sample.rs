@@ -39,7 +39,7 @@ impl Sampler {
     /// tokens.
     ///
     /// # Errors
-    /// The parameters are not this model's, or a kernel failed.
+    /// If the parameters are not this model's, or a kernel fails.
     pub fn run(
         self,
         parameters: &BTreeMap<String, HostTensor>,
@@ -77,8 +77,8 @@ fn largest_parameter_bytes(plan: &Plan) -> u64 {
     parameter_bytes(plan).max().unwrap_or(0)
 }
 
-/// Returns the bytes that a process needs besides its plan to load parameters from a file. It holds a tensor of the
-/// file together with the same elements as f32, and later the f32 elements together with one device's part.
+/// Returns the bytes that a process needs besides its plan to load parameters from a file. At first it holds a tensor
+/// of the file and an f32 copy of it. Later it holds the f32 copy and one device's part.
 pub fn loading_bytes(plan: &Plan) -> u64 {
     2 * largest_parameter_bytes(plan)
 }
@@ -86,7 +86,7 @@ pub fn loading_bytes(plan: &Plan) -> u64 {
 /// Returns the bytes that a process needs besides its plan to gather the parameters for a sampler and then to run it.
 /// The sampler runs after the session has ended, which releases `own_bytes` of the plan.
 pub fn sampling_bytes(plan: &Plan, sampler: Option<&Sampler>, own_bytes: u64) -> u64 {
-    // All devices' parts of a tensor, and the whole tensor.
+    // Memory for all devices' parts of a tensor, and for the whole tensor.
     let gathering = (plan.device_count() as u64 + 1) * largest_parameter_bytes(plan);
     let Some(sampler) = sampler else { return gathering };
     let parameters: u64 = parameter_bytes(plan).sum();

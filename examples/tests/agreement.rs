@@ -11,7 +11,7 @@ use serde_json::Value;
 #[path = "support/programs.rs"]
 mod programs;
 
-/// Much longer than any of these runs.
+/// Time limit of a run, much longer than any run of these tests takes.
 const TIMEOUT: Duration = Duration::from_secs(150);
 const MODEL: &str = "--layers 2 --heads 2 --width 16 --context 8 --sample 0 --threads-per-device 1";
 
@@ -69,7 +69,7 @@ fn manifest(folder: &Folder, name: &str, step: u64) -> Value {
     serde_json::from_slice::<Value>(&text).expect("JSON")["body"].clone()
 }
 
-/// Writes two texts. `other` has its first two letters swapped, so the length and the vocabulary stay the same.
+/// Writes two texts. `other` is the text with its first two letters swapped, so it has the same length and vocabulary.
 /// `renumbered` has another vocabulary.
 fn write_texts(folder: &Folder) {
     let mut text = std::fs::read(folder.path().join("text")).expect("a text");

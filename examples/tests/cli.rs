@@ -16,7 +16,7 @@ mod programs;
 
 /// The smallest possible model and batch.
 const TINY: &str = "--layers 2 --heads 2 --width 16 --context 8 --batch 4 --steps 4 --sample 0 --threads-per-device 1";
-/// Much longer than any of these runs.
+/// Time limit of a run, much longer than any run of these tests takes.
 const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Exit code and output of a program.
@@ -460,7 +460,7 @@ fn a_terminal_gets_a_live_line_and_a_pipe_gets_plain_lines() {
     assert!(!piped.stdout.contains(['\r', '\x1b']), "{:?}", piped.stdout);
     let lines: Vec<&str> =
         piped.stdout.lines().filter(|line| line.starts_with("step ") && line.contains("loss")).collect();
-    // Every second step is printed, beginning with the first, and so is the last step.
+    // Every second step, beginning with the first one, and the last step are printed.
     assert_eq!((lines.len(), last(&piped.stdout)), (26, 1), "{}", piped.stdout);
     // `script` runs the program in a terminal.
     let on_terminal = |kind: &str| {

@@ -21,7 +21,7 @@ use shardflow::job::transport::{Address, Hello, Purpose, SessionId, TransportErr
 mod programs;
 
 const SECRET: &str = "a secret of this test";
-/// Much longer than the run.
+/// Time limit of the run, much longer than the run takes.
 const TIMEOUT: Duration = Duration::from_secs(300);
 const STEPS: usize = 2000;
 const MODEL: &str = "--layers 4 --heads 4 --width 64 --context 32 --batch 8 --sample 0 --threads-per-device 1 --data text \
@@ -31,9 +31,9 @@ const STRANGERS: usize = 500;
 /// Pause between two rounds of the attacking thread. It limits the attack to some hundred rounds per second. A faster
 /// attack would slow the training merely by using up the processors.
 const PAUSE: Duration = Duration::from_millis(2);
-/// Steps of a window, with or without attack.
+/// Number of steps of a window, with or without attack.
 const WINDOW: usize = 25;
-/// Pairs of windows that are compared.
+/// Number of pairs of windows that are compared.
 const PAIRS: usize = 4;
 const RATIO_MAX: f64 = 1.2;
 const GROWTH_KB_MAX: usize = 16 << 10;
@@ -262,7 +262,7 @@ fn median(mut seconds: Vec<f64>) -> f64 {
     seconds[seconds.len() / 2]
 }
 
-/// Returns the median step time under attack divided by the median without. The windows alternate.
+/// Returns the median step time under attack divided by the median step time without attack. The windows alternate.
 fn ratio(run: &Run, attack: &Attack, deadline: Instant) -> f64 {
     let (mut calm, mut attacked) = (Vec::new(), Vec::new());
     for window in 0..2 * PAIRS {

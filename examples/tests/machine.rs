@@ -14,7 +14,7 @@ use programs::{Folder, GPT, Running, launcher};
 #[path = "support/programs.rs"]
 mod programs;
 
-/// Much longer than any of these runs.
+/// Time limit of a run, much longer than any run of these tests takes.
 const TIMEOUT: Duration = Duration::from_secs(150);
 const SECRET: (&str, &str) = ("SHARDFLOW_SECRET", "a secret of these tests only");
 const MODEL: &str = "--layers 2 --heads 2 --width 16 --context 8 --batch 4 --sample 0 --steps 2 --threads-per-device 1 \
@@ -228,7 +228,7 @@ fn can_change_user(test: &str) -> bool {
     can
 }
 
-/// For every limit on threads that is too low, the process must report the limit.
+/// If a limit on threads is too low, the process must report this limit.
 #[test]
 fn a_limit_on_threads_is_reported() {
     if !can_change_user("machine-threads") {
@@ -416,7 +416,7 @@ fn processes_of_other_launchers_form_one_job() {
     let port = free_port().to_string();
     let pod = |rank: u32| {
         let rank = rank.to_string();
-        // Only on the master's pod, `MASTER_ADDR` is `localhost`.
+        // `MASTER_ADDR` is `localhost` only on the master's pod.
         let host = if rank == "0" { "localhost" } else { "127.0.0.1" };
         pairs(&[("RANK", &rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", host), ("MASTER_PORT", &port)])
     };

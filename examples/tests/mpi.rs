@@ -1,5 +1,5 @@
-//! Tests `gpt` under `mpirun` with MPI collectives: the losses of one process within rounding, killed or frozen ranks,
-//! and refused configurations. Built only with the feature `mpi`.
+//! Tests `gpt` under `mpirun` with MPI collectives: losses equal to those of one process within rounding, killed or
+//! frozen ranks, and refused configurations. This test is built only with the feature `mpi`.
 
 use std::process::Command;
 use std::thread;
@@ -10,15 +10,15 @@ use programs::{Folder, GPT, Running, launcher, signal};
 #[path = "support/programs.rs"]
 mod programs;
 
-/// Much longer than any of these runs.
+/// Time limit of a run, much longer than any run of these tests takes.
 const TIMEOUT: Duration = Duration::from_secs(100);
-/// Time limit from the loss of a rank to the end of all ranks. Shardflow's heartbeats need 4 s, `mpirun` less.
+/// Time limit from the loss of a rank to the end of all ranks. Heartbeats detect the loss in 4 s, `mpirun` sooner.
 const NOTICED_WITHIN: Duration = Duration::from_secs(15);
 const MODEL: &str = "--layers 4 --heads 4 --width 32 --context 16 --batch 8 --sample 0 --threads-per-device 1 --data text \
                      --clip 1 --dropout 0.1";
 
 /// Maximum relative difference of losses. MPI adds in another order than Shardflow, so a sum of n values may differ by
-/// about n * 6e-8 of its largest value. Training for 20 steps increases the difference; measured: at most 2e-7.
+/// about n * 6e-8 of its largest value. Training for 20 steps increases the difference to a measured maximum of 2e-7.
 const TOLERANCE: f64 = 1e-5;
 
 /// Runs a command line in this folder, with the collectives of `engine`.

@@ -10,11 +10,11 @@ use programs::{Folder, GPT, launcher, signal};
 #[path = "support/programs.rs"]
 mod programs;
 
-/// Much longer than any of these runs.
+/// Time limit of a run, much longer than any run of these tests takes.
 const TIMEOUT: Duration = Duration::from_secs(150);
 const MODEL: &str = "--layers 2 --heads 2 --width 16 --context 8 --batch 4 --threads-per-device 1 --data text";
 
-/// Runs `gpt` with the flags of the model, then these flags. Returns the exit code and the output.
+/// Runs `gpt` with the flags of the model, followed by `flags`. Returns the exit code and the output.
 fn gpt(folder: &Folder, flags: &str) -> (Option<i32>, String) {
     run(folder, Command::new(GPT).args(MODEL.split_whitespace()).args(flags.split_whitespace()))
 }
@@ -25,8 +25,8 @@ fn launch(folder: &Folder, flags: &str) -> (Option<i32>, String) {
     run(folder, command.args(["--mesh", "data=2"]).args(flags.split_whitespace()))
 }
 
-/// Runs a shell script. `$GPT` is `gpt` with the flags of the model. `$WIDE` is the same with a wider model, which has
-/// 1.6 MB of weights, or 4.8 MB with the moments of AdamW.
+/// Runs a shell script. `$GPT` is `gpt` with the flags of the model. `$WIDE` is the same command with a wider model,
+/// which has 1.6 MB of weights, or 4.8 MB with the moments of AdamW.
 fn script(folder: &Folder, script: &str) -> (Option<i32>, String) {
     let gpt = format!("{GPT} {MODEL}");
     let wide = gpt.replace("--width 16", "--width 128");
@@ -121,7 +121,7 @@ fn the_hint_after_a_signal_fits_the_resume_policy() {
     assert!(text.contains("hint: to continue from there, run the same command with --resume auto"), "{text}");
 }
 
-/// At the limit, the kernel sends SIGXFSZ. Without a handler, it would end the process without a message.
+/// At the limit, the kernel sends SIGXFSZ. Without a handler, this signal would end the process without a message.
 #[test]
 fn a_limit_on_the_size_of_files_is_an_error_and_leaves_nothing_unfinished() {
     let folder = Folder::new("outputs-limit");

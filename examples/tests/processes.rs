@@ -13,12 +13,12 @@ use programs::{Folder, GPT, Running, launcher, signal};
 #[path = "support/programs.rs"]
 mod programs;
 
-/// Much longer than any of these runs.
+/// Time limit of a run, much longer than any run of these tests takes.
 const TIMEOUT: Duration = Duration::from_secs(150);
 const MODEL: &str = "--layers 4 --heads 4 --width 32 --context 16 --batch 8 --sample 0 --threads-per-device 1 --data text \
                      --micro-batches 2";
 
-/// Starts `gpt` under the launcher with this number of processes, or without the launcher if it is 0.
+/// Starts `gpt` under the launcher with `processes` processes, or without the launcher if `processes` is 0.
 fn start(folder: &Folder, processes: u32, launch: &str, environment: &[(&str, &str)], flags: &str) -> Running {
     let mut command = Command::new(if processes == 0 { GPT.into() } else { launcher() });
     if processes > 0 {

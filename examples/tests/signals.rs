@@ -1,4 +1,5 @@
-//! Tests requests to `gpt` to save or to end, by signals or by the end of a Slurm job, and output that no one reads.
+//! Tests requests to save or to end, which `gpt` receives by signals or by the end of a Slurm job. Also tests output
+//! that no one reads.
 
 use std::io::{PipeReader, Read, Write, pipe};
 use std::net::TcpListener;
@@ -11,13 +12,13 @@ use programs::{Folder, GPT, Running, launcher, signal};
 #[path = "support/programs.rs"]
 mod programs;
 
-/// Much longer than any of these runs.
+/// Time limit of a run, much longer than any run of these tests takes.
 const TIMEOUT: Duration = Duration::from_secs(150);
 const MODEL: &str = "--layers 2 --heads 2 --width 16 --context 8 --batch 4 --threads-per-device 1 --data text";
 /// A training that needs a signal to end within the timeout.
 const ENDLESS: &str = "--sample 0 --steps 10000000 --log-json log";
 
-/// Flag of `env` that resets ignored signals. A shell ignores some for background commands, and tests inherit that.
+/// Flag of `env` that resets ignored signals. Tests inherit the signals that a shell ignores in background commands.
 const SIGNALS: &str = "--default-signal=HUP,INT,QUIT,TERM";
 
 fn gpt(flags: &str) -> Command {

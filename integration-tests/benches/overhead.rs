@@ -1,5 +1,5 @@
-//! Measures the share of a training step that is spent outside kernels. Steps of a session alternate with the same
-//! launches run directly on one stream. `cargo bench -p shardflow-integration-tests --bench overhead [-- THREADS]`.
+//! Measures the share of a training step outside kernels. Steps of a session alternate with direct runs of the same
+//! launches on one stream. Command: `cargo bench -p shardflow-integration-tests --bench overhead [-- THREADS]`.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -39,7 +39,7 @@ fn bound_programs(plan: &Instance, arena: &Arena) -> Vec<(Arc<Program>, Vec<Base
     out
 }
 
-/// Runs one step's launches without the session.
+/// Runs one step's launches without a session.
 fn run_directly(stream: &Stream, programs: &[(Arc<Program>, Vec<Base>)]) {
     let (sender, receiver) = channel();
     for (program, bases) in programs {

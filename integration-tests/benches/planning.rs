@@ -1,4 +1,4 @@
-//! Time and memory of planning: large meshes, deep models, and a program in which no two layers are alike.
+//! Measures the time and memory of planning large meshes, deep models, and a program whose layers all differ.
 //!
 //! `cargo bench -p shardflow-integration-tests --bench planning [PART OF A NAME]`
 
@@ -26,7 +26,7 @@ fn gpt(g: &mut Graph, config: &GptConfig) {
     g.minimize(loss, AdamW::default());
 }
 
-/// A chain of about 20,000 ops after all passes: each layer has another width, and adds an earlier layer of its stage.
+/// Builds a chain of layers that differ in width, layout or op. After all passes, it has about 20,000 ops.
 fn unlike_layers(g: &mut Graph) {
     const LAYERS: usize = 1800;
     let layout = nn::batch_layout(g);
@@ -98,7 +98,7 @@ const CASES: &[Case] = &[
     Case { name: "unlike layers on 8 ranks", mesh: "data=2,stage=2,tensor=2", micro_batches: 1, build: unlike_layers },
 ];
 
-/// The most memory that this process has used so far, MiB; 0 where the system does not say.
+/// Returns the peak memory of this process so far in MiB, or 0 if the system does not report it.
 fn peak_mib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

@@ -1,4 +1,4 @@
-//! The model that `gpt` trains by default, for benchmarks.
+//! For benchmarks: the model that `gpt` trains by default.
 
 use shardflow::graph::{AdamW, Graph};
 use shardflow::nn::{self, GptConfig};

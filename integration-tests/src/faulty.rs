@@ -99,7 +99,7 @@ impl FaultyStore {
         Self { inner, trigger: Arc::new(trigger) }
     }
 
-    /// Creates a store that runs `work` before operation `at`, as if the process were frozen meanwhile.
+    /// Creates a store that runs `work` before operation `at`, as if the process were frozen during `work`.
     pub fn meanwhile(inner: Arc<dyn ObjectStore>, at: usize, work: Work) -> Self {
         let faulty = Self::new(inner, StoreFault::Freeze, at, None);
         *faulty.trigger.meanwhile.lock() = Some(work);

@@ -1,7 +1,8 @@
 //! A plain GPT in float64 on one thread, which is the reference for every layout. It shares no code with the kernels,
 //! except that `shardflow::init` generates the initial weights.
 //!
-//! The model: no biases, exact GELU, layer norm eps 1e-5, causal attention, untied head; AdamW decays matrices only.
+//! The model has no biases, an exact GELU, layer norms with eps 1e-5, causal attention and an untied head. AdamW decays
+//! only matrices.
 
 use std::collections::BTreeMap;
 use std::f64::consts::PI;
@@ -94,7 +95,7 @@ pub fn batch(config: &ReferenceConfig, train: &[usize], step: usize) -> (Vec<usi
     (ids, targets)
 }
 
-/// Returns the loss and the gradients by name, of the initial model on the first batch.
+/// Returns the loss of the initial model on the first batch, and its gradients by parameter name.
 pub fn first_step(config: &ReferenceConfig, text: &[u8]) -> (f64, Tensors) {
     let (vocab, train) = tokens(text);
     let (ids, targets) = batch(config, &train, 0);
@@ -305,7 +306,8 @@ struct Attention {
 }
 
 impl Attention {
-    /// Calls `f(query row, key row, first column, index of the probability)` for every pair of positions that attends.
+    /// Calls `f(query row, key row, first column, index of the probability)` for each query and each key that the query
+    /// attends to.
     fn pairs(config: &ReferenceConfig, rows: usize, mut f: impl FnMut(usize, usize, usize, usize)) {
         let (t, heads) = (config.context, config.heads);
         for sample in 0..rows / t {

@@ -17,12 +17,12 @@ use shardflow_kernels::hash::SplitMix64;
 
 use crate::training::Scratch;
 
-/// log2 of the largest piece: 64 KiB.
+/// log2 of the largest piece's size in bytes, that is, of 64 KiB.
 const PIECE_BITS: u64 = 16;
-/// How often a thread that waits for a datagram checks whether the relay has been dropped.
+/// Interval at which a thread that waits for a datagram checks whether the relay has been dropped.
 const POLL_EVERY: Duration = Duration::from_millis(20);
 
-/// One heartbeat in this number is dropped.
+/// The relay drops one of this many heartbeats.
 const DROPPED_ONE_IN: u64 = 8;
 
 /// Delays of a relay.
@@ -30,7 +30,8 @@ const DROPPED_ONE_IN: u64 = 8;
 pub struct RelayOptions {
     /// Seed of all random choices. Only the timing of threads does not depend on it.
     pub seed: u64,
-    /// Each direction stalls for this time after this number of pieces. Each process's first heartbeat stalls, too.
+    /// Each direction stalls once, for this time, before the piece with this number. Each process's first heartbeat
+    /// stalls, too.
     pub long_stall: Option<(u64, Duration)>,
     /// Whether the relayed bytes are kept for [`Relay::recorded`].
     pub records: bool,
@@ -89,7 +90,7 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// The address in front of each listener, by the listener's address.
+    /// The relay's address in front of each listener, by the listener's own address.
     fronts: BTreeMap<Address, Address>,
     open_connections: Vec<Connection>,
     threads: Vec<JoinHandle<()>>,

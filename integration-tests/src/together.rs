@@ -90,7 +90,7 @@ impl SaveAgreement for SharedMemoryAgreement {
     }
 }
 
-/// Saves a checkpoint of which each process writes one part, on its own thread. Returns the reports by rank.
+/// Saves a checkpoint. Each process writes one part of it, on the process's own thread. Returns the reports by rank.
 pub fn save_together(store: &Store, parts: &[Snapshot], epoch: u64, keep: usize) -> Vec<SaveReport> {
     let agreement = SharedMemoryAgreement::new(parts.len());
     let processes = parts.len() as u32;

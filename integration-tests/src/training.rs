@@ -1,5 +1,5 @@
 //! Trains a small GPT through the public API on an embedded text, on any mesh. Every layout uses the same samples and
-//! initial weights, and so does [`crate::reference`].
+//! initial weights. [`crate::reference`] also uses them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -178,7 +178,7 @@ pub struct TrainingResult {
 }
 
 impl TrainingResult {
-    /// Returns the bits of all values, which compare two trainings exactly.
+    /// Returns the bits of all values, for an exact comparison of two trainings.
     pub fn bits(&self) -> (Vec<u32>, Vec<u64>, BTreeMap<&str, Vec<u32>>) {
         let losses = self.losses.iter().map(|l| l.to_bits()).collect();
         let norms = self.norms.iter().map(|n| n.to_bits()).collect();
@@ -207,7 +207,7 @@ pub fn relative(a: f64, b: f64) -> f64 {
     (a - b).abs() / a.abs().max(b.abs()).max(f64::MIN_POSITIVE)
 }
 
-/// Runs `work` on a new thread. Panics if it takes longer than this, so a test that hangs fails.
+/// Runs `work` on a new thread. Panics if `work` takes longer than `seconds`, so a test that hangs fails.
 pub fn within<T: Send + 'static>(seconds: u64, work: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, receiver) = channel();
     let thread = std::thread::spawn(move || {

@@ -1,5 +1,5 @@
-//! When ranks pass different values, the call fails on all of them, names the value and changes nothing. A resume also
-//! compares the declared values. The processes are threads of this test, each with its own session.
+//! When ranks pass different values, the call fails on all ranks and changes nothing, and the error names the value. A
+//! resume also compares the declared values. The processes are threads of this test, each with its own session.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -68,7 +68,7 @@ fn changed(tensor: &HostTensor, elements: impl Iterator<Item = usize>) -> HostTe
     tensor
 }
 
-/// Returns the bits of the losses on one process.
+/// Trains in one process, and returns the bits of the losses.
 fn losses(mesh: &str, steps: usize) -> Vec<u32> {
     let mut session = local_session(mesh);
     (0..steps).map(|_| model().step(&mut session).loss.expect("a loss").to_bits()).collect()
@@ -91,7 +91,7 @@ type LoadFile = fn(&mut Session, &Path) -> Result<Vec<String>, SessionError>;
 /// A function that loads a saved state and returns the notes.
 type Load<'a> = &'a dyn Fn(&mut Session) -> Result<Vec<String>, SessionError>;
 
-/// The failed step changes nothing: the next steps use equal learning rates and have the bits of an undisturbed run.
+/// The failed step changes nothing. The next steps use equal learning rates, and their bits equal an undisturbed run's.
 #[test]
 fn learning_rates_are_compared_in_each_step() {
     within(SECONDS, || {
@@ -117,7 +117,8 @@ fn learning_rates_are_compared_in_each_step() {
 #[test]
 fn elements_that_several_ranks_feed_are_compared_in_each_step() {
     within(SECONDS, || {
-        // The processes own devices 0 and 1, device 2, and device 3. The last two feed the second half of the samples.
+        // Of three processes, the first has devices 0 and 1. The other two have one device each, and feed the second
+        // half of the samples.
         for (mesh, processes, changing, expected) in [
             ("tensor=2", 2, 1, Some("rank 0 has")),
             ("stage=2", 2, 1, None),
@@ -173,8 +174,8 @@ fn elements_that_several_ranks_feed_are_compared_in_each_step() {
     });
 }
 
-/// Each rank supplies only its data rank's part; losses are those of the whole batch. Ranks of one data coordinate are
-/// compared.
+/// Each rank supplies only its data rank's part; the losses equal those of the whole batch. The parts of ranks with the
+/// same data coordinate are compared.
 #[test]
 fn ranks_may_supply_only_their_part_of_a_batch() {
     within(SECONDS, || {
@@ -194,7 +195,7 @@ fn ranks_may_supply_only_their_part_of_a_batch() {
                 let inputs = if mesh.contains("stage") { 1 } else { 2 };
                 assert_eq!(part.len(), inputs, "{mesh}: a stage feeds only its own inputs");
                 let mut found = vec![session.step(Batch::Local(&part), LEARNING_RATE).expect("a step").loss];
-                // A rank may switch between the two.
+                // A rank may switch between its part and the whole batch.
                 found.push(model().step(&mut session).loss);
                 session.shutdown().expect("a clean shutdown");
                 found.into_iter().map(|loss| loss.expect("a loss").to_bits()).collect::<Vec<_>>()
@@ -293,7 +294,7 @@ fn an_input_of_several_placements_is_one_tensor() {
     });
 }
 
-/// Rank 0 assembles the outputs. The others get all of them, or only what decides about the update.
+/// Rank 0 assembles the outputs. The other ranks get all outputs, or only the values that decide about the update.
 #[test]
 fn outputs_go_to_the_ranks_that_want_them() {
     within(SECONDS, || {
@@ -325,7 +326,7 @@ fn outputs_go_to_the_ranks_that_want_them() {
                 }
             }
         }
-        // All ranks must agree on it.
+        // All ranks must agree on this option.
         let errors = run_ranks("outputs-differ", 2, |rank, cluster| {
             let outputs = if rank == 0 { Outputs::AllRanks } else { Outputs::FirstRank };
             let session = SessionOptions { outputs, ..options_with(cluster) };
@@ -569,8 +570,8 @@ fn a_program_that_only_computes_leaves_optimizer_states_out() {
     });
 }
 
-/// After weights are loaded, the next steps are those of a session that began with these weights: the load discards
-/// moments, steps and updates.
+/// After weights are loaded, the next steps equal those of a session that began with these weights, because the load
+/// discards moments, steps and updates.
 #[test]
 fn optimizer_state_is_fresh_after_a_load_of_weights() {
     within(SECONDS, || {

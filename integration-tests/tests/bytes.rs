@@ -11,14 +11,14 @@ use shardflow_kernels::collective::CollectiveKind;
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::{element_count, split_range};
 
-/// Returns the bytes that each device receives in a step, except those for clipping. They follow from the graph's
-/// layout changes and the bucket sizes.
+/// Returns the bytes that each device receives in a step, except those for clipping. The numbers follow from the
+/// graph's layout changes and the bucket sizes.
 fn predicted(plan: &Instance) -> Vec<u64> {
     let mut bytes = vec![0; plan.device_count()];
     for node in plan.graph.nodes() {
         let NodeOp::Boxing(step) = &node.op else { continue };
         if step.kind == StepKind::Transfer {
-            // These are copies on the reader's stream, not collectives.
+            // Transfers are copies on the reader's stream, not collectives.
             continue;
         }
         let rate = node.rate;
@@ -34,7 +34,8 @@ fn predicted(plan: &Instance) -> Vec<u64> {
     bytes
 }
 
-/// Bytes of all-reduces of whole gradient slots. Each of n members receives `(n - 1) * own chunk + (all - own chunk)`.
+/// Returns the bytes of all-reduces of whole gradient slots, by device. In a group of n members, each member receives
+/// `(n - 1) * own chunk + (all - own chunk)`.
 fn buckets(plan: &Instance) -> BTreeMap<usize, u64> {
     let mut bytes = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {

@@ -117,8 +117,8 @@ fn open(folder: &Path) -> Store {
     small_parts(Store::open(folder.to_str().expect("a path of UTF-8")).expect("a folder"))
 }
 
-/// `kill -9` before each operation of a save by two processes, with half-written files. Every listed checkpoint is
-/// complete, the commit is atomic, and the next start of the job saves and cleans up.
+/// A save by two processes is killed (`kill -9`) before each of its operations, and leaves half-written files. Every
+/// listed checkpoint is complete, the commit is atomic, and the next start of the job saves and cleans up.
 #[test]
 fn a_save_killed_at_any_operation_is_complete_or_absent() {
     within(120, || {
@@ -141,7 +141,7 @@ fn a_save_killed_at_any_operation_is_complete_or_absent() {
                 whole.unwrap_or_else(|e| panic!("operation {at}: step {step} is listed but incomplete: {e}"));
             }
             seen[usize::from(reader.manifest().step == 4)] += 1;
-            // The next start of the job may reach the same step again. It then continues.
+            // After a restart, the job may reach the same step again. The job then continues.
             for (step, epoch) in [(4, 2), (6, 2)] {
                 for report in save_in_order(&open(&folder), step, epoch) {
                     assert!(report.result.is_ok() && report.prune.is_none(), "operation {at}: {report:?}");
@@ -200,8 +200,8 @@ fn files(folder: &Path) -> usize {
     entries.map(|path| if path.is_dir() { files(&path) } else { 1 }).sum()
 }
 
-/// The disk fills up at each operation of a save. The error names the file, no checkpoint is listed, and saves work
-/// again once there is space.
+/// The disk fills up at each operation of a save. The error names the file, no checkpoint is listed, and the next save
+/// succeeds once there is space.
 #[test]
 fn a_full_disk_fails_only_the_save() {
     within(60, || {
@@ -401,8 +401,8 @@ fn state(session: &Session) -> Vec<Vec<u32>> {
     pieces.iter().map(|p| p.data.as_f32().expect("floats").iter().map(|v| v.to_bits()).collect()).collect()
 }
 
-/// In 200 cases one bit is flipped, and in 200 cases the file is truncated. The loaded state is always correct, and
-/// skipped checkpoints are named.
+/// In 200 cases one bit is flipped, and in another 200 cases the file is truncated. The loaded state is always correct,
+/// and skipped checkpoints are named.
 #[test]
 fn altered_and_cut_files_are_found_and_named() {
     within(120, || {
@@ -462,7 +462,7 @@ fn altered_and_cut_files_are_found_and_named() {
             blocking(memory.put(path, files[path].clone().into())).expect("written");
         }
         assert!(skipped > 150, "{skipped} of 400 were skipped");
-        // An error is reported if all checkpoints are damaged: a training that starts anew would in time delete them.
+        // If all checkpoints are damaged, an error is reported, because a new training would in time delete them.
         for path in files.keys().filter(|path| path.as_ref().ends_with("safetensors")) {
             blocking(memory.delete(path)).expect("deleted");
         }

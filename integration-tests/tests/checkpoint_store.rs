@@ -1,5 +1,5 @@
 //! Checkpoint stores in unsuitable locations: shared with another run, without hard links, read-only, full, or with
-//! delayed visibility. Also tests which checkpoints are kept and replaced.
+//! files that become visible late. Also tests which checkpoints are kept and replaced.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;

@@ -229,7 +229,7 @@ fn the_commands_list_verify_reshard_and_export() {
             2
         );
 
-        // Damage the newest checkpoint. `verify` names it, `ls` shows it if the length is wrong, and `export` skips it.
+        // Damage the newest checkpoint. `verify` names it, `ls` shows wrong lengths, and `export` skips it.
         let shard = scratch.path().join("run/step-000000000002/e0-0/shard-2-of-4.safetensors");
         let bytes = std::fs::read(&shard).expect("a shard");
         std::fs::write(&shard, &bytes[..bytes.len() - 1]).expect("written");

@@ -19,7 +19,7 @@ const SEEDS: u64 = 200;
 const STEPS: usize = 3;
 /// Number of seeds that run at the same time. They mostly wait.
 const AT_ONCE: u64 = 3;
-/// One seed in this number has long stalls, in each direction of each connection.
+/// One of this many seeds has long stalls, in each direction of each connection.
 const LONG_EVERY: u64 = 20;
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(50);
 /// Duration of a long stall: longer than ten heartbeat periods, and below the deadline.

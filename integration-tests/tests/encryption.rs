@@ -1,4 +1,4 @@
-//! What an observer of the network can read: no tensor if encryption is on, and never a control message.
+//! An observer of the network can read no tensor if encryption is on, and can never read a control message.
 
 use std::sync::Arc;
 use std::thread;

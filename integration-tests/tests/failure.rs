@@ -144,7 +144,7 @@ fn check(mesh: &'static str, schedule: Schedule, devices: &'static [usize], kind
             Err(SessionError::Failed(again)) => assert_eq!(again, first),
             other => panic!("mesh {mesh}: {other:?}"),
         }
-        // The parameters may be from half a step. They cannot be read, and no file is replaced.
+        // The parameters may be those of a half-finished step. They cannot be read, and no file is replaced.
         assert_eq!(failure(session.parameters().expect_err("the session has failed")), first, "mesh {mesh}");
         let path = std::env::temp_dir().join(format!("shardflow-failed-{}-{mesh}", std::process::id()));
         assert_eq!(failure(session.save(&path).expect_err("the session has failed")), first, "mesh {mesh}");

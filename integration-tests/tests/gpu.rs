@@ -17,9 +17,10 @@ use shardflow_kernels::device::DeviceKind;
 use shardflow_software_cuda::{ChildRun, POLICIES, SimReport, case, command, run_child};
 
 const STEPS: usize = 3;
-/// Relative difference of losses from the CPU backend, due to another order of sums and other roundings of exp and erf.
+/// Largest relative difference from the CPU backend's losses. The CPU backend adds in another order, and its exp and
+/// erf round differently.
 const F32_MAX: f64 = 1e-4;
-/// The same difference in bf16, which has a rounding error of 2^-9.
+/// The same limit in bf16, which has a rounding error of 2^-9.
 const BF16_MAX: f64 = 2e-3;
 
 /// Number of seeds for each policy in the long run.
@@ -27,7 +28,7 @@ const SEEDS: u64 = 50;
 
 /// Time without progress after which a session with a hung device ends.
 const STALL: Duration = Duration::from_secs(2);
-/// A session may end this long after a device's death or after [`STALL`]. The software device is slow.
+/// A session may end up to this long after a device's death or after [`STALL`], because the software device is slow.
 const LATE_MAX: Duration = Duration::from_secs(8);
 
 fn model() -> Model {

@@ -18,7 +18,8 @@ use shardflow_kernels::device::DeviceKind;
 use shardflow_software_cuda::{CASE, SimReport, case, command};
 
 const STEPS: usize = 3;
-/// Relative difference of losses from the CPU backend, due to another order of sums and other roundings of exp and erf.
+/// Largest relative difference from the CPU backend's losses. The CPU backend adds in another order, and its exp and
+/// erf round differently.
 const LOSS_MAX: f64 = 1e-4;
 /// Much longer than two processes need to start, compile kernels, fail and report.
 const ENDS_WITHIN: Duration = Duration::from_secs(60);
@@ -160,7 +161,8 @@ fn a_pipeline_over_two_processes() {
     }
 }
 
-/// NCCL connects ranks on first use, so a session connects each pipe before the first step, by a send from each side.
+/// NCCL connects ranks on first use. Before the first step, a session therefore connects each pipe with a send from
+/// each side.
 #[test]
 fn pipes_are_connected_when_the_session_starts() {
     for (by, expected) in [("pipes", [1, 1]), ("connections", [0, 0])] {

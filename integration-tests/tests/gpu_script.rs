@@ -82,7 +82,7 @@ fn without_a_gpu_every_other_stage_is_skipped() {
     assert!(states.len() > 20 && states[1..].iter().all(|(_, state)| state == "skipped"), "{states:?}");
 }
 
-/// Returns a stage's counts of attention: forward, then backward; in each pass cuDNN, then our own kernels.
+/// Returns how often a stage ran attention: forward by cuDNN, forward by our own kernels, then the same for backward.
 fn attentions(report: &Value, stage: &str) -> [u64; 4] {
     let stage = report["stages"].as_array().expect("stages").iter().find(|s| s["name"] == stage).expect("the stage");
     ["forward_cudnn", "forward_own", "backward_cudnn", "backward_own"]
@@ -253,7 +253,7 @@ fn a_failure_is_reported_with_its_cause() {
     }
 }
 
-/// A stage without time left is not a failure of the code. A required stage that did not run has not passed, however.
+/// If no time is left for a stage, the code has not failed. A required stage that did not run has not passed, however.
 #[test]
 fn a_stage_without_time_is_not_run() {
     if !has_python() {

@@ -1,5 +1,6 @@
-//! In every layout that its rule permits, every op equals the op on whole tensors: 1-D on 2, 3 and 4 devices, 2-D on
-//! 2x2 and 2x3, with uneven dims, and with empty shards if a dim is shorter than an axis.
+//! In every layout that an op's rule permits, the op's result equals its result on whole tensors. The layouts are 1-D
+//! on 2, 3 and 4 devices and 2-D on 2x2 and 2x3. Dims are uneven, and shards are empty if a dim is shorter than an
+//! axis.
 
 use std::sync::Arc;
 
@@ -163,7 +164,7 @@ fn cases(runner: &Runner) -> Vec<Case> {
     all
 }
 
-/// Runs one signature and compares the result. Returns false for partial integers, because they cannot exist.
+/// Runs one signature and compares the result. Returns false for layouts with partial integers, which cannot exist.
 fn check(runner: &Runner, case: &Case, whole: &[HostTensor], signature: &NdSignature, placement: &Placement) -> bool {
     let integer_partial = |(t, l): (&HostTensor, &NdSbp)| t.dtype() == DType::I32 && l.partial().is_some();
     if case.inputs.iter().zip(&signature.inputs).any(integer_partial) {

@@ -55,7 +55,8 @@ fn the_measured_peak_is_within_a_tenth_of_the_planned_one() {
     });
 }
 
-/// The plan includes the streams' memory for each thread and for widening bf16. Nothing else in it depends on threads.
+/// The plan includes the streams' memory for each thread and for widening bf16. Nothing else in the plan depends on the
+/// number of threads.
 #[test]
 fn all_allocated_memory_is_planned_for_any_number_of_threads() {
     within(120, || {

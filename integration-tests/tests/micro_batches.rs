@@ -369,7 +369,8 @@ fn wrong_dims_of_batches_and_outputs_are_refused() {
     }
 }
 
-/// Returns the masks that dropout applies to ones. The tensors have the batch in each dim; one has another batch size.
+/// Returns the masks that dropout applies to ones. The batch is in a different dim of each tensor; one more tensor has
+/// another batch size.
 fn masks(mesh: &str, micro_batches: usize, seed: u64, steps: usize) -> BTreeMap<String, HostTensor> {
     let mut g = graph(mesh);
     let has = |axis: &str| mesh.contains(axis);

@@ -25,7 +25,7 @@ const GROWTH_KIB_MAX: u64 = 8 << 10;
 /// Beginning of the message about a slow process or link.
 const SLOW: &str = "waiting for rank";
 const NODES: [&str; 2] = ["a", "b"];
-/// Part of each node's message after it has lost the other node.
+/// Part of the message that each node prints after it has lost the other node.
 const EACH_OTHER: [&str; 2] = ["rank 1", "rank 0"];
 const SECRET: &str = "a secret of these tests only";
 
@@ -373,7 +373,7 @@ fn a_half_open_socket_fails_its_write_in_time() {
     println!("half-open connections: reported by both sides after {noticed:.1} s");
 }
 
-/// Returns the resident memory of each `gpt` process of the job in KiB.
+/// Returns the resident memory in KiB of each `gpt` process of the job.
 fn resident_kib(job: &Job) -> Vec<u64> {
     let here = job.folder.path().canonicalize().expect("the folder");
     let processes = fs::read_dir("/proc").expect("Linux").flatten().map(|entry| entry.path());

@@ -60,7 +60,7 @@ impl CustomKernel for NanOp {
     }
 }
 
-/// Starts two linear layers with the op between them, on two stages if the mesh has stages.
+/// Starts two linear layers with a [`NanOp`] between them, on two stages if the mesh has stages.
 fn start(mesh: &str, max_norm: f32, on_non_finite: OnNonFinite) -> Session {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     let staged = g.mesh().axis("stage").is_ok();

@@ -11,7 +11,7 @@ use shardflow_integration_tests::training::{
 };
 
 const STEPS: usize = 20;
-/// Relative difference of losses between layouts, at the first step and at later steps.
+/// Largest relative difference of losses between layouts, at the first step and at later steps.
 const FIRST_MAX: f64 = 1e-5;
 const LATER_MAX: f64 = 1e-3;
 const SECONDS_MAX: u64 = 300;
@@ -164,7 +164,7 @@ fn training_matches_the_float64_reference() {
     });
 }
 
-/// Compares the gradient of every parameter. After one step, it is ten times AdamW's first moment (beta 0.9).
+/// Compares the gradient of every parameter. After one step, the gradient is ten times AdamW's first moment (beta 0.9).
 #[test]
 fn gradients_match_the_float64_reference() {
     within(SECONDS_MAX, || {

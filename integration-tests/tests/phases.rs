@@ -136,7 +136,7 @@ fn has_process_in(folder: &Path) -> bool {
     all.into_iter().any(|entry| std::fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd == here))
 }
 
-/// Waits for the launcher's death in the phase. Its processes must end soon afterwards.
+/// Waits for the launcher's death in the phase. The launcher's processes must end soon afterwards.
 fn launcher_dies(folder: &Path, launcher: Running) -> f64 {
     let (code, lines) = launcher.wait();
     assert_eq!(code, None, "the launcher was killed: {lines:?}");

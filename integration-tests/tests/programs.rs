@@ -96,7 +96,7 @@ fn shared_by_all(g: &mut Graph) -> Var {
     g.cross_entropy(logits, targets)
 }
 
-/// The data path visits the stages in turn, twice or four times, and ends where it began: devices hold several chunks.
+/// The data path visits all stages in turn, two or four times, so devices hold several chunks. It ends where it began.
 fn returning(g: &mut Graph) -> Var {
     let stages = g.mesh().axis("stage").map_or(1, |axis| g.mesh().axes()[axis].size);
     let visit = |g: &mut Graph, chunk: usize| {
@@ -117,7 +117,7 @@ fn returning(g: &mut Graph) -> Var {
     g.cross_entropy(logits, targets)
 }
 
-/// Embedding and head, which share a table, are on the whole mesh, and feed and follow the stages.
+/// The embedding before the stages and the head after them share a table, and both are on the whole mesh.
 fn whole_mesh_ends(g: &mut Graph) -> Var {
     let whole = g.mesh().whole();
     let ids = input(g, "ids");
@@ -134,7 +134,7 @@ fn whole_mesh_ends(g: &mut Graph) -> Var {
     g.cross_entropy(logits, targets)
 }
 
-/// Each layer is on two neighbouring stages, which split the features: every device is in several placements.
+/// Each layer is on two neighbouring stages, which split the features. Every device is therefore in several placements.
 fn overlapping(g: &mut Graph) -> Var {
     let count = g.mesh().device_count();
     let pair = |g: &mut Graph, first: usize| {
@@ -323,7 +323,7 @@ fn run(g: Graph, inputs: &[(&str, HostTensor)]) -> StepReport {
     reports.next().expect("three steps")
 }
 
-/// Ops that depend on no input also run once per step. They do not run ahead of the step.
+/// Ops that depend on no input also run in each step. They do not run ahead of the step.
 #[test]
 fn outputs_need_no_input() {
     within(60, || {

@@ -1,5 +1,5 @@
-//! A session waits for a slow process and reports it. The wait has a limit, and ends immediately if the process ends.
-//! The processes are threads of this test, each with its own session; a channel blocks the slow process.
+//! A session waits for a slow process and reports it. The wait has a limit, and ends immediately if the slow process
+//! ends. The processes are threads of this test, each with its own session; a channel blocks the slow process.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
 //! Checks the repository's layout and style: import arrows, layers of modules, purity of the protocol, file headers and
-//! lengths, `unsafe`, sleeps in tests, links of the docs, phrases, and names of public types.
+//! lengths, `unsafe`, sleeps in tests, links of the docs, banned phrases, and names of public types.
 //!
 //! The rules are pure functions of file texts. `tidy/rule_tests.rs` tests each rule on a small bad input.
 
@@ -443,7 +443,7 @@ fn check_phrases(source: &Source) -> Vec<Finding> {
     found
 }
 
-/// Returns the public types of a Rust file with their line numbers, except those in its tests. Tests end the file.
+/// Returns the public types of a Rust file with their line numbers. Skips the tests, which are at the end of the file.
 fn public_types(source: &Source) -> Vec<(usize, String)> {
     let mut found = Vec::new();
     if tests_start(source) == 0 {

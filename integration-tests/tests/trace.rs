@@ -86,8 +86,8 @@ fn check_summary(text: &str, metrics: &Metrics) {
     }
     let computes = summary.actors.iter().filter(|actor| actor.name.ends_with("compute"));
     assert!(computes.clone().all(|actor| actor.busy > 0.05), "{summary}");
-    // The simulator does not model waits for cores, messages or the host. A simulated step of mean firings is therefore
-    // at most as long as the mean step, unless the firings run in another order.
+    // The simulator does not model waits for cores, messages or the host. If the firings keep their order, a simulated
+    // step in which each firing takes its mean time is therefore at most as long as the mean step.
     let predicted = summary.predicted_seconds.expect("a trace of all actors");
     assert!(predicted > summary.step_seconds * 0.1 && predicted < summary.step_seconds * 1.5, "{summary}");
     assert!(

@@ -1,11 +1,12 @@
-//! Throughput of collectives between processes of one node. The benchmark starts itself once per rank, and prints one
-//! line of JSON per (collective, world, bytes).
+//! Measures the throughput of collectives between processes of one node. The benchmark starts itself once per rank, and
+//! prints one line of JSON per (collective, world size, `bytes`).
 //!
 //! `cargo bench -p shardflow-kernels --bench collectives -- [--engine on-node|unix|tcp] [--worlds 2,4] [--sizes 1024,4096]
 //! [--ops all_reduce,send]`
 //!
-//! `bytes`: size of a rank's float input (for `all_gather`, of its output). `us`: median. `busbw_GBps`: as in
-//! nccl-tests, `algbw_GBps` times 2(n-1)/n for `all_reduce`, 1 for `send` (half a ping-pong), (n-1)/n for the others.
+//! `bytes` is the size of a rank's float input (for `all_gather`, of its output). `us` is the median time of a call. As
+//! in nccl-tests, `busbw_GBps` is `algbw_GBps` times a factor: 2(n-1)/n for `all_reduce`, 1 for `send` (half a
+//! ping-pong), and (n-1)/n for the other collectives.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -28,7 +29,8 @@ use shardflow_kernels::tensor::{DType, HostTensor, Region, split_range};
 
 const OPS: [&str; 5] = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"];
 
-/// Variable that configures a child: `RANK PARENT BOARD,ARENA,ARENA..`, its rank and the descriptors of the memory.
+/// Environment variable that configures a child: `RANK PARENT BOARD,ARENA,ARENA..`. `RANK` is the child's rank,
+/// `PARENT` is the parent's process id, and the last part lists the parent's file descriptors of the shared memory.
 const CHILD_ENV: &str = "SHARDFLOW_BENCH_PLACE";
 
 type Error = Box<dyn std::error::Error>;
@@ -104,7 +106,7 @@ fn launch(options: &Options, world: usize) -> Result<(), Error> {
     Ok(())
 }
 
-/// Creates the rank's engine. Nothing else in this file depends on the kind of engine.
+/// Creates the rank's engine, of the kind that `options` selects.
 fn join(options: &Options, config: &str) -> Result<Rank, Error> {
     let [rank, parent, files] = config.split(' ').collect::<Vec<_>>()[..] else {
         return Err("invalid child configuration".into());
@@ -140,7 +142,7 @@ fn join(options: &Options, config: &str) -> Result<Rank, Error> {
     Ok(Rank { rank, group, engine, engine_name: options.engine.clone(), arena, y: size })
 }
 
-/// Connects every two ranks by Unix sockets in `folder`. With `tcp`, these only serve to set up TCP connections.
+/// Connects every two ranks by Unix sockets in `folder`. If `tcp` is set, these sockets only set up TCP connections.
 fn connect(folder: &Path, rank: usize, world: usize, tcp: bool) -> Result<BTreeMap<ChannelKey, Channel>, Error> {
     std::fs::create_dir_all(folder)?;
     let listener = UnixListener::bind(folder.join(rank.to_string()))?;
@@ -185,7 +187,7 @@ impl Rank {
         self.engine.run(&call, x.as_slice(), y.as_slice()).expect("all members agree");
     }
 
-    /// One call of the collective `op` with `k` elements.
+    /// Runs one call of the collective `op` with `k` elements.
     fn op(&self, op: &str, k: usize, parts: &[Region]) {
         let (own, y) = (parts[self.rank].size[0], self.y);
         match op {

@@ -1,6 +1,6 @@
-//! Throughput of the kernels that dominate a transformer's step, for two model sizes, on 1 and 2 threads. `cargo bench
-//! -p shardflow-kernels` prints GFLOP/s for products and attention, ns per element for other kernels, and an estimate
-//! for a whole step (forward, backward, AdamW). Pass a number of threads to measure only with that number.
+//! Measures the throughput of the kernels that dominate a transformer's step, for two model sizes, on 1 and 2 threads.
+//! `cargo bench -p shardflow-kernels` prints GFLOP/s for products and attention, ns per element for other kernels, and
+//! an estimate for a whole step (forward, backward, AdamW). Pass a number of threads to measure only with that number.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -31,7 +31,7 @@ struct Bench {
 }
 
 impl Bench {
-    /// Milliseconds per launch. Float buffers contain small values; integers are zero.
+    /// Returns the milliseconds per launch. Float buffers contain small values, and integer buffers contain zeros.
     fn measure(&self, op: Op, reads: &[(&[usize], DType)], writes: &[&[usize]]) -> f64 {
         let mut end = 0;
         let mut place = |shape: &[usize], dtype: DType| {
@@ -86,7 +86,7 @@ impl Bench {
         ms
     }
 
-    /// Milliseconds of a whole step, estimated from the times of its kernels.
+    /// Estimates the milliseconds of a whole step from the times of its kernels.
     fn step(&self, model: &Model) -> f64 {
         let &Model { layers, width: c, heads, context, batch, vocab } = model;
         let (rows, depth) = (batch * context, c / heads);

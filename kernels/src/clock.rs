@@ -1,5 +1,5 @@
-//! Vector clocks for the race checker of the software CUDA device: for each thread and stream, the last event known to
-//! have happened. Conflicting accesses must be ordered. Without debug assertions, clocks are empty and cost nothing.
+//! Vector clocks for the race checker of the software CUDA device. A clock holds the last known event of each thread
+//! and stream. The clocks must order conflicting accesses. Without debug assertions, clocks are empty and cost nothing.
 #![cfg_attr(debug_assertions, allow(unsafe_code))]
 
 #[cfg(debug_assertions)]
@@ -11,7 +11,7 @@ use std::{
 #[cfg(debug_assertions)]
 use parking_lot::Mutex;
 
-/// A snapshot of a thread's vector clock. A message between threads carries one, and the receiver joins it.
+/// A snapshot of a thread's vector clock. Each message between threads carries one. The receiver joins the snapshot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct RaceClock(#[cfg(debug_assertions)] u64);
 
@@ -23,7 +23,7 @@ impl RaceClock {
         Self()
     }
 
-    /// Merges the snapshot into the calling thread's clock. Its events then happened before all later events here.
+    /// Merges the snapshot into the calling thread's clock. The thread's later events follow the snapshot's events.
     fn join(self) {
         #[cfg(debug_assertions)]
         if let (token @ 1.., Some(functions)) = (self.0, software::functions()) {
@@ -32,7 +32,7 @@ impl RaceClock {
     }
 }
 
-/// A value for another thread. Events before the wrapping happened before the events after a read of the value.
+/// A value for another thread. Events before the value is wrapped count as earlier than events after it is read.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Stamped<T> {
     value: T,
@@ -58,7 +58,7 @@ impl<T> Stamped<T> {
     }
 }
 
-/// Reports that the calling thread accesses pinned memory, which the software device cannot observe.
+/// Reports an access by the calling thread to pinned memory. The software device cannot observe such accesses itself.
 pub(crate) fn host_access(start: *const u8, bytes: usize, writes: bool) {
     #[cfg(debug_assertions)]
     if let Some(functions) = software::functions() {
@@ -68,7 +68,7 @@ pub(crate) fn host_access(start: *const u8, bytes: usize, writes: bool) {
     let _ = (start, bytes, writes);
 }
 
-/// The clocks of all threads that released an object, for the thread that then uses or frees the object.
+/// The clocks of all threads that released an object. The thread that then uses or frees the object merges them.
 #[derive(Debug, Default)]
 pub struct ReleaseClocks(#[cfg(debug_assertions)] Mutex<HashMap<ThreadId, RaceClock>>);
 
@@ -98,7 +98,7 @@ mod software {
         pub(super) access: extern "C" fn(u64, u64, u32),
     }
 
-    /// The functions of the software device. `None` without a driver, or with a different one.
+    /// The functions of the software device. `None` if no driver is present, or if it is a different driver.
     pub(super) fn functions() -> Option<&'static Functions> {
         static FUNCTIONS: OnceLock<Option<Functions>> = OnceLock::new();
         FUNCTIONS.get_or_init(find).as_ref()

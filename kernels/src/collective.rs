@@ -38,13 +38,13 @@ pub trait Collective: Debug + Send + Sync {
         Err(KernelError::arguments(call.name(), "stream", "a CUDA stream", "a host thread"))
     }
 
-    /// Fails every waiting call and every later call with [`KernelError::Aborted`]. The first cause is kept.
+    /// Fails every waiting and every later call with [`KernelError::Aborted`]. Repeated aborts keep the first cause.
     fn abort(&self, cause: &str);
 
     /// The members of this process that wait now, and the members that they wait for.
     fn waits(&self) -> Vec<MemberWait>;
 
-    /// Whether [`Collective::waits`] lists all waits. If true, an unlisted member in a call waits for nobody.
+    /// Whether [`Collective::waits`] is complete. If true, a member that is in a call but not listed waits for nobody.
     fn knows_waits(&self) -> bool {
         true
     }
@@ -52,17 +52,17 @@ pub trait Collective: Debug + Send + Sync {
     /// Bytes that the device of this rank has received from other members since the engine was created.
     fn bytes_received(&self, rank: usize) -> u64;
 
-    /// The abort status of each GPU engine. Other engines return none. Aborted calls of GPU engines look completed.
+    /// The abort status of each GPU engine; empty for other engines. An aborted call of a GPU engine looks completed.
     fn abort_statuses(&self) -> Vec<AbortStatus> {
         Vec::new()
     }
 
-    /// Takes a submission's position in this device's issue order, if the engine has one. Called at submission.
+    /// Takes a position in this device's issue order, if the engine has such an order. Called once per submission.
     fn issue_slot(&self, _rank: usize) -> Option<IssueSlot> {
         None
     }
 
-    /// GPU engines return the object that puts this call on a device's stream. Other engines run on host memory.
+    /// Returns the object that puts this call on a device's stream. Engines that run on host memory return `None`.
     fn on_device(&self, _call: &CollectiveCall) -> Option<DeviceCollective<'_>> {
         None
     }

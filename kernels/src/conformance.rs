@@ -46,15 +46,15 @@ pub fn run_attentions(device: &Device) -> Vec<ConformanceFailure> {
     failures(|report| ops::run_attentions(report, device))
 }
 
-/// Runs the collectives part, for engines that must know memory and groups in advance. `make(n)` creates devices with
-/// ranks `0..n`, each with an arena of [`COLLECTIVES_ARENA_BYTES`], on new engines that know [`collectives_groups`].
+/// Runs the collectives part of the suite. Engines may need to know memory and groups in advance: `make(n)` creates
+/// devices `0..n`, each with an arena of [`COLLECTIVES_ARENA_BYTES`], on new engines that know [`collectives_groups`].
 pub fn run_collectives(make: &Make<'_>) -> Vec<ConformanceFailure> {
     let requirements = EngineRequirements::of(4, SummationOrder::InOrder);
     failures(|report| collectives::run(report, make, &requirements))
 }
 
 /// Like [`run_collectives`], for engines that sum in any order, do not compare the members' calls, and require that all
-/// members call the groups in the same order.
+/// members call the groups in the same order. The largest group has `members` members.
 pub fn run_collectives_unordered(make: &Make<'_>, members: usize) -> Vec<ConformanceFailure> {
     let requirements = EngineRequirements {
         compares_calls: false,
@@ -64,9 +64,9 @@ pub fn run_collectives_unordered(make: &Make<'_>, members: usize) -> Vec<Conform
     failures(|report| collectives::run(report, make, &requirements))
 }
 
-/// Runs the collectives part of the suite in one of several processes. All processes run it at the same time, each for
-/// its own members of groups of up to `members`. Does not test aborts, since nothing can run after an abort. `make(n)`
-/// creates devices as for [`run_collectives`], but only those of the n that belong to this process, possibly none.
+/// Runs the collectives part of the suite in one of several processes. All processes call this at the same time, each
+/// for its own members of groups. The largest group has `members` members. Does not test aborts, since nothing can run
+/// after an abort. `make(n)` creates devices as for [`run_collectives`], but only this process's devices (or none).
 pub fn run_collectives_apart(make: &Make<'_>, members: usize, sums: SummationOrder) -> Vec<ConformanceFailure> {
     let requirements = EngineRequirements { single_process: false, ..EngineRequirements::of(members, sums) };
     failures(|report| collectives::run(report, make, &requirements))

@@ -20,8 +20,8 @@ pub(crate) mod widen;
 pub const THREADS_MAX: usize = 64;
 
 /// Describes what determines the bits of CPU kernels: the architecture, and whether products use fused multiply-adds.
-/// Machines with equal descriptions and C libraries (for logarithms, powers) compute the same bits: cores, caches and
-/// vector width do not matter.
+/// Machines compute the same bits if their descriptions and their C libraries (used for logarithms and powers) are
+/// equal. The number of cores, the caches and the vector width do not matter.
 pub fn instruction_set() -> String {
     let arch = std::env::consts::ARCH;
     #[cfg(target_arch = "x86_64")]

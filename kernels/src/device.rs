@@ -54,7 +54,7 @@ impl std::fmt::Display for DeviceKind {
 }
 
 impl DeviceKind {
-    /// Size in bytes of the workspace in the plan's arena for a launch with these shapes; the same on every machine.
+    /// Size in bytes of the workspace that a launch needs in the plan's arena. It is the same on every machine.
     pub fn workspace_bytes(self, launch: &Launch) -> usize {
         match self {
             DeviceKind::Cpu => 0,
@@ -62,7 +62,7 @@ impl DeviceKind {
         }
     }
 
-    /// Scratch size in bytes of a launch on a stream of `threads` threads. A stream allocates its launches' maximum.
+    /// Scratch bytes of a launch on a stream of `threads` threads. A stream allocates the maximum of its launches.
     pub fn scratch_bytes(self, launch: &Launch, threads: usize) -> usize {
         match self {
             DeviceKind::Cpu => scratch::bytes(launch, threads),
@@ -94,12 +94,13 @@ impl Device {
         Self(Arc::new(Inner { rank, engine, tally: Arc::default(), backend }))
     }
 
-    /// Creates a CPU device with `threads_per_stream` threads (1 or more) per compute stream, and a collective engine.
+    /// Creates a CPU device with a collective engine, and `threads_per_stream` threads (1 or more) per compute stream.
     pub fn cpu(rank: usize, threads_per_stream: usize, engine: Arc<dyn Collective>) -> Self {
         Self::new(rank, engine, Backend::Cpu { threads_per_stream: threads_per_stream.max(1) })
     }
 
-    /// Creates a device on a GPU, which others may share. An `engine` not made for GPUs uses copies in host memory.
+    /// Creates a device on a GPU. Several devices may share the GPU. If `engine` is not made for GPUs, it works on
+    /// copies in host memory.
     pub fn cuda(rank: usize, gpu: Arc<Gpu>, engine: Arc<dyn Collective>) -> Self {
         Self::new(rank, engine, Backend::Cuda(gpu))
     }
@@ -130,7 +131,7 @@ impl Device {
         }
     }
 
-    /// Starts a stream with 1 to [`crate::cpu::THREADS_MAX`] threads for each kernel. `name` is the name of its thread.
+    /// Starts a stream with 1 to [`crate::cpu::THREADS_MAX`] threads for each kernel. `name` names the stream's thread.
     ///
     /// # Errors
     /// [`KernelError::Thread`] when the system cannot start a thread; [`KernelError::Arguments`] for too many threads.
@@ -138,7 +139,7 @@ impl Device {
         self.stream_with(name, threads, self.0.engine.clone(), Priority::Normal)
     }
 
-    /// Like [`Device::stream`], with a priority, and an engine that can be created after arenas. GPUs ignore `threads`.
+    /// Like [`Device::stream`], with a priority, and an engine that may be created after arenas. GPUs ignore `threads`.
     ///
     /// # Errors
     /// As [`Device::stream`].
@@ -205,7 +206,7 @@ impl Device {
         self.0.tally.bytes_peak.load(Ordering::Relaxed)
     }
 
-    /// Number of arenas allocated so far; constant after a plan is loaded.
+    /// Number of arenas allocated so far. It stays constant after a plan is loaded.
     pub fn allocation_count(&self) -> usize {
         self.0.tally.allocations.load(Ordering::Relaxed)
     }

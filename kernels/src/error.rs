@@ -18,7 +18,7 @@ pub enum KernelError {
         /// What the op received.
         got: String,
     },
-    /// Values that no valid program produces, such as a token id outside the vocabulary.
+    /// An op received values that no valid program produces, such as a token id outside the vocabulary.
     #[error("{op}: {what}")]
     Data {
         /// The op's name.
@@ -55,7 +55,7 @@ pub enum KernelError {
         group: u32,
         /// Rank of the device that detected the failure.
         rank: usize,
-        /// Rank of the device at the other end: the likely cause.
+        /// Rank of the device at the other end of the connection. This device is the likely cause.
         peer: usize,
         /// The cause.
         cause: String,

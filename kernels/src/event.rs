@@ -7,7 +7,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::clock::Stamped;
 
-/// An object of a backend. Only that backend interprets it.
+/// An object of a backend. Only that backend interprets the object.
 pub(crate) type BackendObject = Arc<dyn Any + Send + Sync>;
 
 /// An event that is set once its stream has finished all earlier submissions. All clones are the same event.
@@ -46,7 +46,7 @@ impl Event {
 
     pub(crate) fn set(&self) {
         self.0.set.get_or_init(|| Stamped::new(()));
-        // Locks, so that no waiter can check before the store and start to wait only after the notification.
+        // Takes the lock, so that no waiter checks the flag before the store but starts to wait after the notification.
         drop(self.0.lock.lock());
         self.0.changed.notify_all();
     }

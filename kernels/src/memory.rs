@@ -41,13 +41,14 @@ pub(crate) trait DeviceStorage: Any + Debug + Send + Sync {
     /// The device and the GPU, as error messages name them.
     fn place(&self) -> String;
 
-    /// Writes `bytes` bytes at `offset` (checked) in pieces from `fill`, until it returns false. Waits for the copies.
+    /// Writes `bytes` bytes at `offset` (checked by the caller) in pieces from `fill`, until `fill` returns false.
+    /// Waits for the copies.
     fn write(&self, offset: usize, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<()>;
 
-    /// Reads `bytes` bytes at `offset` (checked by the caller). Passes pieces to `take` until it returns false.
+    /// Reads `bytes` bytes at `offset` (checked by the caller). Passes pieces to `take`, until `take` returns false.
     fn read(&self, offset: usize, bytes: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<()>;
 
-    /// Records that, to the calling thread's knowledge, a submission no longer uses the memory.
+    /// Adds the calling thread's clock to the memory's release clocks, because a submission no longer uses the memory.
     fn mark_released(&self);
 }
 
@@ -56,7 +57,7 @@ pub(crate) trait DeviceStorage: Any + Debug + Send + Sync {
 #[derive(Clone, Debug)]
 pub struct Arena(Arc<Storage>);
 
-/// `Shared` is a memfd of this process or a peer; peers can map it. It has a tally if a device of this process owns it.
+/// `Shared` is a memfd of this process or of a peer; peers can map it. It has a tally if a local device owns it.
 #[derive(Debug)]
 enum Storage {
     Host(HostMemory),
@@ -84,7 +85,7 @@ impl Arena {
         Ok(Self(Arc::new(Storage::Shared { mapping, tally: Some(tally.clone()) })))
     }
 
-    /// Host memory that a backend allocated. Dropping `owner` frees it.
+    /// Wraps host memory that a backend allocated. Dropping `owner` frees the memory.
     ///
     /// # Safety
     /// The memory is initialized, aligned to [`ALIGNMENT`], and lives as long as `owner`.
@@ -130,7 +131,7 @@ impl Arena {
         Ok(Self(Arc::new(Storage::Shared { mapping, tally: None })))
     }
 
-    /// Maps the memory of a peer's [`Arena::descriptor`]. The memory must have this size.
+    /// Maps the memory of a peer's [`Arena::descriptor`]. The size of the memory must be `bytes`.
     ///
     /// # Errors
     /// [`KernelError::Arguments`] if `file` is not a memfd of this size, its size is not sealed, or the mapping fails.
@@ -178,8 +179,8 @@ impl Arena {
         }
     }
 
-    /// Copies a host tensor to `offset` (in bytes). The caller guarantees that nothing else uses the range meanwhile:
-    /// by the register protocol, or because no work is in flight.
+    /// Copies a host tensor to `offset` (in bytes). The caller guarantees that nothing else uses the range during the
+    /// call, either through the register protocol or because no work is in flight.
     ///
     /// # Errors
     /// [`KernelError::Arguments`] if the range is out of bounds, unaligned or read-only; [`KernelError::Cuda`].
@@ -214,7 +215,7 @@ impl Arena {
         Ok(tensor)
     }
 
-    /// Like [`Arena::read_host`], into a tensor of the expected shape and dtype, whose memory is reused.
+    /// Like [`Arena::read_host`], but reuses the memory of `tensor`, which has the expected shape and dtype.
     ///
     /// # Errors
     /// [`KernelError::Arguments`] if the range is out of bounds or not aligned.
@@ -256,7 +257,7 @@ pub struct View<'a> {
 /// The buffers of one member of a collective, as words of 4 bytes. Only words of an `F32` tensor are valid floats.
 #[derive(Debug)]
 pub(crate) struct Words<'a> {
-    /// `None` if the call is in place: x is y.
+    /// `None` if the call is in place, that is, if x and y are the same memory.
     x: Option<&'a [f32]>,
     /// Empty if the call writes nothing.
     pub(crate) y: &'a mut [f32],
@@ -352,7 +353,7 @@ impl<'a> View<'a> {
         self.arena.same(other.arena) && place(self) == place(other)
     }
 
-    /// The buffers of one member of a collective, as words of 4 bytes, for any dtype of that size. Sound if the caller
+    /// The buffers of one member of a collective, as words of 4 bytes, for any dtype of that size. The caller
     /// guarantees MEM-3 for `'a`, as for [`Arena::read_host`] and [`Arena::write_host`]. This function checks MEM-2.
     pub(crate) fn words(op: &str, reads: &[View<'a>], writes: &[View<'a>]) -> Result<Words<'a>> {
         if reads.len() > 1 || writes.len() > 1 {
@@ -392,7 +393,7 @@ impl<'a> View<'a> {
     /// The dtype matches `T`, and nothing writes the elements during `'a` (MEM-2, MEM-3).
     pub(crate) unsafe fn slice<T: HostElement>(&self) -> &'a [T] {
         debug_assert_eq!(self.dtype, T::DTYPE);
-        // SAFETY: in bounds and aligned by MEM-1, initialized since arenas start zeroed, not written by the contract.
+        // SAFETY: in bounds and aligned by MEM-1; initialized, since arenas start zeroed; not written, by the contract.
         unsafe { std::slice::from_raw_parts(self.start().cast(), self.element_count()) }
     }
 
@@ -412,7 +413,7 @@ impl<'a> View<'a> {
     /// # Safety
     /// Nothing writes the elements during `'a` (MEM-2, MEM-3).
     pub(crate) unsafe fn to_f32(self) -> Option<Cow<'a, [f32]>> {
-        // SAFETY: the dtype matches; the rest is the contract.
+        // SAFETY: the dtype matches, and the caller guarantees the rest of the contract.
         unsafe {
             match self.dtype {
                 DType::F32 => Some(self.slice().into()),

@@ -1,7 +1,7 @@
 //! Metrics of this crate on the `metrics` facade. They cost a few nanoseconds until a program installs a recorder.
 //!
 //! `shardflow_collective_seconds` (histogram; `actor`, `kind`): time from the start of a collective until its stream
-//! continues. This includes the wait for other members. A GPU's times are as the host observes them, to about 0.1 ms.
+//! continues. This includes the wait for other members. For a GPU, the host measures this time, to about 0.1 ms.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -38,7 +38,7 @@ pub(crate) struct CollectiveTimer {
 }
 
 impl StreamMetrics {
-    /// The metrics of the actor whose name the stream has.
+    /// Creates the metrics of `actor`, whose name is also the name of the stream.
     pub(crate) fn new(actor: &str) -> Self {
         Self { actor: actor.to_owned(), collectives: HashMap::new(), all: CollectiveTime::default() }
     }

@@ -1,5 +1,5 @@
 //! The operations that a stream can launch, and programs, which are lists of launches. A backend dispatches on [`Op`]
-//! once per launch. Attributes describe the local shard.
+//! once per launch. An op's attributes describe the local shard.
 //!
 //! Shapes are row-major. `[..]` before the last dims stands for any number of leading dims.
 
@@ -19,14 +19,15 @@ mod einsum;
 /// column is above `2^-64` and keeps full precision.
 pub const SQUARES_SCALE: f64 = f64::from_bits((1023 - 192) << 52);
 
-/// The norm from the sums of [`Op::SumSquares`]: the root of the first column's sum or, if that sum overflows a float,
-/// of the second column's. The norm is NaN or Inf if and only if an element of a tensor is NaN or Inf.
+/// Computes the norm from the sums of [`Op::SumSquares`]: the root of the first column's sum. If that sum is Inf, uses
+/// the second column's sum. The norm is NaN or Inf if and only if an element of a tensor is NaN or Inf.
 pub fn norm_of_squares(sums: impl IntoIterator<Item = [f64; 2]>) -> f64 {
     let [plain, scaled] = sums.into_iter().fold([0.0; 2], |total, sums| [total[0] + sums[0], total[1] + sums[1]]);
     if plain == f64::INFINITY { (scaled / SQUARES_SCALE).sqrt() } else { plain.sqrt() }
 }
 
-/// One operation. Each variant's comment lists `reads` and `writes` in their order.
+/// One operation. Each variant's comment lists `reads` and `writes` in their order. "Accumulates" means that the op
+/// supports [`Launch::accumulate`].
 #[derive(Clone, Debug)]
 pub enum Op {
     /// Writes `value` to all elements. `() -> (out)`
@@ -34,11 +35,12 @@ pub enum Op {
         /// The written value.
         value: f32,
     },
-    /// `(x) -> (y)`: any dtype, the same number of elements; shapes may differ (a reshape). Accumulates (f32).
+    /// `(x) -> (y)`: copies x to y, for any dtype. Both have the same number of elements; shapes may differ (a
+    /// reshape). Accumulates if the dtype is F32.
     Copy,
-    /// `(x) -> (y)`, same shape: converts between float types. Rounds to nearest, ties to even.
+    /// `(x) -> (y)`: converts between float types. x and y have the same shape. Rounds to nearest, ties to even.
     Cast,
-    /// `(x) -> (y)`: copies box `src` of x to box `dst` of y. Keeps the rest of y. Any dtype. Accumulates (f32).
+    /// `(x) -> (y)`: copies box `src` of x to box `dst` of y. Keeps the rest of y. Any dtype. Accumulates (F32).
     CopyRegion {
         /// Box of the read tensor.
         src: Region,
@@ -58,14 +60,14 @@ pub enum Op {
     Einsum(Einsum),
     /// `(ids [..], table [v, c]) -> (y [.., c])`: table row `ids - vocab_start`, or zeros if another shard has the row.
     Embedding {
-        /// Index in the whole table of this shard's first row.
+        /// Index of this shard's first row in the whole table.
         vocab_start: usize,
         /// Number of rows of the whole table. An id outside of the whole table is an error on every shard.
         vocab: usize,
     },
-    /// `(ids [..], dy [.., c]) -> (dtable [v, c])`. Accumulates: rows are added in the order of the ids.
+    /// `(ids [..], dy [.., c]) -> (dtable [v, c])`. Accumulates. Rows are added in the order of the ids.
     EmbeddingGrad {
-        /// Index in the whole table of this shard's first row.
+        /// Index of this shard's first row in the whole table.
         vocab_start: usize,
     },
     /// `(x [.., c], weight [c]) -> (y [.., c], mean [..], rstd [..])`, without bias.
@@ -76,7 +78,7 @@ pub enum Op {
     },
     /// `(dy, x, weight, mean, rstd) -> (dx, dweight)`. `dweight` accumulates; `dx` does not.
     LayerNormGrad,
-    /// `(x) -> (y)`, exact: `x/2 (1 + erf(x / sqrt 2))`. <https://arxiv.org/abs/1606.08415>
+    /// `(x) -> (y)`, the exact form: `y = x/2 (1 + erf(x / sqrt 2))`. <https://arxiv.org/abs/1606.08415>
     Gelu,
     /// `(dy, x) -> (dx)`.
     GeluGrad,
@@ -96,7 +98,7 @@ pub enum Op {
     /// `(logits [.., v], max [..], targets i32 [..]) -> (sum_exp [..], target [..])`: the sum of `exp(logit - max)`
     /// over this shard's columns, and the logit of the target's column, or 0 if another shard holds that column.
     SumExpTarget {
-        /// Index in the whole vocabulary of this shard's first column.
+        /// Index of this shard's first column in the whole vocabulary.
         vocab_start: usize,
         /// Number of columns of the whole vocabulary. A target outside of it is an error on every shard.
         vocab: usize,
@@ -109,7 +111,7 @@ pub enum Op {
     /// `(dloss [], logits [.., v], max, sum_exp, targets) -> (dlogits)`:
     /// `dloss * scale * (exp(logit - max) / sum_exp - [column == target])`.
     CrossEntropyGrad {
-        /// Index in the whole vocabulary of this shard's first column.
+        /// Index of this shard's first column in the whole vocabulary.
         vocab_start: usize,
         /// For a mean: `1 / number of tokens`.
         scale: f32,
@@ -124,26 +126,28 @@ pub enum Op {
         seed: u64,
         /// Shape of the whole (logical) tensor of a step, which includes all micro-batches.
         shape: Vec<usize>,
-        /// Start, in the whole tensor, of this shard's part of micro-batch 0.
+        /// Position in the whole tensor at which this shard's part of micro-batch 0 starts.
         start: Vec<usize>,
-        /// Number of elements from one micro-batch's start to the next one's, row-major in `shape`.
+        /// Number of elements between the starts of consecutive micro-batches in the row-major whole tensor.
         stride: usize,
     },
     /// `(x) -> (out [n, 2])`: adds the sum of x's squares to `out[index, 0]`, and the sum times [`SQUARES_SCALE`] to
-    /// `out[index, 1]`. Sums in f64, in a fixed order; adds in f32. Needs `out` zeroed by `Fill`; changes nothing else.
+    /// `out[index, 1]`. Sums in f64, in a fixed order, and adds in f32. A `Fill` must zero `out` first. Does not change
+    /// other rows of `out`.
     SumSquares {
         /// The row of `out`.
         index: usize,
     },
-    /// `(sums [n, 2]) -> (scale [], norm [])`: `norm` is [`norm_of_squares`] (in order, f64). `scale = min(1, max_norm
-    /// / (norm + 1e-6))`, or NaN if the norm is not finite.
+    /// `(sums [n, 2]) -> (scale [], norm [])`: `norm` is the result of [`norm_of_squares`], which sums in order, in
+    /// f64. `scale = min(1, max_norm / (norm + 1e-6))`, or NaN if the norm is not finite.
     ClipScale {
-        /// Largest norm that is not scaled down. With infinity, there is no clipping, and `scale` is 1.
+        /// Largest norm that is not scaled down. If it is infinite, there is no clipping, and `scale` is 1.
         max_norm: f32,
     },
-    /// AdamW, <https://arxiv.org/abs/1711.05101>. All buffers except `hyper` and `scale` have the same shape. In place.
-    /// `(grad, hyper [2] = [learning rate, update counted from 1], scale []) -> (param, m, v)`.
-    /// `g = scale * grad; p *= 1 - lr * decay; m, v as usual; p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)`.
+    /// AdamW, <https://arxiv.org/abs/1711.05101>, in place. All buffers except `hyper` and `scale` have the same shape.
+    /// `(grad, hyper [2] = [lr, t], scale []) -> (param, m, v)`: learning rate `lr`, update number `t` counted from 1.
+    /// `g = scale * grad; m = b1 * m + (1 - b1) * g; v = b2 * v + (1 - b2) * g^2`;
+    /// `p = p * (1 - lr * decay) - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)`.
     /// Changes nothing if `scale` or the learning rate is not finite.
     AdamW {
         /// Decay rate of the first moment.

@@ -6,7 +6,8 @@ use crate::error::{KernelError, Result};
 use crate::tensor::Region;
 
 /// Calls `run(from, to, len)` for each run of elements of a box of `size`. A run is contiguous both in a tensor of
-/// shape `from_shape` (at `from_start`) and in one of `to_shape` (at `to_start`). All have the same number of dims.
+/// shape `from_shape` (at `from_start`) and in one of `to_shape` (at `to_start`). All shapes and starts have the same
+/// number of dims.
 pub(crate) fn for_each_run(
     (from_shape, from_start): (&[usize], &[usize]),
     (to_shape, to_start): (&[usize], &[usize]),
@@ -16,7 +17,7 @@ pub(crate) fn for_each_run(
     if size.contains(&0) {
         return;
     }
-    // The dims from `inner` on form one run: all of these except the first are complete in both tensors.
+    // The dims from `inner` on form one run, because all of them except the first are complete in both tensors.
     let mut inner = size.len().saturating_sub(1);
     while inner > 0 && size[inner] == from_shape[inner] && size[inner] == to_shape[inner] {
         inner -= 1;
@@ -36,7 +37,7 @@ pub(crate) fn for_each_run(
 }
 
 impl Region {
-    /// The region's contiguous runs of elements, in order, in a row-major tensor of `shape`, which contains the region.
+    /// Returns the region's contiguous runs, in order, in a row-major tensor of `shape`, which contains the region.
     pub fn runs(&self, shape: &[usize]) -> Vec<Range<usize>> {
         let mut runs = Vec::new();
         let all = 0..self.element_count();
@@ -49,7 +50,7 @@ impl Region {
 /// are numbered in row-major order.
 #[derive(Clone, Debug)]
 pub(crate) struct Runs {
-    /// Index of the first element in the tensor.
+    /// Index that the box's first element has in the tensor.
     start: usize,
     /// Number of elements of a run; 0 for an empty box.
     len: usize,
@@ -92,7 +93,7 @@ impl Runs {
         })
     }
 
-    /// Calls `run(index in the tensor, elements after range.start, len)` for each contiguous piece of the range.
+    /// Calls `run(index in the tensor, offset from range.start, len)` for each contiguous piece of the range.
     pub(crate) fn for_each(&self, range: Range<usize>, mut run: impl FnMut(usize, usize, usize)) {
         let mut next = range.start;
         while next < range.end {
@@ -103,7 +104,7 @@ impl Runs {
         }
     }
 
-    /// The indices in the tensor of a range of the box. `None` if these are not contiguous.
+    /// Converts a range of the box to indices in the tensor. `None` if these indices are not contiguous.
     pub(crate) fn contiguous(&self, range: &Range<usize>) -> Option<Range<usize>> {
         if range.is_empty() {
             return Some(0..0);

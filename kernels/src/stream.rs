@@ -12,8 +12,8 @@ use crate::submission::Command;
 
 pub use crate::submission::{Notification, Notify, Submission};
 
-/// A queue of work on one device, executed in order. Dropping it waits until the queued work has finished, except on
-/// the stream's own thread. So abort the collective engine first if members may be missing.
+/// A queue of work on one device, executed in order. Dropping the stream waits until the queued work has finished,
+/// except if the stream's own thread drops it. So if members may be missing, abort the collective engine first.
 #[derive(Debug)]
 pub struct Stream(pub(crate) StreamBackend);
 
@@ -39,8 +39,8 @@ impl Stream {
         self.send(Command::Run(submission))
     }
 
-    /// Prepares all that the stream needs to run this program, so that submitting it allocates nothing: loads or
-    /// compiles kernels, and allocates scratch memory. Optional. Call it when a plan is loaded.
+    /// Loads or compiles the program's kernels and allocates scratch memory, so that submitting the program allocates
+    /// nothing. This call is optional. Make it when a plan is loaded.
     ///
     /// # Errors
     /// [`KernelError::OutOfMemory`], [`KernelError::Cuda`]; an invalid launch is reported only when it is submitted.
@@ -69,7 +69,8 @@ impl Stream {
         if event.query() { Ok(()) } else { self.send(Command::Wait(event.clone())) }
     }
 
-    /// Enables or disables Inf/NaN checks on launch outputs, from the next submission on. For debugging: they are slow.
+    /// Enables or disables Inf/NaN checks on launch outputs, from the next submission on. The checks are slow, so use
+    /// them only for debugging.
     ///
     /// # Errors
     /// [`KernelError::Closed`] if the stream has ended.

@@ -19,8 +19,8 @@ pub type Notify = Box<dyn FnMut(Notification) + Send>;
 pub enum Notification {
     /// The launches before a signal of the program have finished. Contains the signal's tag.
     Signal(u32),
-    /// Sent if [`Stream::check_finite`](crate::stream::Stream::check_finite) is enabled: the first write of the
-    /// submission with Inf or NaN.
+    /// The submission's first write that contains Inf or NaN. Sent only if
+    /// [`Stream::check_finite`](crate::stream::Stream::check_finite) is enabled.
     NotFinite {
         /// Index of the launch in the program.
         launch: usize,
@@ -72,7 +72,7 @@ pub(crate) fn launch_panic(program: &Program, index: usize, panic: &(dyn Any + S
     KernelError::Panic { launch, program: program.name.clone(), message }
 }
 
-/// Number of Inf and NaN values, among the floats that an op has written, that indicate an error.
+/// Counts the Inf and NaN values that indicate an error, among the floats that an op has written.
 pub(crate) fn faults(op: &Op, shape: &[usize], values: &[f32]) -> usize {
     let is_fault = |value: &f32| match op {
         // The maximum of an empty row is -Inf.

@@ -11,7 +11,7 @@ pub enum DType {
     F32,
     /// 32-bit signed integer, for token ids and other indices.
     I32,
-    /// The upper half of an `F32`: the same range, with 8 bits of precision. Rounded to nearest, ties to even.
+    /// The upper half of an `F32`, with the same range and 8 bits of precision. Casts round to nearest, ties to even.
     BF16,
 }
 
@@ -47,8 +47,8 @@ pub fn element_count(shape: &[usize]) -> usize {
     shape.iter().fold(1, |count: usize, extent| count.saturating_mul(*extent))
 }
 
-/// The range that part `index` of `parts` holds of `0..len`. The first `len mod parts` parts have one element more, so
-/// a part may be empty. All splits in Shardflow, of tensors and of collectives' chunks, use this function.
+/// The subrange of `0..len` that part `index` of `parts` holds. The first `len mod parts` parts have one element more.
+/// If `len < parts`, some parts are empty. All splits of tensors and of collectives' chunks use this function.
 pub fn split_range(len: usize, parts: usize, index: usize) -> Range<usize> {
     let (base, extra) = (len / parts, len % parts);
     let start = index * base + index.min(extra);
@@ -60,7 +60,7 @@ pub fn split_range(len: usize, parts: usize, index: usize) -> Range<usize> {
 pub struct Region {
     /// First index in each dim.
     pub start: Vec<usize>,
-    /// Extent in each dim. If one is zero, the region is empty.
+    /// Extent in each dim. If any extent is zero, the region is empty.
     pub size: Vec<usize>,
 }
 
@@ -151,7 +151,7 @@ impl HostData {
     }
 }
 
-/// Panics if `got / each` is not the number of elements of the shape. Reports the line of the public function's caller.
+/// Panics if `got / each` is not the shape's element count. The panic reports the line that calls the public function.
 #[track_caller]
 fn check_count(shape: &[usize], each: usize, got: usize, unit: &str) {
     match shape.iter().try_fold(each, |count, extent| count.checked_mul(*extent)) {
@@ -230,7 +230,7 @@ impl HostTensor {
         }
     }
 
-    /// Number of elements in `data`. Every function rejects a tensor whose shape has another number of elements.
+    /// Number of elements in `data`. Every function rejects a tensor whose shape has a different number of elements.
     pub fn elements_held(&self) -> usize {
         self.as_bytes().len() / self.dtype().bytes()
     }

@@ -45,7 +45,7 @@ fn mapped(arena: &Arena, access: Access) -> Result<Arena, KernelError> {
     Arena::map_peer(file, arena.bytes(), access)
 }
 
-/// Creates the devices of `n` processes, or of fewer processes with `devices_per_process` devices each.
+/// Creates `n` devices. Each simulated process has up to `devices_per_process` of these devices.
 fn on_node(n: usize, devices_per_process: usize) -> Result<Vec<(Device, Arena)>, KernelError> {
     let groups = conformance::collectives_groups(n);
     let board = Board::create(&groups)?;

@@ -31,7 +31,7 @@ mod pull;
 #[path = "cuda/waiting.rs"]
 mod waiting;
 
-/// Timeout until all members of a group have joined.
+/// Maximum wait until all members of a group have joined.
 const WITHIN: Duration = Duration::from_secs(30);
 /// How long the slow abort takes.
 const ABORT: Duration = Duration::from_secs(3);
@@ -85,7 +85,7 @@ fn floats(offset: usize, shape: &[usize]) -> Buffer {
     Buffer { base: 0, offset, shape: shape.to_vec(), dtype: DType::F32 }
 }
 
-/// The launches of one layer: norm, product, GELU and residual. A signal is in between.
+/// The launches of one layer: norm, product, GELU and residual. A signal follows the product.
 fn layer() -> (Arc<Program>, usize) {
     const ROWS: [usize; 2] = [4, 32];
     let place = |i: usize| 4 * element_count(&ROWS) * i;
@@ -111,7 +111,6 @@ fn layer() -> (Arc<Program>, usize) {
     (Arc::new(program), place(20) + bytes)
 }
 
-/// Runs a program and returns the stream's notifications.
 fn submit(stream: &Stream, program: &Arc<Program>, arena: &Arena) -> Result<Vec<Notification>, KernelError> {
     submit_on(stream, program, &[arena])
 }
@@ -168,13 +167,13 @@ fn fusible(dtype: DType, apart: bool, width: usize) -> (Arc<Program>, Vec<Buffer
     (Arc::new(Program { name: "fusible".to_owned(), launches, signals }), written)
 }
 
-/// Runs fusible launches apart, then by `mode`: fused, apart again, or with Inf/NaN checks. The results must be equal,
-/// except for the summation order within a row.
+/// Runs fusible launches apart, and then again as `mode` says: fused, apart, or with Inf/NaN checks. The results must
+/// be equal, except for the summation order within a row.
 fn fused_and_apart(mode: &str) {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * PLACE).expect("memory"));
     let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<f32>>();
-    // Row widths: whole vectors; not whole vectors; more than a warp keeps of a row.
+    // Row widths, in order: whole vectors, not whole vectors, and more elements than a warp keeps of a row.
     let cases = [72, 17, 1100].into_iter().flat_map(|width| [(DType::F32, width), (DType::BF16, width)]);
     for (dtype, width) in cases {
         let (rows, n) = ([5, width], 5 * width);
@@ -334,7 +333,7 @@ fn another_context() {
     }
 }
 
-/// Drops a stream in the middle of a program, on a thread that cannot wait for the stream: its own or the poller's.
+/// Drops a stream inside a program, on a thread that cannot wait for it: the stream's own thread or the poller's.
 fn dropped(by_kernel: bool) {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let arena = device.arena(14 * PLACE).expect("memory");
@@ -500,7 +499,7 @@ fn run(case: &str, devices: usize, policy: &str, seed: u64, fault: Option<&str>,
     report
 }
 
-/// Parts of the suite: case, number of devices, kinds of expected findings.
+/// Parts of the suite. Each has a case, a number of devices, and the kinds of expected findings.
 const SUITE: [(&str, usize, &[&str]); 5] = [
     ("alone", 1, &[]),
     ("local", 1, &[]),
@@ -515,7 +514,7 @@ fn run_part(part: usize, policy: &str, seed: u64) -> SimReport {
     run(case, devices, policy, seed, None, expected)
 }
 
-/// Kernels that run two launches in one.
+/// Kernels that each run two launches.
 const FUSED_KERNELS: [&str; 6] = [
     "bias_gelu_f32",
     "bias_gelu_bf16",
@@ -590,7 +589,7 @@ fn completions_are_reported_during_a_slow_abort() {
     assert!(!report.findings.iter().any(|finding| unexpected(&finding.kind)), "{:#?}", report.findings);
 }
 
-/// sm_86, sm_89 and sm_120: the backward pass for f32 heads of depth 128 uses plain kernels.
+/// On sm_86, sm_89 and sm_120, the backward pass for f32 heads of depth 128 uses plain kernels.
 #[test]
 fn attention_runs_with_less_shared_memory_per_block() {
     let report = run_child_in("attention own", 1, "random", 10, &[("SOFTWARE_CUDA_SHARED", "101376")]).report;
@@ -646,7 +645,7 @@ fn a_dropped_stream_keeps_its_memory_until_its_work_ends() {
     }
 }
 
-/// Counts driver calls per step. More steps must not add other calls.
+/// Counts driver calls per step. More steps must not add calls of other kinds.
 #[test]
 fn a_step_neither_allocates_nor_waits() {
     let calls = |steps: u64| run(&format!("steps {steps}"), 1, "in-order", 1, None, &[]).calls;
@@ -664,7 +663,7 @@ fn a_step_neither_allocates_nor_waits() {
 #[test]
 fn fusing_launches_changes_only_the_number_of_kernels() {
     let reports = ["apart", "together", "checked"].map(|mode| run(&format!("pairs {mode}"), 1, "random", 5, None, &[]));
-    // Six launches, twice, for three widths and two dtypes. Fusion saves three launches of the second six.
+    // For three widths and two dtypes, the case runs six launches twice. Fusion saves three launches of the second run.
     assert_eq!(reports.each_ref().map(|report| report.calls["cuLaunchKernel"]), [72, 54, 72]);
     assert!(FUSED_KERNELS.iter().all(|name| reports[1].kernels.contains_key(*name)), "{:?}", reports[1].kernels);
     run("wrong pairs", 1, "random", 6, None, &[]);

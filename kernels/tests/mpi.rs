@@ -1,6 +1,6 @@
 //! Collectives by MPI between real processes: this test binary starts itself under `mpirun`. It runs the conformance
-//! suite. It also tests that all members get the same bits, aborts, and late or lost processes. Built only with the
-//! feature `mpi`.
+//! suite. It also tests aborts, late or lost processes, and that all members get the same bits. Cargo builds it only
+//! with the feature `mpi`.
 
 use std::io::Read;
 use std::process::{Command, Stdio};
@@ -18,7 +18,7 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, View};
 use shardflow_kernels::tensor::{DType, HostTensor, Region};
 
-/// Variable that selects the scenario of a child.
+/// Environment variable that selects the scenario of a child.
 const SCENARIO: &str = "SHARDFLOW_TEST_SCENARIO";
 
 /// Much longer than any of these runs takes.
@@ -162,7 +162,7 @@ fn rejections(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     let same =
         Mpi::new(world.clone(), &[group(1, 2)], &|_| 0, ARRIVAL_TIMEOUT).map(drop).map_err(|error| error.to_string());
     let late = match world.rank() {
-        // Process 1 does nothing: the test is that the others wait.
+        // Process 1 does not arrive, so the other processes must wait and then fail.
         1 => Err("not all of 2 processes arrived".to_owned()),
         _ => Mpi::new(world.clone(), &[group(1, 2)], &|rank| rank as u32, Duration::from_millis(200))
             .map(drop)
@@ -191,7 +191,7 @@ fn child() {
     };
     println!("\n> {} {}", world.rank(), result.unwrap_or_else(|error| error.to_string()));
     if world.rank() > 0 && ["aborts", "missing communicator", "rejections"].contains(&scenario.as_str()) {
-        // Waits until `mpirun` ends this process. It does, because process 0 exited without finalizing MPI.
+        // Waits until `mpirun` ends this process. `mpirun` does so, because process 0 exited without finalizing MPI.
         thread::park_timeout(DEADLINE);
     }
 }
@@ -217,7 +217,7 @@ fn run_scenario(scenario: &str, processes: usize) -> (Option<i32>, Vec<String>) 
         sender.send(text)
     });
     let Ok(text) = ended.recv_timeout(DEADLINE) else {
-        // Not SIGKILL, because mpirun could not forward it to the processes.
+        // Sends SIGTERM, because mpirun could not forward SIGKILL to the processes.
         let _ = kill_process(Pid::from_child(&mpirun), Signal::TERM);
         let _ = mpirun.wait();
         panic!("{scenario} in {processes} processes does not end");
@@ -262,7 +262,7 @@ fn a_killed_process_ends_all_processes_soon_with_a_nonzero_code() {
 fn a_process_that_exits_early_does_not_wait_forever() {
     let began = Instant::now();
     let (code, _) = run_scenario("early end", 3);
-    // The limit is the time for which it waits for the others, plus the start.
+    // The limit covers the start, and the time for which the process waits for the other processes.
     assert!(code.is_some_and(|code| code != 0) && began.elapsed() < Duration::from_secs(20), "{code:?}");
 }
 

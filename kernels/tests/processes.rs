@@ -20,7 +20,8 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Access, Arena, View};
 use shardflow_kernels::tensor::{DType, HostTensor, Region, split_range};
 
-/// Configures a child: `SCENARIO RANK PARENT BOARD,ARENA,ARENA..`. The last part lists the parent's file descriptors.
+/// Environment variable that configures a child: `SCENARIO RANK PARENT BOARD,ARENA,ARENA..`. The last part lists the
+/// parent's file descriptors.
 const CHILD_ENV: &str = "SHARDFLOW_TEST_PLACE";
 
 /// Maximum wait for an action of a child.
@@ -109,8 +110,8 @@ fn join(rank: usize, parent: &str, files: &str) -> (SharedMemory, Arena, usize) 
     (SharedMemory::new(board, &groups, arenas).unwrap(), arena, groups[0].ranks.len())
 }
 
-/// The body of a child process; does nothing in the parent. A line on standard input, or its end, aborts the child, so
-/// no child outlives the parent.
+/// The body of a child process. Does nothing in the parent. A line on standard input, or its closing, aborts the child,
+/// so no child outlives the parent.
 #[test]
 fn child() {
     let Ok(config) = std::env::var(CHILD_ENV) else { return };
@@ -161,7 +162,7 @@ impl Drop for Process {
     }
 }
 
-/// Memory of `n` ranks. Its values have both signs and different magnitudes.
+/// Creates the memory of `n` ranks. Its values have both signs and different magnitudes.
 fn memory(n: usize) -> Vec<Arena> {
     let device = Device::cpu(0, 1, Arc::new(InProcess::new()));
     let fill = |rank| {
@@ -247,7 +248,7 @@ fn all_processes_report_a_disagreement() {
     }
 }
 
-/// During the calls, one member is killed or frozen. Another member aborts, which ends all calls.
+/// During the calls, one member is killed or frozen. Another member then aborts, which ends all calls.
 #[test]
 fn an_abort_ends_all_waits_for_a_lost_member() {
     for (n, signal) in [(2, Signal::KILL), (4, Signal::KILL), (4, Signal::STOP)] {

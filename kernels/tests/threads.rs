@@ -12,7 +12,7 @@ use shardflow_kernels::op::{Buffer, Einsum, Launch, Op, Program};
 use shardflow_kernels::stream::{Notification, Stream, Submission};
 use shardflow_kernels::tensor::{DType, HostTensor, Region, element_count};
 
-/// A launch, and what its buffers contain before it.
+/// A launch, and the contents of its buffers before the launch.
 struct Case {
     op: Op,
     reads: Vec<HostTensor>,
@@ -132,7 +132,8 @@ fn positive(x: &HostTensor) -> HostTensor {
     HostTensor::f32(&x.shape, x.as_f32().expect("floats").iter().map(|x| x * x + 1e-3).collect())
 }
 
-/// The bits that the case writes: first overwriting, then, if the op can accumulate, adding to the values before.
+/// Returns the bits that the case writes. The first run overwrites the initial values. If the op can accumulate, a
+/// second run adds to the initial values.
 fn bits(stream: &Stream, device: &Device, case: &Case) -> Vec<Vec<u32>> {
     let mut end = 0;
     let tensors: Vec<&HostTensor> = case.reads.iter().chain(&case.writes).collect();
@@ -207,7 +208,7 @@ fn products() {
     let sizes = [1, 2, 3, 5, 15, 16, 17, 31, 33, 64, 65, 129, 200];
     let depths = [1, 2, 3, 16, 63, 257, 512, 513, 1030, 2000];
     let small = (0..250).map(|_| [random.one_of(&sizes), random.one_of(&sizes), random.one_of(&depths)]);
-    // Slices of these products are vectors or small, and their sums are split.
+    // Slices of these products are vectors or small matrices, or the sums are split into blocks.
     let chosen = [[17, 1, 40_000], [1, 17, 40_000], [33, 16, 2000], [16, 33, 2000], [769, 129, 130], [70_001, 1, 3]];
     let shapes: Vec<[usize; 3]> = small.chain(chosen).collect();
     for shape in shapes {

@@ -111,8 +111,8 @@ fn connector(pair: fn() -> io::Result<[Channel; 2]>, ends: Ends) -> Box<Connect>
     })
 }
 
-/// The engine of one process. Its session aborts all processes together: the socket engine aborts only its own process,
-/// and the session must notify the others.
+/// The engine of one process. The socket engine aborts only its own process, and a session must notify the other
+/// processes. Here, `abort` aborts the engines of all processes.
 #[derive(Debug)]
 struct Process {
     own: Arc<Wire>,
@@ -138,7 +138,6 @@ impl Collective for Process {
     }
 }
 
-/// Runs the suite with `devices_per_process` devices per engine.
 fn check(pair: fn() -> io::Result<[Channel; 2]>, devices_per_process: usize, tree_bytes_max: Option<usize>) {
     let make = |n: usize| {
         let (ends, session) = (Ends::default(), Arc::default());

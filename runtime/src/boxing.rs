@@ -32,7 +32,7 @@ pub struct BoxingPlan {
 }
 
 impl BoxingPlan {
-    /// Bytes that each device receives from others, by rank.
+    /// Bytes that each device receives from other devices, by rank.
     pub fn bytes_received(&self) -> BTreeMap<usize, usize> {
         let mut bytes = BTreeMap::new();
         for step in &self.steps {
@@ -56,7 +56,7 @@ impl fmt::Display for BoxingPlan {
 /// changes, use a [`Planner`].
 ///
 /// # Errors
-/// When a layout does not fit its placement or the shape, or is `Partial` for an integer tensor.
+/// Returns an error if a layout does not fit its placement or the shape, or is `Partial` for an integer tensor.
 pub fn plan(
     shape: &[usize],
     dtype: DType,
@@ -67,8 +67,8 @@ pub fn plan(
     Planner::new(*model).plan(shape, dtype, from, to)
 }
 
-/// Finds layout changes, and keeps their routes. A route serves all changes with the same shape, type and layouts, on
-/// placements with the same sizes of axes and the same overlap. So all layers and stages share one search.
+/// Finds layout changes, and keeps their routes for reuse. A route serves all changes with the same shape, type and
+/// layouts, on placements with the same sizes of axes and the same overlap. So all layers and stages share one search.
 #[derive(Debug, Default)]
 pub struct Planner {
     model: CostModel,
@@ -99,7 +99,7 @@ impl Planner {
     /// Finds the cheapest layout change for a tensor of this shape.
     ///
     /// # Errors
-    /// When a layout does not fit its placement or the shape, or is `Partial` for an integer tensor.
+    /// Returns an error if a layout does not fit its placement or the shape, or is `Partial` for an integer tensor.
     pub fn plan(
         &mut self,
         shape: &[usize],
@@ -120,7 +120,7 @@ impl Planner {
         Ok(BoxingPlan { steps: route.iter().map(step).collect(), cost_seconds: cost_seconds(route) })
     }
 
-    /// The cost of the change that [`Planner::plan`] returns; infinity if it returns an error.
+    /// The cost of the change that [`Planner::plan`] returns, or infinity if [`Planner::plan`] returns an error.
     pub fn seconds(&mut self, shape: &[usize], dtype: DType, from: &PlacedLayout, to: &PlacedLayout) -> f64 {
         self.route(shape, dtype, from, to).map_or(f64::INFINITY, cost_seconds)
     }

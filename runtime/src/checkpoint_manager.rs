@@ -12,10 +12,10 @@ use crate::checkpoint::{CheckpointError, Cursor, SaveReport, SaveSchedule, SaveS
 use crate::session::numerics::NonFinite;
 use crate::session::{Session, SessionError, StepReport};
 
-/// Key in the cursor: number of samples consumed before the checkpoint, including skipped batches.
+/// Key in the cursor. Its value is the number of samples consumed before the checkpoint, including skipped batches.
 const SAMPLES: &str = "samples";
 
-/// Key in older checkpoints instead of [`SAMPLES`]: number of skipped batches. The batches of steps are not included.
+/// Key that older checkpoints have instead of [`SAMPLES`]. Its value counts skipped batches, but not batches of steps.
 const SKIPPED_BATCHES: &str = "batches_passed_over";
 
 /// Maximum number of rollbacks to one checkpoint.
@@ -23,7 +23,7 @@ const ROLLBACKS_MAX: u32 = 3;
 
 const LAST_SAVE_LIMIT: Duration = Duration::from_secs(600);
 
-/// When a training run continues from a checkpoint.
+/// Whether a training run continues from a checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Resume {
@@ -295,7 +295,7 @@ impl CheckpointManager {
         Ok(restored.found)
     }
 
-    /// Sends a message about the whole job, only on rank 0.
+    /// On rank 0, sends a message about the whole job. Does nothing on other ranks.
     fn note(&self, line: String) {
         if self.is_first {
             (self.options.on_note)(&line);

@@ -30,7 +30,7 @@ impl WaitClock for SystemClock {
 /// A function that each wait calls with the clock's new time.
 type OnWait = Box<dyn FnMut(Duration) + Send>;
 
-/// A clock for tests, which advances only when someone waits.
+/// A clock for tests, which advances only when a caller waits.
 #[derive(Default)]
 pub struct SimulatedClock {
     now: Mutex<Duration>,

@@ -59,7 +59,7 @@ impl Cluster {
     /// this is a single process. Connects nothing: the processes meet when a session starts.
     ///
     /// # Errors
-    /// The environment contradicts itself; the error names the variable and the fix.
+    /// Returns an error if the environment contradicts itself. The error names the variable and the fix.
     pub fn from_env() -> Result<Self, ClusterError> {
         READ.store(true, Ordering::Relaxed);
         let variables = process_variables();

@@ -139,7 +139,8 @@ impl Declarations {
     }
 
     /// Compares a checkpoint's values with the declared values. Returns a line per difference to report, or an error if
-    /// a value differs that must be equal. Ignores values that only one side has: older programs declared fewer.
+    /// a value differs that must be equal. Ignores a value that is missing on one side, because older programs declared
+    /// fewer values.
     pub(crate) fn compare(&self, saved: &Values, weights_only: bool) -> Result<Vec<String>, String> {
         let mut notes = Vec::new();
         for declared in self.0.iter().filter(|declared| declared.is_of_model || !weights_only) {

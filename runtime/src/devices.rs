@@ -42,7 +42,7 @@ pub(crate) type Pipes = BTreeMap<(usize, usize), Arc<Pipe>>;
 pub(crate) struct ProcessDevices {
     /// In order of rank.
     pub(crate) devices: Vec<Device>,
-    /// Runs collectives between these devices; with GPUs, also with devices of other processes.
+    /// Runs collectives between these devices. With GPUs, the collectives may include devices of other processes.
     pub(crate) engine: Arc<dyn Collective>,
     pub(crate) pipes: Pipes,
 }
@@ -96,8 +96,8 @@ fn ordinals(process_map: &ProcessMap, node: NodeDevices, count: usize) -> Result
     Ok((0..process_map.own().len()).map(|index| (node.before + index) % count).collect())
 }
 
-/// Creates the engine: NCCL for several devices with a GPU each, else `SharedGpu`, because NCCL does not accept two
-/// members on one GPU. If devices share GPUs, this process hosts all devices.
+/// Creates the engine: NCCL if there are several devices and each has its own GPU, else `SharedGpu`. NCCL does not
+/// accept two members on one GPU. If devices share GPUs, this process hosts all devices.
 fn gpu_engine(
     plan: &Instance,
     process_map: &ProcessMap,
@@ -116,11 +116,11 @@ fn gpu_engine(
     let queues = env::var(QUEUES).ok();
     for rank in gpus.keys() {
         let pipes = pairs.keys().filter(|(from, to)| from == rank || to == rank).count();
-        // The host's copies need one more stream.
+        // The copies for the host need one more stream.
         let streams = plan.spec.actors.iter().filter(|actor| actor.device == *rank).count() + 1;
         check_queues(*rank, streams, pipes, queues.as_deref())?;
     }
-    // Groups of pipes follow the plan's groups, in the same order in all processes.
+    // The ids of the pipes' groups follow those of the plan's groups. The order is the same in all processes.
     let pair = |(id, (from, to)): (u32, &(usize, usize))| Arc::new(Group { id, ranks: vec![*from, *to] });
     groups.extend((first..).zip(pairs.keys()).map(pair));
     let mut members = Vec::new();

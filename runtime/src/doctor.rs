@@ -16,7 +16,7 @@ mod works;
 /// All findings.
 #[derive(Clone, Debug, Serialize)]
 pub struct Findings {
-    /// In the order of the report.
+    /// The findings, in the order of the report.
     pub findings: Vec<Finding>,
 }
 

@@ -13,8 +13,8 @@ use rustix::io::Errno;
 pub use output::{OutputFileError, check_appendable, check_room, check_writable, hint, is_full, resolved};
 pub(crate) use output::{folder_of, free_bytes, free_inodes};
 
-/// `f_type` (statfs(2)) of file systems of one machine: all its processes see writes at once, and `flock` works. The
-/// order is overlay, tmpfs, ext2 to 4, XFS, btrfs, ZFS, F2FS, bcachefs.
+/// `f_type` (statfs(2)) of the file systems that belong to one machine: all its processes see writes at once, and
+/// `flock` works. The order is overlay, tmpfs, ext2 to 4, XFS, btrfs, ZFS, F2FS, bcachefs.
 const OF_ONE_MACHINE: [u64; 8] =
     [0x794c_7630, 0x0102_1994, 0xef53, 0x5846_5342, 0x9123_683e, 0x2fc1_2fc1, 0xf2f5_2010, 0xca45_1a4e];
 /// Maximum number of attempts to take a claim from other writers.
@@ -27,7 +27,8 @@ pub(crate) fn is_of_one_machine(folder: &Path) -> bool {
     kind.is_some_and(|kind| OF_ONE_MACHINE.contains(&(kind & 0xffff_ffff)))
 }
 
-/// Lists files with sizes, and folders with `None`; if `deep`, all files below. Skips non-UTF-8 and vanished names.
+/// Lists files with sizes, and folders with `None`. If `deep` is set, lists all files below instead. Skips names that
+/// are not UTF-8 or have vanished.
 pub(crate) fn list(folder: &Path, deep: bool) -> io::Result<BTreeMap<String, Option<u64>>> {
     let mut found = BTreeMap::new();
     let entries = match fs::read_dir(folder) {

@@ -29,11 +29,11 @@ pub mod optimizer;
 pub use error::{GraphError, SourceLine};
 pub use optimizer::AdamW;
 
-/// A tensor of a graph. Other graphs refuse it, except clones of its graph that were made after the tensor.
+/// A tensor of a graph. Other graphs refuse the tensor, except clones of its graph that were made after the tensor.
 #[derive(Clone, Copy)]
 pub struct Var {
     index: u32,
-    /// The [`GraphId`] of the graph that created it.
+    /// The [`GraphId`] of the graph that created the tensor.
     graph: u32,
     dims: u8,
     location: SourceLine,
@@ -162,18 +162,18 @@ pub enum NodeOp {
     Bucket {
         axes: Vec<usize>,
     },
-    /// Sums of squares of this placement's gradients: `[number of parameters, 2]`, with the columns of
-    /// [`Op::SumSquares`], zero for other parameters. `indices` has the graph index of each input's parameter.
+    /// Sums of squares of this placement's gradients, of shape `[number of parameters, 2]`. The columns are those of
+    /// [`Op::SumSquares`]; rows of other parameters are zero. `indices` has the graph index of each input's parameter.
     NormSums {
         indices: Vec<usize>,
     },
-    /// Sums `NormSums` over all devices of its placement. Each device first adds the inputs that it holds, in order.
+    /// Sums `NormSums` over all devices of its placement. Each device first adds up the inputs that it holds, in order.
     NormTotal,
     /// Computes the clipping factor from `NormTotal`.
     ClipScale {
         max_norm: f32,
     },
-    /// The host fetches the inputs; inserted when the graph is lowered.
+    /// The host fetches the inputs. Inserted when the graph is lowered.
     Fetch,
 }
 
@@ -195,11 +195,11 @@ pub trait CustomOp: std::fmt::Debug + Send + Sync {
     /// The factor rule, e.g. `Rule::parse("bt->bt")`.
     ///
     /// # Errors
-    /// When the rule is invalid.
+    /// Returns an error if the rule is invalid.
     fn rule(&self) -> Result<Rule, LayoutError>;
     /// The kernel for one shard. `inputs` and `outputs` are the shard's regions in the whole tensors of a micro-batch.
     fn kernel(&self, inputs: &[Region], outputs: &[Region]) -> Arc<dyn CustomKernel>;
-    /// Adds the backward nodes to `graph`. Returns the gradient of each input; `grads` has those of the outputs.
+    /// Adds the backward nodes to `graph`. Returns the inputs' gradients; `grads` has the outputs' gradients.
     fn backward(&self, graph: &mut Graph, inputs: &[Var], outputs: &[Var], grads: &[Option<Var>]) -> Vec<Option<Var>>;
 }
 
@@ -212,18 +212,18 @@ pub struct TensorInfo {
     pub shape: Vec<usize>,
     /// Element type.
     pub dtype: DType,
-    /// The node that makes it.
+    /// The node that produces the tensor.
     pub producer: NodeId,
-    /// How often it gets a new value.
+    /// How often the tensor gets a new value.
     pub rate: Rate,
     /// The user's layout, if given; after the layout pass, the chosen one.
     pub layout: Option<NdSbp>,
-    /// The layout of a forward tensor along the micro-batches of a step: split, equal in each, or terms to combine;
+    /// The layout of a forward tensor along the micro-batches of a step: split, equal in each one, or terms to combine;
     /// `None` if no rule determines it. The user sets it for inputs, and the micro-batch pass for other tensors.
     pub loop_sbp: Option<Sbp>,
     /// The shape in checkpoint files, where it differs from `shape`.
     pub saved_shape: Option<Vec<usize>>,
-    /// True if it results from an error; further errors about it are suppressed.
+    /// True if the tensor results from an error. Further errors about the tensor are suppressed.
     pub poisoned: bool,
 }
 
@@ -253,17 +253,17 @@ pub struct Node {
     pub name: String,
     /// The operation.
     pub op: NodeOp,
-    /// The tensors that it reads.
+    /// The tensors that the node reads.
     pub inputs: Vec<Var>,
-    /// The tensors that it makes.
+    /// The tensors that the node produces.
     pub outputs: Vec<Var>,
-    /// Tensors that it updates in place (parameters and states); they follow `outputs` in the kernel's writes.
+    /// Tensors that the node updates in place (parameters and states); they follow `outputs` in the kernel's writes.
     pub updates: Vec<Var>,
     /// Index into [`Graph::placements`].
     pub placement: usize,
     /// A label for what the node does in a step.
     pub role: Role,
-    /// How often it runs. An accumulated sum gets a new value once per step, but its node runs in each micro-batch.
+    /// How often the node runs. An accumulated sum changes once per step, but its node runs in each micro-batch.
     pub rate: Rate,
     /// The user's source line.
     pub location: SourceLine,
@@ -288,7 +288,7 @@ impl Node {
 /// A tensor that the host fetches.
 #[derive(Clone, Debug)]
 pub struct Output {
-    /// The name under which the host fetches it.
+    /// The name under which the host fetches the tensor.
     pub name: String,
     /// The tensor.
     pub tensor: Var,
@@ -303,7 +303,7 @@ pub struct Output {
 pub enum Combine {
     /// Concatenate along this dim, the batch.
     Concat(usize),
-    /// Add. This also fits a mean over the batch, because each term is divided by the count of the whole step.
+    /// Add. This also fits a mean over the batch, because each term is divided by the element count of the whole step.
     Sum,
     /// Take the elementwise maximum.
     Max,
@@ -377,7 +377,8 @@ impl Graph {
         &PLACEHOLDERS[usize::from(var.dims).min(DIMS_MAX)]
     }
 
-    /// Shape of a whole tensor. For a tensor of another graph: a placeholder of equal rank, and an error in `compile`.
+    /// Shape of a whole tensor. For another graph's tensor, returns a shape of equal rank, and `compile` reports an
+    /// error.
     #[track_caller]
     pub fn shape(&self, var: Var) -> &[usize] {
         &self.tensor(var).shape

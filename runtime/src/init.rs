@@ -27,7 +27,7 @@ impl Init {
     }
 }
 
-/// SplitMix64's output function for a counter: Steele, Lea and Flood 2014, <https://doi.org/10.1145/2660193.2660195>.
+/// SplitMix64's output function of a counter. Steele, Lea and Flood 2014, <https://doi.org/10.1145/2660193.2660195>.
 pub fn mix(counter: u64) -> u64 {
     SplitMix64(counter).draw()
 }

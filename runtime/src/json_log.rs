@@ -117,7 +117,7 @@ impl JsonLog {
     }
 }
 
-/// Without [`JsonLog::finish`], waits up to one second for the reader.
+/// If [`JsonLog::finish`] was not called, waits up to one second for the reader.
 impl Drop for JsonLog {
     fn drop(&mut self) {
         drop(self.flush(Some(Duration::from_secs(1))));

@@ -1,9 +1,10 @@
 //! Shardflow trains neural networks on many devices.
 //!
 //! You write a network once, as one logical program over whole tensors. A layout places a tensor on a mesh of devices:
-//! split, copied, or as partial sums along each axis. [`prelude::compile`] derives the backward pass and the
-//! communication. Before anything runs, it computes the memory to the byte and checks that no device can wait forever.
-//! A [`prelude::Session`] runs the plan: on the cores of one machine, in several processes and nodes, or on GPUs.
+//! along each axis, the tensor is split, copied, or held as partial sums. [`prelude::compile`] derives the backward
+//! pass and the communication. Before anything runs, `compile` computes the memory to the byte and checks that no
+//! device can wait forever. A [`prelude::Session`] runs the plan: on the cores of one machine, in several processes and
+//! nodes, or on GPUs.
 //!
 //! # A program
 //!

@@ -34,7 +34,7 @@ const POLL: Duration = Duration::from_secs(1);
 const MISSED_MAX: u32 = 3;
 /// Maximum number of attempts to take the lock. Another process may win each attempt.
 const ATTEMPTS_MAX: u32 = 100;
-/// The number of a lock is lower than this. Entries with this number are ignored.
+/// All numbers of locks are lower than this number. Entries with this number are ignored.
 const NUMBER_END: u64 = u64::MAX;
 /// Size of a lock file: text padded with spaces, so that one write replaces all of it.
 const FILE_BYTES: usize = 1024;
@@ -222,7 +222,7 @@ fn file_name(number: u64) -> String {
     format!("lock-{number}.json")
 }
 
-/// The number of each entry that is named like a lock, in ascending order, and whether the entry is a file.
+/// The number of each entry that is named like a lock, and whether the entry is a file. Numbers are in ascending order.
 fn entries(store: &Store) -> Result<Vec<(u64, bool)>, CheckpointError> {
     let entry = |(name, bytes): (String, Option<u64>)| {
         let number = name.strip_prefix("lock-")?.strip_suffix(".json")?.parse().ok()?;
@@ -246,7 +246,7 @@ fn delete(store: &Store, number: u64) -> Result<(), CheckpointError> {
     store.operations.delete(&store.top(&file_name(number)))
 }
 
-/// Creates a lock file. Returns `None` if another process was faster, else the open file if it could be locked.
+/// Creates a lock file. Returns `None` if another process was faster. Otherwise returns the file if it could be locked.
 fn create(store: &Store, number: u64, holder: &Holder) -> Result<Option<Option<File>>, CheckpointError> {
     let (at, text) = (store.top(&file_name(number)), holder.encode());
     let Some(folder) = store.local.clone() else {

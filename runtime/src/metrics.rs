@@ -1,5 +1,5 @@
 //! Metrics that this crate publishes through the `metrics` facade. Names, labels and meanings are public API. Without a
-//! recorder, a value costs nanoseconds. [`crate::watch::Watch`] installs a recorder and serves it to Prometheus.
+//! recorder, recording a value takes nanoseconds. [`crate::watch::Watch`] installs one and serves it to Prometheus.
 //!
 //! [`shardflow_kernels::metrics`] publishes `shardflow_collective_seconds`: an actor's busy time in collectives.
 
@@ -36,31 +36,31 @@ define! {
     describe_gauge STEP_FLOPS = "shardflow_step_flops", "Operations of a step's matrix products and attention, over all devices.";
     /// `step_flops` divided by the last step's time and the devices' peak, if the peak is known.
     describe_gauge MFU = "shardflow_mfu_ratio", "Model FLOPs utilization of the last step.";
-    /// Covers the job with its restarts under `shardflow launch`, otherwise only the session. Lost steps do not count.
+    /// Under `shardflow launch`, covers the job with its restarts, otherwise only the session. Lost steps do not count.
     describe_gauge TRAINING_RATIO = "shardflow_training_ratio", "Time in steps that are part of the model, divided by the job's total time.";
-    /// By `actor` and `action`; the sum is the actor's busy time, including collectives.
+    /// Labels: `actor` and `action`. The sum is the actor's busy time, including collectives.
     describe_histogram FIRING = "shardflow_actor_firing_seconds", Seconds, "Time from a firing's launch to its end.";
-    /// By `actor` and `reason`: `input`, `credit`, `host` or `own`. With `input` and `credit`, also by `register`.
+    /// Labels: `actor` and `reason` (`input`, `credit`, `host` or `own`). For `input` and `credit`, also `register`.
     describe_histogram WAIT = "shardflow_actor_wait_seconds", Seconds, "Idle time of an actor before a firing, by the condition that became true last.";
     /// Increases if an actor fires more than 4096 times between two samples.
     describe_counter FIRINGS_LOST = "shardflow_firings_lost_total", "Firings that no sample has read.";
-    /// By `register` and `state`: `free`, `writing` (being written), or `filled` (not yet released by all readers).
+    /// Labels: `register` and `state`, which is `free`, `writing` or `filled` (not yet released by all readers).
     describe_gauge SLOTS = "shardflow_register_slots", "Slots of a register by state.";
-    /// By `from`, `to` and `transport`: `device`, `process`, `shared_memory`, `socket` or `nccl`.
+    /// Labels: `from`, `to` and `transport` (`device`, `process`, `shared_memory`, `socket` or `nccl`).
     describe_counter EDGE_BYTES = "shardflow_edge_bytes_total", "Bytes of another actor's register pieces that an actor has released.";
-    /// By `device`.
+    /// Label: `device`.
     describe_counter COLLECTIVE_BYTES = "shardflow_collective_bytes_total", "Bytes that collectives received from other devices.";
-    /// By `device` and `kind`: `planned` peak, `allocated` now, `peak` in use.
+    /// Labels: `device` and `kind`: `planned` (planned peak), `allocated` (allocated now) or `peak` (peak in use).
     describe_gauge MEMORY = "shardflow_memory_bytes", Bytes, "A device's memory.";
-    /// By `outcome`: `committed` or `failed`.
+    /// Label: `outcome` (`committed` or `failed`).
     describe_counter CHECKPOINTS = "shardflow_checkpoints_total", "Saves by outcome.";
     /// Measured from the complete snapshot to the outcome.
     describe_histogram CHECKPOINT_DURATION = "shardflow_checkpoint_duration_seconds", Seconds, "Time of a save.";
     describe_gauge CHECKPOINT_LAST_SUCCESS = "shardflow_checkpoint_last_success_timestamp_seconds", Seconds, "Time of the last committed checkpoint, Unix time.";
-    /// By `cause`, the exit code.
+    /// Label: `cause`, which is the exit code.
     describe_counter RESTARTS = "shardflow_restarts_total", "Restarts of the job before this session, by exit code.";
     describe_counter STALLS = "shardflow_stalls_total", "Periods without progress that exceeded the limit.";
-    /// By `reason`.
+    /// Label: `reason`.
     describe_counter REFUSED = "shardflow_refused_total", "Messages refused because they do not belong to this job or attempt.";
 }
 

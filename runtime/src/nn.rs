@@ -52,7 +52,7 @@ pub fn linear(g: &mut Graph, name: &str, x: Var, out: usize, parallel: Parallel<
     })
 }
 
-/// Layer norm over the last dim with a weight and no bias, eps 1e-5. The weight is `NAME.weight`.
+/// Layer norm over the last dim, with eps 1e-5, a weight and no bias. The weight is `NAME.weight`.
 #[track_caller]
 pub fn layer_norm(g: &mut Graph, name: &str, x: Var) -> Var {
     g.layer(Location::caller(), |g| {
@@ -124,7 +124,7 @@ pub struct GptConfig {
     pub dropout: f32,
 }
 
-/// Largest number of layers of a [`gpt`], so that a typing error is refused before the program is built.
+/// Maximum number of layers of a [`gpt`]. The limit refuses a typing error before the program is built.
 pub const LAYERS_MAX: usize = 1024;
 
 /// A size of a [`gpt`] that does not divide evenly.
@@ -159,7 +159,7 @@ impl GptConfig {
     /// mesh's stages. `compile` also refuses such a model; this check needs no graph. All sizes must be at least 1.
     ///
     /// # Errors
-    /// The first size that does not divide.
+    /// Returns the first size that does not divide evenly.
     pub fn check(&self, mesh: &Mesh, micro_batches: usize) -> Result<(), UnevenSize> {
         let all = [
             ("width", self.width, "heads", self.heads),

@@ -36,14 +36,14 @@ pub struct CompileOptions {
     pub micro_batches: usize,
     /// The schedule of the pipeline.
     pub schedule: Schedule,
-    /// Threads of a compute kernel.
+    /// Number of threads that run one compute kernel.
     pub threads_per_device: usize,
     /// Number of available devices.
     pub devices: usize,
-    /// Memory of one device, bytes; a plan that needs more is refused. `Session::start` also refuses a plan for CPUs
+    /// Memory of one device, in bytes. A plan that needs more is refused. `Session::start` also refuses a plan for CPUs
     /// that needs more than the node's free memory, see [`shardflow_job::machine::free_memory`].
     pub memory_bytes: Option<usize>,
-    /// Approximate size of a bucket of gradients for the all-reduce, bytes.
+    /// Approximate size, in bytes, of a bucket of gradients for the all-reduce.
     pub bucket_bytes: usize,
     /// Costs of collectives.
     pub cost_model: CostModel,
@@ -100,7 +100,7 @@ fn list(errors: &[GraphError]) -> String {
 /// Compiles a program. The plan is a pure function of the graph and the options.
 ///
 /// # Errors
-/// All errors of the graph at once, or the reason why validation refused the plan.
+/// Returns all errors of the graph at once, or the reason why validation refused the plan.
 pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, CompileError> {
     let needed = graph.mesh().device_count();
     if needed > options.devices {
@@ -116,7 +116,7 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
     }
     let begin = |part| options.on_part.iter().for_each(|on_part| on_part(part));
     begin("micro-batches and gradients");
-    // The passes, in order. Each establishes what the next requires.
+    // The passes, in order. Each pass establishes what the next pass requires.
     mode::apply(&mut graph, options.mode);
     micro_batch::divide(&mut graph, options.micro_batches);
     check::sizes(&mut graph);

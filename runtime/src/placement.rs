@@ -1,4 +1,4 @@
-//! A [`Mesh`] names the axes of all devices; a [`Placement`] is a subset of the devices, with axes.
+//! A [`Mesh`] names the axes of all devices; a [`Placement`] is a subset of the devices, arranged over named axes.
 
 use std::fmt;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ pub struct Axis {
     pub size: usize,
 }
 
-/// All devices of a session: ranks `0..device_count`, row-major over named axes (the last varies fastest).
+/// All devices of a session: ranks `0..device_count`, row-major over named axes (the last axis varies fastest).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Mesh {
     whole: Placement,
@@ -27,7 +27,8 @@ impl Mesh {
     /// Builds a mesh with these axes.
     ///
     /// # Errors
-    /// When there is no axis, an axis has size 0, a name is empty or occurs twice, or there are too many devices.
+    /// Returns an error if there is no axis, an axis has size 0, a name is empty or occurs twice, or there are too many
+    /// devices.
     pub fn new(axes: &[(&str, usize)]) -> Result<Self, LayoutError> {
         let count = axes.iter().try_fold(1usize, |count, axis| count.checked_mul(axis.1));
         let Some(count) = count.filter(|count| *count <= MESH_DEVICES_MAX) else {
@@ -44,7 +45,7 @@ impl Mesh {
     /// Parses `name=size,name=size`, such as `data=2,stage=2,tensor=2`.
     ///
     /// # Errors
-    /// When the syntax is wrong; also the errors of [`Mesh::new`].
+    /// Returns an error if the syntax is wrong. Also returns the errors of [`Mesh::new`].
     pub fn parse(text: &str) -> Result<Self, LayoutError> {
         let mut axes = Vec::new();
         for part in text.split(',') {
@@ -66,7 +67,7 @@ impl Mesh {
     /// ```
     ///
     /// # Errors
-    /// When the text names another axis; also the errors of [`Mesh::parse`].
+    /// Returns an error if the text names another axis. Also returns the errors of [`Mesh::parse`].
     pub fn parse_axes(text: &str, axes: &[&str]) -> Result<Self, LayoutError> {
         let given = Self::parse(text)?;
         if let Some(axis) = given.axes().iter().find(|axis| !axes.contains(&axis.name.as_str())) {
@@ -125,7 +126,8 @@ impl Placement {
     /// Builds a placement of these devices (ranks, row-major) over these axes.
     ///
     /// # Errors
-    /// When an axis has size 0, a name is empty or occurs twice, or devices occur twice or do not match the axes.
+    /// Returns an error if an axis has size 0, a name is empty or occurs twice, or devices occur twice or do not match
+    /// the axes.
     pub fn of(devices: Vec<usize>, axes: &[(&str, usize)]) -> Result<Self, LayoutError> {
         let axes = axes.iter().map(|&(name, size)| Axis { name: name.into(), size }).collect();
         let placement = Self { axes, devices: devices.into() };
@@ -151,7 +153,7 @@ impl Placement {
         Ok(placement)
     }
 
-    /// A placement of these devices, which must be different, along a single axis.
+    /// A placement of these devices, which must be distinct, along a single axis.
     pub(crate) fn of_all(devices: Vec<usize>) -> Self {
         Self { axes: [Axis { name: "all".into(), size: devices.len() }].into(), devices: devices.into() }
     }
@@ -174,7 +176,7 @@ impl Placement {
     /// Index of the axis with this name.
     ///
     /// # Errors
-    /// When there is none; the error lists the axes.
+    /// Returns an error if there is no such axis. The error lists the axes.
     pub fn axis(&self, name: &str) -> Result<usize, LayoutError> {
         self.axes.iter().position(|a| a.name == name).ok_or_else(|| LayoutError::UnknownAxis {
             axis: name.into(),
@@ -185,7 +187,7 @@ impl Placement {
     /// The devices at this coordinate of this axis, as a placement with the remaining axes.
     ///
     /// # Errors
-    /// When the axis or the coordinate does not exist.
+    /// Returns an error if the axis or the coordinate does not exist.
     pub fn at(&self, axis: &str, coordinate: usize) -> Result<Self, LayoutError> {
         let position = self.axis(axis)?;
         let size = self.axes[position].size;

@@ -79,7 +79,7 @@ pub struct Plan {
     pub threads_per_device: usize,
     /// The kind of the devices.
     pub device: DeviceKind,
-    /// Memory limit of one device, bytes. Each process chooses it, so the plan's hash does not cover it.
+    /// Memory limit of one device, in bytes. Each process chooses it, so the plan's hash does not cover it.
     pub memory_bytes: Option<usize>,
     /// Maximum number of forward micro-batches in flight on each placement.
     pub in_flight: Vec<u32>,

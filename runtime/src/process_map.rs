@@ -77,7 +77,7 @@ impl ProcessMap {
         if process < processes { process as u32 } else { 0 }
     }
 
-    /// Counts the devices of a node's processes: those of ranks below `process`, and those of all ranks.
+    /// Counts the devices of a node's processes, both of the processes with ranks below `process` and of all processes.
     pub fn on_node(&self, processes: impl Iterator<Item = u32>, process: u32) -> NodeDevices {
         let mut out = NodeDevices::default();
         for other in processes {
@@ -105,7 +105,7 @@ impl ProcessMap {
         actors.map(|(index, actor)| (ActorId(index as u32), self.process_of(actor.device)))
     }
 
-    /// All registers that a process other than the producer's reads, with one entry for each reading process.
+    /// All registers that a process other than the producer's reads. A register has one entry for each such process.
     pub fn crossings(&self, plan: &Instance) -> Vec<Crossing> {
         let device = |actor: ActorId| plan.spec.actor(actor).device;
         let mut out = Vec::new();
@@ -125,7 +125,7 @@ impl ProcessMap {
         out
     }
 
-    /// All registers whose bytes cross processes, by producing and receiving device.
+    /// By producing and receiving device: all registers whose bytes cross processes.
     pub fn crossing_pairs(&self, plan: &Instance) -> BTreeMap<(usize, usize), Vec<RegisterId>> {
         let mut out: BTreeMap<(usize, usize), Vec<RegisterId>> = BTreeMap::new();
         for crossing in self.crossings(plan).into_iter().filter(|crossing| !crossing.runs(plan).is_empty()) {

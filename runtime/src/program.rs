@@ -83,7 +83,7 @@ pub fn is_screen(stream: &impl IsTerminal) -> bool {
 pub struct ProgramError {
     /// What failed, in one line.
     pub text: String,
-    /// What the user can change; empty if nothing.
+    /// What the user can change; empty if there is nothing to change.
     pub hint: String,
     /// The exit code.
     pub exit: Exit,
@@ -92,7 +92,7 @@ pub struct ProgramError {
 }
 
 impl ProgramError {
-    /// An error with this exit code and hint.
+    /// Creates an error with this exit code and hint.
     pub fn new(exit: Exit, text: impl Into<String>, hint: impl Into<String>) -> Self {
         Self { text: text.into(), hint: hint.into(), exit, first_cause_rank: None }
     }

@@ -71,7 +71,7 @@ impl NdSbp {
     /// Parses `(S0, B)`, `S0,B` or, for a placement without axes, `()`.
     ///
     /// # Errors
-    /// When an entry is not `S<dim>`, `B`, `P` (sum) or `Pmax`.
+    /// Returns an error if an entry is not `S<dim>`, `B`, `P` (sum) or `Pmax`.
     pub fn parse(text: &str) -> Result<Self, LayoutError> {
         let inner = text.trim();
         let inner = inner.strip_prefix('(').and_then(|t| t.strip_suffix(')')).unwrap_or(inner).trim();
@@ -102,7 +102,8 @@ impl NdSbp {
     /// Checks that a tensor of this shape can have this layout on `placement`.
     ///
     /// # Errors
-    /// When the layout does not have one entry for each axis, splits a dim that does not exist, or mixes reductions.
+    /// Returns an error if the layout does not have one entry for each axis, splits a dim that does not exist, or mixes
+    /// reductions.
     pub fn check(&self, shape: &[usize], placement: &Placement) -> Result<(), LayoutError> {
         let axes = placement.axes().len();
         let why = if self.mixes_reductions() {
@@ -246,7 +247,7 @@ fn class_coordinates(shape: &[usize], sizes: &[usize], layouts: [&NdSbp; 2]) -> 
 /// value. For `Max`, a random term is the value, and the other terms are smaller. Integers below about 2^20 are exact.
 ///
 /// # Errors
-/// When the layout does not fit the shape and placement, or is `Partial` for an integer tensor.
+/// Returns an error if the layout does not fit the shape and placement, or is `Partial` for an integer tensor.
 pub fn scatter(
     whole: &HostTensor,
     layout: &NdSbp,
@@ -302,7 +303,7 @@ fn random_terms(value: f32, op: ReduceOp, count: usize, state: &mut u64) -> Vec<
 /// devices. Takes the `Broadcast` copy at coordinate 0.
 ///
 /// # Errors
-/// When the layout or a shard's shape or type does not fit, or `Broadcast` copies are not bit-identical.
+/// Returns an error if the layout or a shard's shape or type does not fit, or `Broadcast` copies are not bit-identical.
 pub fn gather(
     shards: &[HostTensor],
     shape: &[usize],

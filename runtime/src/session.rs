@@ -89,7 +89,7 @@ pub struct Session {
     /// Ports of host data between processes; equal on all processes.
     ports: Arc<HostPorts>,
     inbox: Mutex<Inbox>,
-    /// Why the session failed, if it did. Device memory is then invalid and may still change.
+    /// The failure of the session, if it failed. Device memory is then invalid and may still change.
     failed: Option<Failure>,
     /// Inputs that hold token ids, with the size of the vocabulary.
     vocabularies: BTreeMap<String, usize>,
@@ -253,7 +253,7 @@ impl Session {
         Ok(())
     }
 
-    /// Sends the parameters that this process has written to the peers that read them. All processes call it.
+    /// Sends to each peer the parameters that the peer reads and this process has written. All processes call it.
     fn refresh(&mut self) -> Result<(), SessionError> {
         self.set_activity(WAITING);
         let Some(running) = &mut self.running else { return Ok(()) };

@@ -37,7 +37,7 @@ pub struct TraceFile {
     out: BufWriter<File>,
     /// The session's spec, set by the first call of `add`.
     spec: Option<Arc<Spec>>,
-    /// By actor and action: number of firings, and their total duration in nanoseconds.
+    /// For each actor and action: the number of firings, and their total duration in nanoseconds.
     spent: BTreeMap<(ActorId, u32), (u64, u64)>,
     firings_read: BTreeMap<ActorId, u64>,
     lost: u64,

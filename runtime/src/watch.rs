@@ -144,7 +144,7 @@ fn install() -> Result<PrometheusHandle, WatchError> {
     Ok(handle)
 }
 
-/// Starts the upkeep thread, which runs until the program ends: histograms keep every value until upkeep or a scrape.
+/// Starts the upkeep thread, which runs until the program ends. Histograms keep all values until upkeep or a scrape.
 fn start_upkeep(prometheus: PrometheusHandle) -> io::Result<()> {
     let upkeep = move || loop {
         thread::park_timeout(UPKEEP_EVERY);
@@ -174,7 +174,7 @@ async fn serve(listener: TcpListener, state: ServerState, stopped: oneshot::Rece
     }
 }
 
-/// `/healthz` mentions a step without progress after this time.
+/// `/healthz` mentions a step that makes no progress for this time.
 const IDLE_SECONDS_REPORTED: u64 = 10;
 
 async fn prometheus(State(state): State<ServerState>) -> impl IntoResponse {

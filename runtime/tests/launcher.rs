@@ -189,7 +189,7 @@ fn free_port() -> u16 {
 
 const SECRET: (&str, &str) = ("SHARDFLOW_SECRET", "0123456789abcdef");
 
-/// Limit for the reports of both nodes, far below the time that a node waits if the other does not report.
+/// Time limit for the reports of both nodes. A node waits far longer if the other node does not report.
 const REPORT_LIMIT: std::time::Duration = std::time::Duration::from_secs(20);
 
 #[test]
@@ -210,7 +210,7 @@ fn nodes_that_fail_before_the_rendezvous_do_not_wait_for_each_other() {
     assert!(begin.elapsed() < REPORT_LIMIT, "the nodes waited {:?}", begin.elapsed());
 }
 
-/// Such nodes run another program, or print a help text.
+/// A program that is not a Shardflow program, or that prints a help text, ends in this way.
 #[test]
 fn nodes_that_end_with_code_0_and_do_not_join_have_not_failed() {
     let (job, port) = (Job::new(), free_port());
@@ -332,7 +332,7 @@ fn the_next_launcher_removes_the_folder_of_a_killed_one() {
 fn sigterm_is_forwarded_and_the_launcher_ends_with_143() {
     let job = Job::new();
     for (script, code) in [
-        // Ranks may save and end as documented, die by the signal, fail to write the checkpoint, or be done.
+        // Ranks may save and end as documented, die from the signal, fail to write the checkpoint, or be done already.
         ("trap 'echo saved; exit 143' TERM; echo ready > $READY; while :; do read line < $WAIT; done", 143),
         ("echo ready > $READY; exec sleep 600", 143),
         ("trap 'exit 73' TERM; echo ready > $READY; while :; do read line < $WAIT; done", 73),

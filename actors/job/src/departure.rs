@@ -1,4 +1,4 @@
-//! Reports a failure before the rendezvous to the other processes, so that they do not wait for the failed process.
+//! Reports to all other processes a failure that happened before the rendezvous, so that they do not wait in vain.
 
 use std::ops::Range;
 use std::path::Path;
@@ -21,7 +21,7 @@ impl Departure {
         Self(RendezvousConfig { processes, interface: None, ..config })
     }
 
-    /// Reports that `ranks` will not join, for at most `report_within`. True if a process waited for these ranks.
+    /// For at most `report_within`, reports that `ranks` will not join. True if a process waited for these ranks.
     pub(crate) fn report(&self, ranks: Range<u32>, report: &Report) -> bool {
         let reported = match ranks.start {
             0 => refuse_callers(&self.0, ranks, report),
@@ -35,10 +35,11 @@ impl Departure {
 }
 
 /// Reports why this process is about to end with `exit`. `first_cause_rank` is another rank that failed first, if any.
-/// [`Exit::Retry`] with this process's own rank is an end on request: the launcher does not restart the process.
+/// [`Exit::Retry`] with this process's own rank as the first cause is an end on request: the launcher does not restart
+/// the process.
 ///
 /// Under `shardflow launch` the launcher receives the report. Otherwise, if this process has not joined yet and no
-/// retry would help, the other processes receive it, for at most `SHARDFLOW_REPORT_WAIT_MS`: rank 0 refuses each
+/// retry would help, it reports to the other processes for at most `SHARDFLOW_REPORT_WAIT_MS`: rank 0 refuses each
 /// process that connects; any other rank connects to the rendezvous endpoint. Only a process's first report is kept.
 pub fn report(exit: Exit, cause: &str, first_cause_rank: Option<u32>) -> io::Result<()> {
     let path = env::var_os(ERROR_FILE);

@@ -1,6 +1,7 @@
 //! Detects this process's rank and world from the launcher's environment variables.
 //!
-//! Variables of inner launchers are checked first, because outer launchers' variables remain set. Empty means unset.
+//! Variables of inner launchers are checked first, because outer launchers' variables remain set. An empty variable
+//! counts as unset.
 
 mod context;
 mod detect;

@@ -32,13 +32,13 @@ pub enum Exit {
     PeerUnavailable,
     /// 70: a bug, or a failure that has no other code.
     Internal,
-    /// 71: a memory allocation failed during the training. If it fails at the start, the exit is [`Exit::Refused`].
+    /// 71: a memory allocation failed during the training. If one fails at the start, the exit is [`Exit::Refused`].
     OutOfMemory,
     /// 73: a checkpoint or a parameter file cannot be written.
     CannotWrite,
     /// 75: the program ended without a failure and may be restarted.
     Retry,
-    /// 76: a peer uses another protocol or secret.
+    /// 76: a peer uses a different protocol or secret.
     Protocol,
     /// 78: the plan or the configuration was refused.
     Refused,
@@ -53,7 +53,7 @@ pub enum Exit {
 }
 
 impl Exit {
-    /// The code, and its meaning unless the code is that of `Signal` or `Other`.
+    /// Returns the code and its meaning. Codes of `Signal` and `Other` have no meaning text.
     fn parts(self) -> (u8, Option<&'static str>) {
         match self {
             Exit::Done => (0, Some("done")),
@@ -130,7 +130,8 @@ impl Exit {
         matches!(self, Exit::PeerUnavailable | Exit::Retry)
     }
 
-    /// Exit of a process that waits for a node with this exit: 69 for signals or if a restart may help, else the same.
+    /// Returns the exit of a process that waits for a node that ended with this exit: 69 if this exit is a signal or a
+    /// restart may help, otherwise this exit itself.
     pub(crate) fn of_waiting(self) -> Exit {
         let is_final = self.parts().1.is_some() && !self.worth_a_retry();
         if is_final { self } else { Exit::PeerUnavailable }
@@ -171,15 +172,15 @@ pub struct Report {
     pub time_unix_ns: u64,
     /// The code with which the process will end.
     pub exit: u8,
-    /// The failure, in one or a few lines.
+    /// Description of the failure, in one or a few lines.
     pub cause: String,
     /// The rank that failed first. If absent, the exit code decides whether the failure began in the reporting process.
     #[serde(default)]
     pub first_cause_rank: Option<u32>,
-    /// True if the process had joined the others: then the session also reports the failure to them.
+    /// True if the process had joined the others. The session then also reports the failure to them.
     #[serde(default)]
     pub joined: bool,
-    /// True if the first cause's node has ended its job. Other nodes must not restart: they would wait for it in vain.
+    /// True if the first cause's node has ended its job. Other nodes must not restart: they would wait in vain for it.
     #[serde(default)]
     pub departed: bool,
 }
@@ -190,7 +191,7 @@ impl Report {
         write_atomically(path, &serde_json::to_vec(self)?)
     }
 
-    /// Reads a report. `None` if the file is missing or unreadable: a report only adds detail to the exit code.
+    /// Reads a report. `None` if the file is missing or unreadable, because a report only adds detail to the exit code.
     pub fn read(path: &Path) -> Option<Report> {
         let bytes = fs::metadata(path).ok()?.len();
         (bytes <= REPORT_BYTES_MAX).then(|| serde_json::from_slice(&fs::read(path).ok()?).ok())?
@@ -204,7 +205,7 @@ impl Report {
         }
     }
 
-    /// True if the other processes must be refused: they would wait for the reporter, and no restart would help.
+    /// True if other processes must be refused, because they would wait for the reporter and no restart would help.
     pub fn concerns_all(&self) -> bool {
         let exit = Exit::from_code(self.exit);
         let is_final = self.departed || !exit.worth_a_retry();
@@ -214,7 +215,8 @@ impl Report {
 
 static JOINED: AtomicBool = AtomicBool::new(false);
 
-/// Records for the launcher that this process waits for the others. If it exits with 0 without joining, it has failed.
+/// Records for the launcher that this process waits for the others. If this process then exits with 0 without joining,
+/// it has failed.
 pub fn mark_joining() {
     if let Some(path) = env::var_os(ERROR_FILE) {
         let _ = fs::write(joining_file(Path::new(&path)), "");

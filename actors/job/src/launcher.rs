@@ -28,7 +28,7 @@ mod options;
 pub use guard::{become_program, child_command, guard};
 pub use options::{LaunchError, LaunchOptions};
 
-/// How long a launcher that a signal ends waits until its output is read.
+/// How long a launcher that was ended by a signal waits until its output is read.
 const OUTPUT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Starts the processes, restarts them if needed, and returns when they have ended. Returns the exit of the process
@@ -48,7 +48,8 @@ pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
     launched.inspect_err(|error| report(options, departure, error.exit(), error.to_string()))
 }
 
-/// Reports to the other nodes, if `options` suffice for it, that a usage error keeps this node from starting processes.
+/// Reports to the other nodes that a usage error keeps this node from starting processes. Does nothing if `options` do
+/// not determine how to reach the other nodes.
 pub fn report_usage(options: &LaunchOptions, cause: String) {
     report(options, departure(options), Exit::Usage, cause);
 }

@@ -84,7 +84,8 @@ pub struct MembershipConfig {
 }
 
 impl MembershipConfig {
-    /// No addresses and no connections; heartbeats every 250 ms, a deadline of 4 s, 500 ms of grace, and 30 s to join.
+    /// Creates a configuration without addresses and connections. Heartbeats are 250 ms apart, the deadline is 4 s, the
+    /// grace window is 500 ms, and peers have 30 s to join.
     pub fn new(
         process: u32,
         processes: u32,
@@ -144,7 +145,8 @@ pub fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
 
 /// The membership of this process in the session.
 ///
-/// A drop takes at most a second, even with frozen peers. Without [`Membership::leave`], it is a failure for peers.
+/// Dropping it takes at most a second, even with frozen peers. A drop without [`Membership::leave`] is a failure for
+/// peers.
 #[derive(Debug)]
 pub struct Membership {
     shared: Arc<Shared>,
@@ -255,8 +257,8 @@ impl Membership {
         self.shared.counters()
     }
 
-    /// Leaves the session cleanly. Call this after all work of this process. Waits at most a second until peers have
-    /// received all messages. Returns false if one has not. Later failures of peers do not affect this process.
+    /// Leaves the session cleanly. Call this after this process has ended its work. Waits at most a second until peers
+    /// have received all messages. Returns false if a peer has not. Later failures of peers do not affect this process.
     pub fn leave(&self) -> bool {
         self.shared.leave();
         self.shared.wait_for_delivery(LEAVE_TIMEOUT)

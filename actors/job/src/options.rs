@@ -23,7 +23,7 @@ pub enum Transport {
     SharedMemory,
     /// Unix sockets on one node, TCP between nodes. Register transfers between GPUs are staged through host memory.
     Unix,
-    /// TCP, also within a node. Between GPUs, the same as `Unix`.
+    /// TCP, even within a node. Between GPUs, transfers are the same as with `Unix`.
     Tcp,
 }
 
@@ -96,11 +96,11 @@ pub struct ClusterOptions {
     pub encrypt: bool,
     /// Local address to listen on, with port 0. By default, the address from which this node reaches process 0.
     pub interface: Option<SocketAddr>,
-    /// How others reach this process. By default, at the addresses on which it listens.
+    /// How others reach this process. By default, they use the addresses on which it listens.
     pub advertise: Option<Arc<dyn Advertise>>,
     /// How long to wait for all processes to join.
     pub meet_within: Duration,
-    /// How long connecting may take after all processes have joined. Later, the session's watchdog limits waits.
+    /// How long connecting may take after all processes have joined. After that, the session's watchdog limits waits.
     pub connect_within: Duration,
     /// Interval at which a wait is reported, with the missing or slow ranks.
     pub report_every: Duration,
@@ -108,7 +108,8 @@ pub struct ClusterOptions {
     pub heartbeat_every: Duration,
     /// Silence after which a process counts as failed. At least four times `heartbeat_every`.
     pub heartbeat_deadline: Duration,
-    /// How long to report a failure before the rendezvous to the other processes. See [`crate::departure::report`].
+    /// How long a process that fails before the rendezvous reports this to the others. See
+    /// [`crate::departure::report`].
     pub report_within: Duration,
     /// Receives the lines about a wait, which are also logged.
     pub on_waiting: Option<OnWaiting>,

@@ -36,7 +36,7 @@ pub struct OutputQueue {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
-    /// The stream, if the system could not start a thread: then the callers write to it themselves.
+    /// The stream, if the system could not start the thread. Callers then write to the stream themselves.
     direct: Mutex<Option<Stream>>,
 }
 
@@ -53,13 +53,13 @@ struct State {
     waiting: VecDeque<(OutputKind, Vec<u8>)>,
     progress_bytes: usize,
     record_bytes: usize,
-    /// Number of progress texts dropped since this was last reported.
+    /// Number of progress texts dropped since the last report of dropped texts.
     dropped: u64,
     /// True while the thread writes a text, which is no longer in `waiting`.
     is_writing: bool,
     /// True if the last queued text ends its line.
     ends_line: bool,
-    /// True if the stream is closed, such as a pipe without a reader. Further text is discarded.
+    /// True if the stream is closed, for example because a pipe has no reader. Further text is discarded.
     is_closed: bool,
     /// Why the stream is closed. `None` if the reader has closed the pipe.
     error: Option<io::Error>,
@@ -116,12 +116,12 @@ impl OutputQueue {
     /// Ends the current line if its line end is missing.
     pub fn end_line(&self) {
         if !self.shared.state.lock().ends_line {
-            // Uses progress, because queuing progress never blocks.
+            // Queues the line end as progress, because queuing progress never blocks.
             self.put(OutputKind::Progress, b"\n");
         }
     }
 
-    /// Returns once the error that closed the stream. It is not an error if the reader has closed the pipe.
+    /// Returns the error that closed the stream, but only once. It is not an error if the reader has closed the pipe.
     pub fn take_error(&self) -> Option<io::Error> {
         self.shared.state.lock().error.take()
     }
@@ -217,7 +217,8 @@ pub fn stderr() -> &'static OutputQueue {
     &STDERR
 }
 
-/// Waits until both queues are written, for at most `limit` each. Call this before the process ends: the rest is lost.
+/// Waits until both queues are written, for at most `limit` each. Call this before the process ends, because text that
+/// is still queued at the end is lost.
 pub fn finish(limit: Option<Duration>) {
     stdout().flush(limit);
     stderr().flush(limit);

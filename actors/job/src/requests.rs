@@ -13,9 +13,9 @@ use crate::output;
 
 /// Slurm's variable with the job's end time, in Unix seconds.
 const JOB_END_TIME: &str = "SLURM_JOB_END_TIME";
-/// The training ends this long before the job's end time, plus the time for a step and a save.
+/// The training ends before the job's end time by this margin plus the time for a step and a save.
 const MARGIN: Duration = Duration::from_secs(60);
-/// How long a process that ends at once waits until its output is read.
+/// How long a process that ends immediately waits until its output is read.
 const OUTPUT_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// A request takes effect after a step. All processes apply the same request: the strongest one that any has received.
@@ -69,7 +69,7 @@ struct State {
     pending: Request,
     on_usr1: Request,
     effect: Effect,
-    /// The job's end time since 1970. The training ends `margin` before it, plus the time for a step and a save.
+    /// The job's end time since 1970. The training ends before it by `margin` plus the time for a step and a save.
     job_end: Option<Duration>,
     margin: Duration,
     save: Duration,
@@ -91,7 +91,7 @@ impl Default for Requests {
     }
 }
 
-/// A guard. While it exists, a signal ends the process after the step; without it, at once.
+/// A guard. While it exists, a signal ends the process after the step. Without it, a signal ends it immediately.
 #[derive(Debug)]
 pub struct Deferred<'a> {
     requests: &'a Requests,
@@ -146,7 +146,7 @@ impl Requests {
         self.state.lock().on_usr1 = request;
     }
 
-    /// Sets the margin: the training ends this long before a Slurm job's end time, plus the time for a step and a save.
+    /// Sets the margin. The training ends before a Slurm job's end time by the margin plus a step's and a save's time.
     pub fn set_job_end_margin(&self, margin: Duration) {
         self.state.lock().margin = margin;
     }

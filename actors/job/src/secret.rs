@@ -4,7 +4,7 @@ use std::fmt;
 
 /// Minimum length of a secret: 16 random hexadecimal digits have 64 bits, too many for an online search.
 pub const SECRET_CHARS_MIN: usize = 16;
-/// Must never change: all processes use it to derive the key.
+/// This text must never change, because all processes use it to derive the key.
 const CONTEXT: &str = "shardflow 2026-01-01 secret of a job";
 
 /// The secret text of a job and the key derived from it. `Debug` prints neither. Comparison takes constant time.

@@ -201,7 +201,7 @@ impl World {
         code
     }
 
-    /// Checks that all `processes` report `cause` as the first cause `within` this time after `start`, and then exit.
+    /// Checks that all `processes` report `cause` as the first cause at most `within` after `start`, and then exit.
     fn assert_first_cause(&mut self, processes: &[u32], cause: u32, start: Instant, within: Duration) {
         for &process in processes {
             let line = self.next_line(process, SOON);

@@ -1,5 +1,5 @@
-//! Checks the writes and reads of a register. Each piece's accesses run from one `first` to one `last`. A slot holds
-//! one piece at a time, and the slot's next piece never waits for a read in a later step.
+//! Checks the writes and reads of a register. Each piece's accesses begin with one `first` access and end with one
+//! `last` access. A slot holds one piece at a time, and the slot's next piece never waits for a read in a later step.
 
 use super::error::SpecError;
 use crate::spec::{ActionRef, PieceAccess, Pieces, RegisterId, RegisterSpec, Spec};
@@ -101,7 +101,7 @@ fn check_order_of_slots(spec: &Spec, id: RegisterId, writes: &[Port]) -> Result<
         let within = (piece % per_step) as u32;
         register.readers.iter().any(|reader| spec.input(id, *reader).is_some_and(|input| input.pieces.contains(within)))
     };
-    // By slot: its latest piece, and whether that piece is complete.
+    // For each slot: its latest piece, and whether that piece is complete.
     let mut latest: Vec<Option<(u64, bool)>> = vec![None; register.slots as usize];
     (0..u64::from(*initial)).for_each(|piece| latest[register.slot(piece) as usize] = Some((piece, true)));
     for written in 0..u64::from(register.period_steps()) {

@@ -18,8 +18,8 @@ fn hang(spec: &Arc<Spec>, steps: u32, fault: Fault) -> Option<Hang> {
     }
 }
 
-/// Returns all pieces of the first steps that a reader in another actor gets, in order of publication: register, reader
-/// index, reader, piece.
+/// Returns all pieces of the first steps that a reader in another actor gets, in order of publication. An entry
+/// contains the register, the index of the reader, the reader, and the piece.
 pub(crate) fn pieces(spec: &Spec, steps: u32) -> Vec<(RegisterId, u32, ActionRef, u64)> {
     let mut found = Vec::new();
     for (register, r) in spec.registers.iter().zip(0..) {

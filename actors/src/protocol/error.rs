@@ -3,7 +3,7 @@
 use super::slot::SlotState;
 use crate::spec::RegisterId;
 
-/// A violation of the protocol by a bug, a corrupted message or a different plan. Labels: [`crate::protocol`].
+/// A protocol violation by a bug, a corrupted message or a different plan. [`crate::protocol`] defines the labels.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum ProtocolError {

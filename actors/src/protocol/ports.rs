@@ -24,7 +24,7 @@ pub(super) struct PortMap {
     pieces: Pieces,
     slots: SlotMap,
     pieces_per_step: u32,
-    /// Added to piece numbers. For a writer, it is the register's `initial`; for a reader, 0.
+    /// This offset is added to piece numbers. For a writer, it is the register's `initial`; for a reader, it is 0.
     offset: u64,
 }
 
@@ -63,7 +63,7 @@ pub(super) struct InPort {
     pub map: PortMap,
     /// The access of the firing in flight or, if there is none, of the next firing.
     pub current: Reach,
-    /// By slot: the filled piece that this port has not released, or `NONE`.
+    /// For each slot: the filled piece that this port has not released, or `NONE`.
     held: Box<[u64]>,
     /// The pieces that will arrive, in order.
     pub arrivals: Sequence,
@@ -146,7 +146,7 @@ impl InPort {
 #[derive(Clone, Debug)]
 pub(super) struct OutPort {
     pub register: RegisterId,
-    /// Index of the register among those that the actor produces.
+    /// Index of the register among the registers that the actor produces.
     pub slots: usize,
     pub early: bool,
     pub map: PortMap,

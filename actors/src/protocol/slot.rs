@@ -38,7 +38,7 @@ impl fmt::Display for SlotState {
 #[derive(Clone, Debug)]
 pub(crate) struct SlotMap {
     slots: u32,
-    /// Empty for a ring.
+    /// The register's slot table; empty for a ring.
     table: Arc<[u32]>,
 }
 

@@ -1,7 +1,7 @@
 //! The slots of one register, as its producer sees them.
 //!
 //! - **CR-1**: a slot changes `Free -> Writing -> Filled(readers left) -> Free`. Each piece is published once, and each
-//!   of its readers releases it once. By reader: pieces published to it - pieces released by it == its filled slots.
+//!   of its readers releases it once. Per reader: pieces published to it - pieces released by it == its filled slots.
 //! - **CR-2**: slots held + slots free == credits.
 //! - **CR-4**: a piece lies only in the slot that the plan gives it.
 
@@ -35,7 +35,7 @@ pub(crate) enum SlotFault {
     Surplus,
     /// The first reader's release frees the slot, instead of the last reader's release.
     FreedByFirst,
-    /// The last release frees another filled slot, if there is one.
+    /// The last reader's release frees a different filled slot, if there is one.
     FreesOther,
     /// The last reader's release does not free the slot.
     KeepsLast,
@@ -46,10 +46,10 @@ pub(crate) enum SlotFault {
 pub struct RegisterSlots {
     map: SlotMap,
     states: Box<[SlotState]>,
-    /// By slot: the readers that have not released the slot's piece, as a bit set of `words` words.
+    /// For each slot: the readers that have not released the slot's piece, as a bit set of `words` words.
     left: Box<[u64]>,
     words: usize,
-    /// By piece of a step: the set of its readers. A single set if all pieces have the same readers.
+    /// The set of readers of each piece of a step. Contains a single set if all pieces have the same readers.
     readers_of: Box<[u64]>,
     pub(super) readers: Box<[ReaderState]>,
     held: u32,
@@ -61,7 +61,7 @@ pub struct RegisterSlots {
 }
 
 impl RegisterSlots {
-    /// The slots before any firing. The initial pieces are published.
+    /// Creates the slots as they are before any firing. The initial pieces are already published.
     pub(super) fn new(spec: &Spec, register: RegisterId, me: ActorId) -> Self {
         let of = spec.register(register);
         let words = of.readers.len().div_ceil(WORD);
@@ -204,8 +204,8 @@ impl RegisterSlots {
         (piece % (self.readers_of.len() / self.words) as u64) as usize * self.words
     }
 
-    /// Releases a reader's piece. The slot becomes `Free` when the last reader releases it. Returns the slot's state as
-    /// an error if the slot does not hold this piece for the reader.
+    /// Releases a reader's piece. The slot becomes `Free` when the piece's last reader releases the piece. Returns the
+    /// slot's state as an error if the slot does not hold this piece for the reader.
     #[inline]
     pub(super) fn release(&mut self, reader: usize, slot: u32, piece: u64) -> Result<(), SlotState> {
         let state = self.states[slot as usize];
@@ -291,7 +291,7 @@ impl RegisterSlots {
     }
 }
 
-/// The readers of each piece of a step. A single set if all readers read all pieces.
+/// Returns the set of readers of each piece of a step, or a single set if all readers read all pieces.
 fn readers_of(spec: &Spec, register: RegisterId, words: usize) -> Box<[u64]> {
     let of = spec.register(register);
     let is_rate =

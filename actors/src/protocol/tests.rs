@@ -203,7 +203,7 @@ fn slots_are_freed_by_piece_and_not_in_order() {
     let text = source.waiting().describe(&source.spec.clone());
     assert_eq!(text, "source write waits for a credit of register 'wire' (2 of 3 slots held by sink read)");
     assert_eq!(handle(&mut source, released(0, 0)), launch(0, 3));
-    // The release of piece 1 is due, and then that of piece 5, the first of the next step.
+    // The release of piece 1 is due next. After it, the release of piece 5 is due, the first release of the next step.
     let text = "CR-4 register 'wire': the release by sink read carries piece 5, expected 1";
     assert_eq!(reject(&mut source.clone(), released(5, 2)), text);
     handle(&mut source, released(1, 1));

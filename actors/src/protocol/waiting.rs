@@ -40,7 +40,7 @@ pub enum Missing {
         holders: Vec<Holder>,
     },
     Token,
-    /// Its turn: the actor's ordered list continues with another action, `next`.
+    /// The action's turn: the actor's ordered list continues with another action, `next`.
     Turn {
         next: u32,
     },
@@ -56,7 +56,7 @@ pub struct Holder {
 }
 
 impl Missing {
-    /// Describes this: `piece 0 of register 'x' from y`, `a credit of register 'x' (2 of 2 slots held by y)` and so on.
+    /// Describes the wait as `piece 0 of register 'x' from y` or `a credit of register 'x' (2 of 2 slots held by y)`.
     pub fn describe(&self, spec: &Spec, actor: ActorId) -> String {
         match self {
             Missing::Piece { register, piece, writer } => {

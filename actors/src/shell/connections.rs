@@ -1,4 +1,4 @@
-//! The threads of the connections to peers: per peer, one writes the outbox and one reads the peer's messages.
+//! The threads of the connections to peers. For each peer, one thread writes the outbox and one reads its messages.
 
 use std::collections::BTreeMap;
 use std::io::{self, BufReader, BufWriter, Read, Write};
@@ -22,7 +22,7 @@ use crate::spec::RegisterId;
 use crate::supervisor::Session;
 use shardflow_job::transport::Connection;
 
-/// Buffer size; longer runs go directly from the slot to the connection.
+/// Size of the buffers in bytes. Longer runs go directly from the slot to the connection.
 const BUFFER_BYTES: usize = 1 << 16;
 
 /// Maximum number of queued host pieces. A step of a large mesh needs fewer pieces, and their memory is acceptable.
@@ -83,7 +83,7 @@ pub(crate) struct Connections {
 }
 
 impl Connections {
-    /// Ends all threads. With `in_order`, the writers first send the queued messages. If this takes longer than
+    /// Ends all threads. If `in_order` is set, the writers first send the queued messages. If this takes longer than
     /// [`CLOSE_TIMEOUT`], `close` calls `abort` and cuts the connections. A failed session does not wait.
     pub(crate) fn close(&mut self, in_order: bool, abort: impl Fn()) {
         // A connection that cannot be shut down is closed already.
@@ -113,7 +113,7 @@ struct Writer {
     sink: BufWriter<Connection>,
     link: Arc<Link>,
     pushes: BTreeMap<RegisterId, Vec<ByteRun>>,
-    /// By register: the last piece whose bytes were sent.
+    /// For each register: the last piece whose bytes were sent.
     pushed: BTreeMap<RegisterId, u64>,
 }
 
@@ -216,7 +216,7 @@ struct Reader {
 struct Mirrored {
     /// The pieces whose bytes will arrive, in order.
     arrivals: Sequence,
-    /// By slot: the piece that the slot holds, if any.
+    /// For each slot: the piece that the slot holds, if any.
     slots: Vec<Option<u64>>,
 }
 
@@ -270,7 +270,7 @@ impl Reader {
         }
     }
 
-    /// RM-1 for a message: the peer must host its sender, and this process its receiver.
+    /// Checks RM-1 for a message: the peer must host its sender, and this process must host its receiver.
     fn process_message(&mut self, message: Message) -> Result<(), PeerError> {
         let (Message::Filled { register, reader, piece, .. } | Message::Released { register, reader, piece, .. }) =
             message;
@@ -306,7 +306,7 @@ impl Reader {
         sent.map_or(Ok(()), |sent| pipe.wait(&sent)).map_err(|error| io::Error::from(error).into())
     }
 
-    /// RM-1 for a slot's bytes. The bytes of initial pieces may be sent again (a refresh).
+    /// Checks RM-1 for a slot's bytes. The bytes of initial pieces may be sent again (a refresh).
     fn process_data(&mut self, register: RegisterId, slot: u32, piece: u64, bytes: u64) -> Result<(), PeerError> {
         let name = || self.link.session.spec.register_name(register);
         let (Some(runs), Some(memory), Some(mirrored)) =
@@ -356,7 +356,7 @@ impl Reader {
     }
 
     /// RM-3 for a refresh: waits until no reader of the register is in the middle of a step. Returns the number of
-    /// their ended firings. A peer may already have a step's results just before the last local reader ends.
+    /// ended firings of these readers. A peer may already have a step's results just before the last local reader ends.
     fn wait_for_readers(&self, register: RegisterId) -> Result<u64, PeerError> {
         let deadline = Instant::now() + READERS_TIMEOUT;
         loop {

@@ -17,7 +17,7 @@ use crate::spec::{ActorId, RegisterId};
 use crate::supervisor::Session;
 use crate::trace::{Cause, FiringRecord, Idle};
 
-/// The ractor behaviour; all state is in [`Shard`].
+/// Implements ractor's actor trait. All state is in [`Shard`].
 pub(crate) struct ShardActor;
 
 pub(crate) struct Shard {

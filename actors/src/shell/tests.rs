@@ -28,7 +28,7 @@ fn value(seed: i32, reads: &[i32]) -> i32 {
     reads.iter().fold(seed, |a, &b| mix(a, b))
 }
 
-/// A kernel that computes `write = value(reads)`. It mixes in the previous content if it accumulates or `keep` is set.
+/// A kernel that computes `write = value(reads)`. If it accumulates or `keep` is set, it mixes in the old content.
 #[derive(Debug)]
 struct Mix {
     seed: i32,
@@ -117,7 +117,7 @@ fn wait_for(running: &RunningSession, condition: impl Fn(&[ActorSnapshot]) -> bo
 /// A plan with [`Mix`] kernels: each action computes each output and its own history from all inputs.
 pub(super) struct Bench {
     pub(super) loaded: LoadedPlan,
-    /// By actor: an arena with one integer per action.
+    /// For each actor: an arena with one integer per action.
     pub(super) histories: Vec<Arena>,
 }
 
@@ -200,7 +200,7 @@ fn run(spec: Spec, steps: u32) -> Vec<Vec<i32>> {
     arenas.iter().zip(&spec.actors).map(read).collect()
 }
 
-/// The expected histories: the same arithmetic, one firing at a time, in the simulator's order.
+/// Computes the expected histories with the same arithmetic, one firing at a time, in the simulator's order.
 fn expected(spec: &Spec, steps: u32) -> Vec<Vec<i32>> {
     let mut run = exact(&Arc::new(spec.clone()), 3, 1, steps).unwrap();
     run.timeline.sort_by_key(|f| f.start);

@@ -7,7 +7,7 @@ use shardflow_kernels::hash::{GOLDEN_GAMMA, mix64};
 use crate::protocol::Protocol;
 use crate::spec::{ActorId, RegisterId, Spec};
 
-/// Mixes a value into a hash; depends on the order of the arguments.
+/// Mixes a value into a hash. The result depends on the order of the arguments.
 fn mix(hash: u64, value: u64) -> u64 {
     mix64(hash.rotate_left(5) ^ mix64(value.wrapping_add(GOLDEN_GAMMA)))
 }
@@ -22,15 +22,15 @@ pub struct SimulatedFiring {
     pub actor: ActorId,
     /// Index of the action.
     pub action: u32,
-    /// Counted from 0 over all steps.
+    /// Number of the firing, counted from 0 over all steps.
     pub firing: u64,
-    /// First tick. The firing includes the wait for its groups.
+    /// First tick of the firing. The firing includes the wait for its groups.
     pub start: u64,
-    /// Tick after the last.
+    /// The tick after the firing's last tick.
     pub end: u64,
 }
 
-/// CR-7: a firing's input changed, or the input was not written.
+/// A violation of CR-7: a firing's input changed, or the input was not written.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[error("CR-7 {action}, firing {firing}: its input slot of register '{register}' {fault}")]
 pub struct DataRace {
@@ -41,7 +41,7 @@ pub struct DataRace {
 }
 
 pub(super) struct Data {
-    /// By register and slot.
+    /// Hashes by register and slot.
     slots: Vec<Vec<u64>>,
     flights: Vec<Flight>,
     /// Hash of the values of all firings, by actor and action.
@@ -144,9 +144,9 @@ fn race(spec: &Spec, fired: SimulatedFiring, register: RegisterId, fault: &'stat
 
 /// Groups of actors. The n-th firings of a group's members run together.
 pub(super) struct Groups {
-    /// By group and member: number of begun firings.
+    /// For each group and member: number of begun firings.
     begun: HashMap<u32, BTreeMap<ActorId, u64>>,
-    /// By group and round: the sum of the members' hashes.
+    /// For each group and round: the sum of the members' hashes.
     contributions: HashMap<(u32, u64), u64>,
     /// Members in flight that wait for other members, with their groups and rounds.
     waiting: Vec<(ActorId, Vec<(u32, u64)>)>,

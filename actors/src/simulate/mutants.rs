@@ -56,7 +56,7 @@ const ALL: [Mutation; 13] = [
     Mutation::LagsLess,
 ];
 
-/// A changed table, or `None` if the change does not apply.
+/// Returns the changed table, or `None` if the change does not apply.
 fn changed(mutation: Mutation, mut table: Vec<PieceAccess>) -> Option<Vec<PieceAccess>> {
     let position = |test: fn(&PieceAccess) -> bool| table.iter().position(test);
     match mutation {
@@ -91,7 +91,7 @@ fn changed(mutation: Mutation, mut table: Vec<PieceAccess>) -> Option<Vec<PieceA
     Some(table)
 }
 
-/// The plan with a changed register, or `None` if the change does not apply.
+/// Returns the plan with a changed register, or `None` if the change does not apply.
 pub(crate) fn mutated(spec: &Spec, id: RegisterId, mutation: Mutation) -> Option<Spec> {
     let mut spec = spec.clone();
     let register = spec.registers[id.0 as usize].clone();
@@ -143,7 +143,7 @@ fn actors(spec: &Spec, id: RegisterId) -> Vec<ActorId> {
     actors
 }
 
-/// All plans of the other tests, with their steps, and some random ones.
+/// All plans of the other tests, with their numbers of steps, and some random plans.
 fn all_plans() -> Vec<(String, Arc<Spec>, u32)> {
     let mut all: Vec<_> = plans::all().into_iter().map(|(name, spec, steps)| (name.to_string(), spec, steps)).collect();
     for seed in 0..30 {
@@ -153,7 +153,7 @@ fn all_plans() -> Vec<(String, Arc<Spec>, u32)> {
     all
 }
 
-/// True if the fault causes an error in at least one of several runs, or changes the data of one.
+/// True if the fault causes an error in at least one of several runs, or changes the data of at least one run.
 fn is_caught(spec: &Arc<Spec>, steps: u32, digest: u64, fault: Fault) -> bool {
     (0..12).any(|seed| {
         let options = SimulationOptions { fault: Some(fault), ..shuffled(seed, steps) };
@@ -174,8 +174,8 @@ fn a_changed_plan_in_one_actor_is_caught() {
                     let caught = is_caught(&spec, steps, digest, fault);
                     let (tried, found) = counts.entry(mutation).or_default();
                     (*tried, *found) = (*tried + 1, *found + u32::from(caught));
-                    // Many changes have no effect: the actor does not use the changed part, or it is both producer and
-                    // reader. Or no reader reads the piece, or the slot is not used again.
+                    // Many changes have no effect: the actor does not use the changed part, the actor is both producer
+                    // and reader, no reader reads the piece, or the slot is not used again.
                     let crosses = of.readers.iter().all(|reader| reader.actor != of.producer);
                     let sees_all = mutation == Mutation::NextSlot && crosses && !of.readers.is_empty();
                     assert!(caught || !sees_all, "{name}: {fault:?} of '{}'", of.name);

@@ -154,7 +154,7 @@ pub(crate) fn groups() -> Spec {
     b.build()
 }
 
-/// Two stages. The second stage runs its backwards in the reverse order of the forwards, and the first stage follows.
+/// Two stages. The second stage runs its backwards in the reverse order of the forwards, and so does the first stage.
 pub(crate) fn reversed() -> Spec {
     let mut b = Builder::new();
     let order = Pieces::in_order(&[3, 2, 1, 0]);
@@ -168,7 +168,7 @@ pub(crate) fn reversed() -> Spec {
         stages.push((forward, backward));
     }
     b.edge("activation", 2, stages[0].0, stages[1].0);
-    // Pieces keep the numbers of their micro-batches; the order of the slots is that of the firings.
+    // Pieces keep the numbers of their micro-batches. The slots follow the order of the firings.
     let gradient = b.channel("gradient", stages[1].0.actor, 2, 4);
     b.register_mut(gradient).slot_of = [1, 0, 1, 0].into();
     b.write(gradient, stages[1].1, order.clone());

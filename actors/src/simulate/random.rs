@@ -1,4 +1,5 @@
-//! Generates random plans with tables. Slot tables colour the piece lifetimes of a run with unlimited slots.
+//! Generates random plans with tables. A slot table is a graph colouring of the piece lifetimes of a run with unlimited
+//! slots.
 
 use std::sync::Arc;
 

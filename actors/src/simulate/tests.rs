@@ -345,7 +345,7 @@ fn waits_for_a_group_are_not_counted_twice() {
     let spec = Arc::new(plans::groups());
     let truth = Timing::uniform(&spec, 4, 0);
     let mut measured = truth.action_ticks.clone();
-    // The second shard joined the forwards late, so those of the first shard took longer.
+    // The second shard joined the forwards late, so the first shard's forwards took longer.
     (measured[0][0], measured[0][1], measured[1][1]) = (9, 6, 6);
     let times = Timing::measured(&spec, measured);
     // Forward and backward keep different durations, although both belong to the group.
@@ -364,7 +364,7 @@ fn steps_overlap_as_far_as_credits_allow() {
     };
     for step in 1..3 {
         assert!(end(1, 0, 4 * step).start >= end(1, 1, step - 1).end);
-        // The host feeds ahead, into the batch register's second slot.
+        // The host feeds the next step early, into the batch register's second slot.
         assert!(end(0, 0, 4 * step).start < end(1, 1, step - 1).end);
     }
 }

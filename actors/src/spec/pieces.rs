@@ -7,10 +7,11 @@ use std::sync::Arc;
 pub struct PieceAccess {
     /// Index of the piece within the step, below [`crate::spec::RegisterSpec::pieces_per_step`].
     pub piece: u32,
-    /// For a writer: the first write of the piece by any action; it acquires the slot. For a reader: its first read.
+    /// True for a writer's access if it is the first write of the piece by any action. This write acquires the slot.
+    /// True for a reader's access if it is the reader's first read of the piece.
     pub first: bool,
-    /// For a writer: the last write of the piece by any action; it publishes the piece. For a reader: its last read,
-    /// which releases the piece.
+    /// True for a writer's access if it is the last write of the piece by any action. This write publishes the piece.
+    /// True for a reader's access if it is the reader's last read of the piece. This read releases the piece.
     pub last: bool,
 }
 
@@ -63,7 +64,7 @@ impl Pieces {
     /// The access of a firing within the step.
     ///
     /// # Panics
-    /// If a table has no entry for the firing.
+    /// Panics if a table has no entry for the firing.
     pub fn access(&self, at: u32) -> PieceAccess {
         match self {
             Self::Rate(k) => {

@@ -12,11 +12,12 @@ const IDLE: u32 = u32::MAX;
 pub(crate) struct StepCounters {
     spec: Arc<Spec>,
     hosted: Vec<ActorId>,
-    /// By actor: index of the action in flight, or `IDLE`.
+    /// For each actor: index of the action in flight, or `IDLE`.
     in_flight: Vec<AtomicU32>,
     /// Launched firings by actor and action.
     launched: Vec<Vec<AtomicU64>>,
-    /// Ended firings by actor and action. In a total, an early firing of one action would hide a late one of another.
+    /// Ended firings by actor and action. A single total is not enough: an early firing of one action would hide a late
+    /// firing of another action.
     completed: Vec<Vec<AtomicU64>>,
     /// Race clocks at the time when actions last finished all their firings of a step.
     pub(crate) clocks: ReleaseClocks,
@@ -87,7 +88,7 @@ impl StepCounters {
         !self.has_ended(self.begun())
     }
 
-    /// Number of ended firings of a register's readers here; `None` while a reader is in the middle of a step.
+    /// Number of ended firings of this process's readers of a register; `None` while one is in the middle of a step.
     pub(crate) fn firings_of_readers(&self, register: RegisterId) -> Option<u64> {
         let readers = self.spec.register(register).readers.iter();
         let firings = |reader: &ActionRef| {

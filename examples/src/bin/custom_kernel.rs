@@ -135,7 +135,8 @@ fn compare() -> Result<(), Box<dyn std::error::Error>> {
     for step in (0..STEPS).filter(|step| step % 10 == 0 || step + 1 == STEPS) {
         program::print(format!("step {step:>2}  loss {:.4}", one[step]));
     }
-    // A rule that allows a split the kernel cannot do changes these losses. The test below detects a wrong gradient.
+    // If the rule allowed a split that the kernel cannot do, these losses would differ. The test below detects a wrong
+    // gradient.
     for mesh in ["data=2", "tensor=2", "data=2,tensor=2"] {
         let difference = train(mesh)?.iter().zip(&one).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         if difference.is_nan() || difference > 1e-3 {

@@ -160,7 +160,7 @@ fn options(args: &GptArgs, cluster: &Cluster) -> Result<CompileOptions, GptError
     };
     let memory_bytes = match (args.memory_mib, device) {
         (Some(mib), _) => Some(mib.saturating_mul(1 << 20)),
-        // `shardflow plan` works on any machine. For CPUs, the session compares the plan with the node's free memory.
+        // `shardflow plan` sets no limit, so it works on any machine. For CPUs, the session checks the free memory.
         (None, _) if plan_files::is_requested() => None,
         (None, DeviceKind::Cpu) => None,
         // `--explain` also works without a GPU.
@@ -199,7 +199,7 @@ fn extra_bytes(args: &GptArgs, plan: &Plan, sampler: Option<&Sampler>, cluster: 
     loading.max(sampling)
 }
 
-/// Consecutive steps that may be skipped before the training ends.
+/// Maximum number of consecutive steps that may be skipped before the training ends.
 const NON_FINITE_IN_A_ROW_MAX: u32 = 10;
 
 /// Stalled steps and slow processes are logged as warnings. A stall report states what each actor waits for.
@@ -256,8 +256,8 @@ fn abort(session: Session, error: GptError) -> GptError {
     error
 }
 
-/// The values that must be equal on all ranks. A resume refuses other data or another model, and reports another batch
-/// size, dropout, clipping or precision. Other values may change on resume.
+/// The values that must be equal on all ranks. A resume refuses changed data or a changed model. It reports a changed
+/// batch size, dropout, clipping or precision. Other values may change on resume.
 fn declared(args: &GptArgs, text: &Text) -> Declarations {
     use OnResume::{Free, Same, Warn};
     fn name(value: &impl clap::ValueEnum) -> String {
@@ -275,7 +275,7 @@ fn declared(args: &GptArgs, text: &Text) -> Declarations {
         .declare("dropout", args.dropout, Warn)
         .declare("precision", name(&args.precision), Warn)
         .declare("lr", args.lr, Free)
-        // `Free`, because a resume already compares the maximum norm.
+        // `Free`, because the session itself already compares the maximum norm on resume.
         .declare("clip", args.clip.map_or("none".into(), |clip| clip.to_string()), Free)
         .declare("steps", args.steps, Free)
         .declare("micro-batches", args.micro_batches, Free)
@@ -340,7 +340,7 @@ struct Outputs<'a> {
     trace_mib: u64,
     process: u32,
     requests: &'a Requests,
-    /// A failed write. After it, all ranks finish the current step, save a checkpoint and end.
+    /// The error of a failed write. After it, all ranks finish the current step, save a checkpoint and end.
     failed: Option<GptError>,
 }
 

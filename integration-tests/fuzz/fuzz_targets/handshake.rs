@@ -1,5 +1,5 @@
-//! Runs the handshake with a peer that sends arbitrary bytes and does not know the secret. Neither side may accept it.
-//! Also decodes arbitrary bytes as authenticated messages, as if they had been decrypted.
+//! Runs the handshake with a peer that sends arbitrary bytes and does not know the secret. Neither side may accept such
+//! a peer. Also decodes arbitrary bytes as the plaintext of authenticated messages.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,14 +1,14 @@
 //! Vector clocks, which define the happens-before order.
 //!
-//! An agent is a stream or a host thread. In an agent's clock, its own entry counts its actions. The entry for another
-//! agent is the last action of that agent that is known to have ended.
+//! An agent is a stream or a host thread. In an agent's clock, the agent's own entry counts its actions. The entry of
+//! another agent is the number of that agent's last action whose end is known.
 
 /// A vector clock; missing entries are 0.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Clock(Vec<u32>);
 
 impl Clock {
-    /// The entry of `agent`.
+    /// Returns the entry of `agent`.
     pub fn get(&self, agent: usize) -> u32 {
         self.0.get(agent).copied().unwrap_or(0)
     }

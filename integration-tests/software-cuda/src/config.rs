@@ -6,19 +6,19 @@ use std::time::Duration;
 /// How the executor selects the next stream among those that are ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SchedulePolicy {
-    /// In submission order, as a simple fake would.
+    /// In submission order, as in a simple fake.
     InOrder,
-    /// In submission order, but only once the host waits or polls.
+    /// In submission order, but only after the host waits or polls.
     Lazy,
-    /// A random stream, determined by the seed, as soon as it is ready.
+    /// At random, as determined by the seed, as soon as a stream is ready.
     Random,
-    /// Like `Lazy`, but selects the stream whose first operation was submitted last, so consumers run before producers.
+    /// Like `Lazy`, but selects the latest submission that is ready. Consumers then run before producers.
     Adversarial,
     /// A fixed order of streams, determined by the seed. A later stream starves while an earlier one has work.
     Starve,
 }
 
-/// All policies with their names in the environment.
+/// All policies, each with its name in `SOFTWARE_CUDA_POLICY`.
 pub const POLICIES: &[(&str, SchedulePolicy)] = &[
     ("in-order", SchedulePolicy::InOrder),
     ("lazy", SchedulePolicy::Lazy),
@@ -33,7 +33,7 @@ impl SchedulePolicy {
         POLICIES.iter().find(|p| p.0 == name).map(|p| p.1)
     }
 
-    /// Whether work starts only once the host waits or polls.
+    /// Whether work starts only after the host waits or polls.
     pub fn is_late(self) -> bool {
         matches!(self, SchedulePolicy::Lazy | SchedulePolicy::Adversarial | SchedulePolicy::Starve)
     }
@@ -95,7 +95,7 @@ pub(crate) struct SoftwareConfig {
     pub deadlock: Duration,
     /// `SOFTWARE_CUDA_HANG_MS`: how long a host call waits for a hung device, 60 s by default.
     pub hang: Duration,
-    /// `SOFTWARE_CUDA_NCCL`: the version that NCCL reports, 23003 (2.30.3) by default.
+    /// `SOFTWARE_CUDA_NCCL`: the version that the software NCCL reports, 23003 (2.30.3) by default.
     pub nccl_version: std::ffi::c_int,
     /// `SOFTWARE_CUDA_CACHE`: folder of compiled kernels.
     pub cache: PathBuf,
@@ -105,7 +105,8 @@ pub(crate) struct SoftwareConfig {
     pub one_host: bool,
     /// `SOFTWARE_CUDA_FAULT`: the fault to inject.
     pub fault: Option<DeviceFault>,
-    /// `SOFTWARE_CUDA_NODE`: the node's name. In NCCL, a device number means one device for all processes of a node.
+    /// `SOFTWARE_CUDA_NODE`: name of this process's node. To NCCL, equal device numbers on one node are the same
+    /// device.
     pub node: String,
     /// `SOFTWARE_CUDA_TRACE=1`: prints each operation when it is executed.
     pub trace: bool,
@@ -119,7 +120,7 @@ fn number(name: &str, default: u64) -> u64 {
 }
 
 impl SoftwareConfig {
-    /// Reads the environment. Panics on an invalid value, because a test that ignores it could check nothing.
+    /// Reads the environment. Panics on an invalid value, because a test that ignored the setting could check nothing.
     pub fn from_environment() -> SoftwareConfig {
         let text = |name: &str| std::env::var(name).ok();
         let policy = text("SOFTWARE_CUDA_POLICY").map(|name| {

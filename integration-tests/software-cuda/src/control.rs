@@ -1,7 +1,7 @@
 //! The control interface for tests: findings, counters, schedules, faults, clock tokens, regions.
 //!
 //! Clock tokens order the actions of two host threads. The sender adds a token from `software_cuda_clock_capture()` to
-//! its message, and the receiver calls `software_cuda_clock_join`. Otherwise their actions are unordered.
+//! its message, and the receiver calls `software_cuda_clock_join`. Without a token, their actions are unordered.
 #![allow(unsafe_code)]
 
 use std::ffi::c_char;
@@ -51,20 +51,20 @@ control! {
         host::forget(machine(), token);
     }
 
-    /// Records that the calling host thread reads (0) or writes (1) pinned memory. The access has all checks.
+    /// Records that the calling host thread reads (0) or writes (1) pinned memory. All checks apply to this access.
     fn software_cuda_host_access(address: u64, bytes: u64, is_write: u32) {
         host::touch(machine(), address as usize, bytes as usize, is_write != 0);
     }
 
     /// Names a part of an allocation, such as a slot of an arena. Operations may then access the part only through a
-    /// pointer into it. Returns 1, or 0 if it overlaps another named part or exceeds its allocation.
+    /// pointer into it. Returns 1, or 0 if the part overlaps another named part or exceeds the allocation.
     fn software_cuda_name_region(address: u64, bytes: u64) -> u32 {
         let machine = machine();
         let _shadow = lock(&machine.shadow);
         u32::from(lock(&machine.registry).name_region(address as usize, bytes as usize))
     }
 
-    /// Waits until all submitted work is finished or can never finish.
+    /// Waits until each submitted operation has finished or can never finish.
     fn software_cuda_drain() {
         drain(machine(), DRAIN_MAX);
     }
@@ -75,7 +75,7 @@ control! {
         lock(&machine().findings).list().len() as u64
     }
 
-    /// Returns all findings and counters as JSON, as in the report at exit. The text is never freed.
+    /// Returns all findings and counters as the same JSON as the report at exit. The text is never freed.
     fn software_cuda_report() -> *const c_char {
         drain(machine(), DRAIN_MAX);
         static_text(&serde_json::to_string(&report(machine())).expect("reports hold texts and numbers"))
@@ -108,7 +108,8 @@ control! {
         1
     }
 
-    /// Injects a fault at a device's `launch`-th launch from now on. Kind 0 kills the device, and kind 1 hangs it.
+    /// Injects a fault at a device's `launch`-th launch, counted from now. Kind 0 kills the device, and kind 1 hangs
+    /// it.
     fn software_cuda_inject(kind: u32, device: u32, launch: u64) {
         let mut state = machine().state();
         let device = device as usize;

@@ -1,7 +1,7 @@
 //! The functions of cuBLASLt.
 //!
-//! A request is "not supported" if cuBLASLt refuses it too, or if this library does not emulate it. The message names
-//! the request.
+//! Two kinds of requests are "not supported": those that cuBLASLt refuses, and those that this library does not
+//! emulate. The message names the request.
 #![allow(unsafe_code, non_snake_case)]
 
 pub mod product;
@@ -23,7 +23,7 @@ use crate::nvrtc::static_text;
 use crate::world::{OpKind, lock, machine};
 
 const VERSION: usize = 130_000;
-/// Workspace of the only algorithm, if the limit permits it. Its size is enough to detect sharing between streams.
+/// Workspace of the only algorithm, if the caller's limit permits it. This is enough to detect sharing between streams.
 const WORKSPACE_BYTES: usize = 4096;
 /// Marks the algorithms that this library returns.
 const ALGORITHM: u64 = 0x736f_6674_6375_6461;

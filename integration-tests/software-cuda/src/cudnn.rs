@@ -1,7 +1,8 @@
 //! cuDNN's graph API. A descriptor's attributes are checked when they are set and when the descriptor is finalised.
 //! Each supported graph has an engine, which executes it on a stream.
 //!
-//! Refuses the requests that NVIDIA's library refuses. Requests that a correct program never makes are also findings.
+//! This module refuses the requests that NVIDIA's library refuses. For a request that no correct program makes, it also
+//! records a finding.
 #![allow(unsafe_code, non_snake_case)]
 
 pub mod evaluate;
@@ -25,9 +26,9 @@ use crate::nvrtc::static_text;
 use crate::world::{OpKind, current_device, lock, machine};
 
 const VERSION: usize = 92_801;
-/// Workspace of every plan: enough to detect a workspace shared between streams.
+/// Bytes of every plan's workspace. This is enough to detect a workspace that streams share.
 const WORKSPACE_BYTES: usize = 256;
-/// Engine numbers: the engine that the heuristic returns, and the engine that adds in a fixed order.
+/// Numbers of two engines: the one that the heuristic returns, and the one that adds in a fixed order.
 const ENGINES: [i64; 2] = [2, 6];
 
 /// A descriptor with the values of its attributes, all widened to i64.
@@ -35,7 +36,7 @@ pub(crate) struct Descriptor {
     kind: DescriptorKind,
     values: BTreeMap<Attribute, Vec<i64>>,
     is_sealed: bool,
-    /// Set in a finalised operation graph and in the descriptors that are derived from it.
+    /// The graph, in a finalised operation graph and in the descriptors that are derived from it.
     graph: Option<Arc<Graph>>,
 }
 
@@ -51,7 +52,7 @@ impl Descriptor {
 
 #[derive(Default)]
 struct Objects {
-    /// Streams by handle.
+    /// Streams by cuDNN handle.
     handles: HashMap<u64, u64>,
     descriptors: HashMap<u64, Descriptor>,
 }
@@ -67,7 +68,7 @@ fn misuse<T>(status: CudnnStatus, message: &str) -> Result<T, CudnnStatus> {
     Err(status)
 }
 
-/// Refuses a request that NVIDIA's library does not support either, or that this library does not emulate.
+/// Refuses a request that NVIDIA's library does not support or that this library does not emulate.
 fn refuse<T>(request: &str) -> Result<T, CudnnStatus> {
     eprintln!("software-cuda: cuDNN: not supported: {request}");
     Err(CudnnStatus::CUDNN_STATUS_NOT_SUPPORTED)
@@ -171,7 +172,7 @@ impl Objects {
         Ok(())
     }
 
-    /// Fills in the heuristic's engine configurations, and returns their number.
+    /// Fills in the engine configurations of a heuristic, and returns their number.
     fn results(&mut self, heuristic: u64, to: &[u64]) -> Result<usize, CudnnStatus> {
         let graph = self.sealed(heuristic as i64, "a heuristic's results")?.graph.clone();
         let Some(graph) = graph.filter(|graph| graph.has_engine()) else { return Ok(0) };

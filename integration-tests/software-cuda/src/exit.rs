@@ -11,7 +11,7 @@ use crate::world::{SoftwareMachine, lock, machine};
 
 const DRAIN_MAX: Duration = Duration::from_secs(5);
 
-/// Registers the report for a normal exit of the process.
+/// Makes each normal exit of the process write the report.
 pub fn report_at_exit() {
     extern "C" fn at_exit() {
         let machine = machine();

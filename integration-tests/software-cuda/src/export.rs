@@ -2,7 +2,7 @@
 
 /// A library's status type.
 pub(crate) trait LibraryStatus: Copy {
-    /// The status of a success.
+    /// The status of a successful call.
     const OK: Self;
 }
 

@@ -17,7 +17,7 @@ pub struct SimFinding {
     pub count: u64,
 }
 
-/// Findings so far.
+/// All findings so far.
 #[derive(Default)]
 pub(crate) struct Findings {
     list: Vec<SimFinding>,
@@ -90,7 +90,7 @@ pub fn count_launch(kernel: &str) {
     }
 }
 
-/// Classes of functions whose calls tests check.
+/// Classes of functions. Tests check how often each class is called.
 pub const CLASSES: &[(&str, &[&str])] = &[
     ("allocations", &["cuMemAlloc_v2", "cuMemAllocAsync", "cuMemHostAlloc"]),
     ("frees", &["cuMemFree_v2", "cuMemFreeAsync", "cuMemFreeHost"]),

@@ -44,7 +44,7 @@ pub fn join(machine: &SoftwareMachine, token: u64) {
     }
 }
 
-/// Drops a token.
+/// Drops a token that no thread will join any more.
 pub fn forget(machine: &SoftwareMachine, token: u64) {
     machine.state().tokens.remove(&token);
 }

@@ -17,14 +17,14 @@ pub const ARGUMENTS_MAX: usize = 64;
 pub const THREADS_MAX: u32 = 1024;
 /// Maximum dynamic shared memory of a block; the shim's array has the same size.
 pub const SHARED_BYTES_MAX: usize = 227 << 10;
-/// Bytes of a fiber's stack. A power of two would place all stacks in the same few cache lines.
+/// Bytes of a fiber's stack. With a power of two, all stacks would compete for the same few cache lines.
 const STACK_BYTES: usize = (64 << 10) + 33 * 64;
 const SCRATCH_BYTES: usize = 32 * 4096;
-/// Checked bytes of one library's static and dynamic shared memory, and bytes of the cell for each word.
+/// Number of checked bytes of a library's static and dynamic shared memory, and number of bytes of each word's cell.
 const SHARED_CHECKED_BYTES: usize = 2 << 20;
 const SHARED_CELL_BYTES: usize = 32;
 
-/// Marks an argument that points to a table of pointers. The kernel may then access more than its arguments show.
+/// Marks an argument that points to a table of pointers. The kernel may then access memory to which no argument points.
 const ARGUMENT_IS_TABLE: u8 = 2;
 
 /// The description of a kernel in its compiled library.
@@ -46,7 +46,7 @@ unsafe impl Sync for Kernel {}
 unsafe impl Send for Kernel {}
 
 impl Kernel {
-    /// The maximum number of threads of a block that the kernel's launch bounds permit.
+    /// Returns the maximum number of threads per block that the kernel's launch bounds permit.
     pub fn threads_max(&self) -> u32 {
         self.threads_max
     }
@@ -89,7 +89,7 @@ impl Library {
     /// Returns the kernel with this name.
     pub fn kernel(&self, name: &str) -> Option<&'static Kernel> {
         let symbol = CString::new(format!("software_cuda_kernel_{name}")).ok()?;
-        // SAFETY: the handle is of a loaded library. If the symbol exists, it is a `Kernel` of that library.
+        // SAFETY: the handle belongs to a loaded library. If the symbol exists, it is a `Kernel` of that library.
         unsafe { (libc::dlsym(self.handle as *mut c_void, symbol.as_ptr()) as *const Kernel).as_ref() }
     }
 }
@@ -151,7 +151,7 @@ pub fn launch(accessor: &mut Accessor, launch: &Launch, seed: u64) {
     checker.seed = crate::world::mix(seed);
     checker.generation = *generation;
     let arguments: Vec<*const u8> = launch.arguments.iter().map(|a| a.as_ptr()).collect();
-    // SAFETY: number and sizes of the arguments match the description. The checker and its accessor do not move.
+    // SAFETY: the arguments' number and sizes match the description. The checker and its accessor do not move.
     unsafe {
         (launch.kernel.run)(launch.kernel, arguments.as_ptr(), launch.dims.as_ptr(), launch.shared_bytes, &mut checker);
     }
@@ -162,7 +162,8 @@ pub fn launch(accessor: &mut Accessor, launch: &Launch, seed: u64) {
 ///
 /// # Safety
 ///
-/// `pointers` must point to one pointer per argument of the kernel, each of which points to an argument of its type.
+/// `pointers` must point to one pointer per argument of the kernel. Each of them must point to a value of its
+/// argument's type.
 pub unsafe fn copy_arguments(kernel: &Kernel, pointers: *mut *mut c_void) -> Vec<Vec<u8>> {
     let sizes = kernel.argument_bytes().iter().enumerate();
     // SAFETY: the caller keeps the contract above.

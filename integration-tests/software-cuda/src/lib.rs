@@ -8,7 +8,7 @@
 //! | `race` | two accesses to the same bytes, one a write; no stream, event, host thread or collective orders them |
 //! | `race-in-launch` | a race between threads of one launch, in global memory |
 //! | `shared-race` | a race in shared memory: a `__syncthreads` or `__syncwarp` is missing |
-//! | `bounds` | an access outside of allocations, named regions, the region of its pointer, or dynamic shared memory |
+//! | `bounds` | an access outside of all allocations, of its pointer's region, or of dynamic shared memory |
 //! | `use-after-free` | a use of freed device or pinned memory, or a free while an operation may still use the memory |
 //! | `bad-free` | a second free, or a free of memory that was never allocated |
 //! | `uninitialised` | a read of bytes that nothing has written |
@@ -61,14 +61,15 @@
 //!
 //! Symbols that begin with `software_cuda_` (in `control.rs`) return findings, counters and leaks at any time. They
 //! also change the schedule, inject faults, pass clocks between host threads, name the slots of an arena, and record
-//! the host's own accesses to pinned memory, which the library cannot see otherwise.
+//! the host's own accesses to pinned memory, which the library cannot detect itself.
 //!
 //! # Limits
 //!
-//! The library does not model speed, occupancy, the weak memory model or the numerics of the real libraries. A kernel
-//! that spins until another kernel writes never ends. Static shared arrays have no separate bounds. If two threads each
-//! use two bytes of a four-byte word, only the last access is attributed to a thread. PTX, inline assembly, tensor
-//! cores other than `wmma` in bf16, textures, graphs, cooperative groups and clusters are not supported.
+//! The library does not model speed, occupancy, the weak memory model or the numerics of the real libraries. If a
+//! kernel spins until another kernel writes, it never ends. Static shared arrays have no separate bounds. If two
+//! threads each use two bytes of a four-byte word, only the last access is attributed to a thread. PTX, inline
+//! assembly, tensor cores other than `wmma` in bf16, textures, graphs, cooperative groups and clusters are not
+//! supported.
 
 mod clock;
 mod config;

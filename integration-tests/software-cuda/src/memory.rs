@@ -1,5 +1,5 @@
-//! Device memory and pinned host memory: one window of addresses, the allocations in it, and the regions inside
-//! allocations that programs name.
+//! Device memory and pinned host memory: one window of addresses, the allocations in it, and the regions that programs
+//! name inside allocations.
 //!
 //! Addresses are never reused, so a late access finds the freed allocation, not a newer one. Each allocation starts on
 //! its own page, and a gap follows it.
@@ -12,7 +12,8 @@ const PLACE_BYTES: usize = 64 << 30;
 const PAGE_BYTES: usize = 4096;
 /// The gap after an allocation is as long as the allocation, up to this limit.
 const GAP_BYTES_MAX: usize = 1 << 20;
-/// Fills this many bytes of a new allocation with ones. Later pages stay untouched until their first use.
+/// Number of bytes at the start of a new allocation whose bits are all set to 1. Later pages stay untouched until their
+/// first use.
 const FILLED_BYTES_MAX: usize = 1 << 20;
 /// Number of bytes that one word of the shadow memory describes.
 pub const WORD_BYTES: usize = 4;
@@ -102,9 +103,9 @@ pub(crate) struct Allocation {
     pub id: u32,
     /// The operation that freed the allocation.
     pub freed: Option<String>,
-    /// The operation that allocated the memory on a stream, once it has executed. `None` for an immediate allocation.
+    /// The stream operation that allocated the memory, after it has executed. `None` for an immediate allocation.
     pub born: Option<u32>,
-    /// Whether the memory was allocated on a stream and that operation has not executed yet.
+    /// Whether the memory was allocated by a stream operation that has not executed yet.
     pub unborn: bool,
     /// Named regions by offset.
     pub regions: BTreeMap<usize, Region>,
@@ -122,7 +123,8 @@ impl Allocation {
         self.unborn || self.born.is_some()
     }
 
-    /// Returns the id and the end of the named region at an offset. Outside of these, the id is the allocation's.
+    /// Returns the id and the end of the named region at an offset. Outside of named regions, the id is the
+    /// allocation's.
     pub fn region(&self, offset: usize) -> (u32, usize) {
         match self.regions.range(..=offset).next_back() {
             Some((start, region)) if offset < start + region.bytes => (region.id, start + region.bytes),
@@ -138,9 +140,9 @@ pub(crate) struct Owner {
     pub base: usize,
     /// The allocation's length.
     pub bytes: usize,
-    /// Id of the named region, or else of the allocation.
+    /// Id of the named region, or of the allocation if the address is in no named region.
     pub region: u32,
-    /// The end of the named region. Without one, the start of the next named region or the end of the allocation.
+    /// The end of the named region. If there is none, the start of the next named region or the end of the allocation.
     pub region_end: usize,
     /// The location of the memory.
     pub place: Place,
@@ -157,7 +159,7 @@ pub(crate) struct Registry {
     next_id: u32,
     live_bytes: Vec<usize>,
     peak_bytes: Vec<usize>,
-    /// Pairs of devices. The first device may access memory of the second one.
+    /// Pairs of devices. In each pair, the first device may access memory of the second device.
     pub peers: HashSet<(usize, usize)>,
 }
 
@@ -185,7 +187,8 @@ impl Registry {
         }
     }
 
-    /// Allocates memory filled with ones (NaN in every type). `None` if no addresses are left or `limit` is exceeded.
+    /// Allocates memory, and sets all bits of its first bytes to 1 (NaN in every float type). Returns `None` if no
+    /// addresses are left or `limit` is exceeded.
     pub fn allocate(&mut self, place: Place, bytes: usize, limit: usize, unborn: bool) -> Option<usize> {
         let index = self.index(place);
         let pages = bytes.max(1).checked_next_multiple_of(PAGE_BYTES)?;
@@ -223,7 +226,8 @@ impl Registry {
         self.next_id - 1
     }
 
-    /// Returns the last allocation, freed or not, that starts at or below the address. Its gap may hold the address.
+    /// Returns the last allocation, freed or not, that starts at or below the address. The gap after it may contain the
+    /// address.
     pub fn nearest(&self, address: usize) -> Option<&Allocation> {
         self.allocations.range(..=address).next_back().map(|a| a.1).filter(|_| self.window.contains(address))
     }
@@ -270,7 +274,7 @@ impl Registry {
         }
         allocation.regions.insert(offset, Region { bytes, id });
         if !allocation.users.is_empty() {
-            // Reset the cells of this part, because cells cache their region.
+            // Reset the cells of this part, because each cell caches its region.
             let cells = (window.shadow + (address - window.base) / WORD_BYTES * window.cell_bytes) as *mut u8;
             // SAFETY: the cells are the shadow of a live allocation; the caller holds the shadow's lock.
             unsafe { std::ptr::write_bytes(cells, 0, bytes.div_ceil(WORD_BYTES) * window.cell_bytes) };

@@ -44,7 +44,7 @@ fn status_of(state: &State, comm: &Comm) -> ncclResult_t {
     }
 }
 
-/// Adds a rank to the communicator of this id.
+/// Adds a rank to the communicator with this id.
 fn join(id: &ncclUniqueId, ranks: c_int, rank: c_int, is_blocking: bool) -> Result<u64, ncclResult_t> {
     let mut state = machine().state();
     let device = state.device().map_err(|_| ncclResult_t::ncclUnhandledCudaError)?;

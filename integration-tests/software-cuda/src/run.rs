@@ -36,7 +36,8 @@ pub fn start(machine: &SoftwareMachine, state: &mut State, handle: u64, host: &C
     let mut clock = own.clock.clone();
     clock.join(host);
     if !own.is_non_blocking {
-        // The NULL stream and blocking streams are ordered. Earlier work has ended, and later work has not started.
+        // The NULL stream and blocking streams run in submission order. Earlier work has ended, and later work has not
+        // started.
         let ordered = state
             .streams
             .iter()
@@ -188,7 +189,7 @@ fn copy(
         }
         if is_fine {
             let source = staged.map_or(from, |bytes| bytes.as_ptr() as usize + row * rows.width);
-            // SAFETY: device and pinned memory was checked. The caller keeps pageable memory until the copy has ended.
+            // SAFETY: device and pinned memory was checked. The caller keeps pageable memory valid until the copy ends.
             unsafe { std::ptr::copy(source as *const u8, to as *mut u8, rows.width) };
         }
     }
@@ -208,7 +209,7 @@ fn fill(accessor: &mut Accessor, to: usize, pattern: u32, width: usize, count: u
     }
     let pattern = &pattern.to_le_bytes()[..width];
     let is_flat = pattern.iter().all(|b| *b == pattern[0]);
-    // SAFETY: the range was checked. Only operations access it, and they run one at a time.
+    // SAFETY: the range was checked. Only operations access it, and operations run one at a time.
     let bytes = unsafe { std::slice::from_raw_parts_mut(to as *mut u8, width * count) };
     if is_flat {
         return bytes.fill(pattern[0]);

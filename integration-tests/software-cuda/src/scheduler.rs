@@ -1,7 +1,8 @@
 //! Schedules streams and detects deadlocks.
 //!
 //! One thread executes all operations. An operation is ready when it is first in its stream, the NULL stream's order
-//! permits it, and its event was recorded. A collective that has started is ready when its partners have started, too.
+//! permits it, and the event for which it waits (if any) was recorded. A started collective is ready when its partners
+//! have also started.
 
 use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
@@ -14,11 +15,11 @@ use crate::world::{DriverError, OpKind, SoftwareMachine, State, Stream, in_callb
 
 /// How long the late policies hold work back if the host neither waits nor polls nor submits more.
 const LATE_AFTER: Duration = Duration::from_millis(1);
-/// Number of unsuccessful polls of the host after which the late policies run work.
+/// Number of unsuccessful polls by the host after which the late policies run work.
 const LATE_POLLS: u64 = 3;
 const IDLE_WAIT: Duration = Duration::from_millis(20);
 
-/// Returns the streams that the NULL stream's rules order with `handle`. Their earlier submissions must end first.
+/// Returns the streams that the NULL stream's rules order with `handle`. Their earlier work must end first.
 fn ordered_by_null_stream<'a>(state: &'a State, handle: u64) -> impl Iterator<Item = (u64, &'a Stream)> + 'a {
     let own = &state.streams[&handle];
     let null = state.devices[own.device].null_stream;
@@ -44,7 +45,7 @@ pub(crate) enum Blocker {
     Missing(String),
 }
 
-/// Returns the blockers of a stream's first operation: none if it is ready, and `None` if the queue is empty.
+/// Returns the blockers of a stream's first operation. A ready operation has no blockers; `None` means an empty queue.
 pub fn blockers(state: &State, handle: u64) -> Option<Vec<Blocker>> {
     let stream = &state.streams[&handle];
     let op = stream.queue.front()?;
@@ -174,7 +175,7 @@ fn reaches(stuck: &[(u64, Vec<Blocker>)], from: u64, to: u64) -> bool {
     false
 }
 
-/// Waits until `is_done`. `device` is the device that executes the work. Returns an error if nothing can continue.
+/// Waits until `is_done` returns true for work on `device`. Returns an error if nothing can continue.
 pub fn host_wait<'a>(
     machine: &'a SoftwareMachine,
     mut state: MutexGuard<'a, State>,

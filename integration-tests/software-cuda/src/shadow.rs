@@ -1,13 +1,14 @@
 //! The shadow memory: the last writer and the readers of each word, and the checks on them.
 //!
 //! Compiled kernels run the same checks (`shim/access.h`), and call [`slow`] for the complex cases. Copies, products
-//! and collectives are checked directly in this file. The shim has the same layouts: change both.
+//! and collectives are checked directly in this file. The shim declares the same layouts, so change both together.
 //!
 //! - SH-1: if two operations access a byte and one of them writes, a stream, event, host thread or collective orders
 //!   them. Otherwise they are a race, even if this run executes them in a harmless order.
 //! - SH-2: if two threads of one launch access a byte and one of them writes, they are in one block with a barrier
 //!   between the accesses.
-//! - SH-3: a byte is written before it is read. An access is to allocated memory, by a pointer to the same region.
+//! - SH-3: a byte is written before it is read. An access is to allocated memory, through a pointer to the region that
+//!   contains the memory.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -22,9 +23,10 @@ use crate::memory::{Owner, Place, Registry, WORD_BYTES};
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Cell {
     writer: u32,
-    /// An operation, or a set of operations if the highest bit is set.
+    /// The operation that read the word, or a set of such operations if the highest bit is set.
     reader: u32,
-    /// Four bits each: allocated, initialised, written by `writer`, read by `reader`. Then one bit: written atomically.
+    /// Four bits (one per byte) for each of: allocated, initialised, written by `writer`, read by `reader`. Then one
+    /// bit: written atomically.
     bits: u32,
     region: u32,
     /// The thread of a launch that wrote the word; 0 if there is none.
@@ -41,7 +43,7 @@ const ATOMIC: u32 = 1 << 16;
 const SET: u32 = 1 << 31;
 /// Number of words whose region is checked together.
 const REGION_CHECK_WORDS: usize = 256;
-/// The block number in a word that several blocks have read.
+/// The block number that is stored for a word that several blocks have read.
 const MANY_BLOCKS: u64 = 0xfffff;
 const MANY_WARPS: u64 = 2047;
 
@@ -514,7 +516,8 @@ impl<'a> Accessor<'a> {
     }
 }
 
-/// Marks the whole words after the checked word at `at` as words of its region, so they need no check of their own.
+/// Marks the whole words after the checked word at `at` as words of the same region, so they need no check of their
+/// own.
 fn claim_next_words(cell: &mut Cell, owner: &Owner, at: usize) {
     let words = (owner.region_end - at) / WORD_BYTES;
     let bits = if owner.place == Place::Host { ALL | ALL << INIT } else { ALL };

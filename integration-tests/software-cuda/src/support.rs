@@ -1,7 +1,8 @@
 //! Functions for tests to run a program on the software device.
 //!
-//! The dynamic linker reads its search path when a process starts, so a test starts a child: itself with another
-//! argument, or a program. [`command`] creates it; [`SimReport::read`](crate::SimReport::read) reads its findings.
+//! The dynamic linker reads its search path when a process starts, so a test starts a child process: the test itself
+//! with other arguments, or another program. [`command`] returns the child's command, and
+//! [`SimReport::read`](crate::SimReport::read) reads its report.
 
 use std::ffi::OsStr;
 use std::io;
@@ -83,7 +84,7 @@ pub const CASE: &str = "SHARDFLOW_TEST_CASE";
 /// Time limit of a test's child process.
 const CHILD_WITHIN: Duration = Duration::from_secs(600);
 
-/// Returns the case of a test's child process. After a time limit, exits this process, because the test waits for it.
+/// Returns the case of a test's child process. Also exits after a time limit, because the test waits for this process.
 ///
 /// # Panics
 /// If the environment names no case.
@@ -111,7 +112,7 @@ pub struct ChildRun {
 /// `fault` optionally names a fault to inject.
 ///
 /// # Panics
-/// If the child fails, with the end of the child's standard error; or if the child leaves no report.
+/// If the child fails (the message has the end of the child's standard error), or if the child leaves no report.
 pub fn run_child(case: &str, devices: usize, policy: &str, seed: u64, fault: Option<&str>) -> ChildRun {
     let environment: Vec<_> = fault.map(|fault| ("SOFTWARE_CUDA_FAULT", fault)).into_iter().collect();
     run_child_in(case, devices, policy, seed, &environment)

@@ -92,7 +92,7 @@ pub(crate) enum OpKind {
 pub(crate) struct Signal {
     /// The stream that records it.
     pub stream: u64,
-    /// The stream's clock and the time. Empty until the record is executed.
+    /// The stream's clock and the time at the record. Empty until the record is executed.
     pub done: OnceLock<(Clock, Instant)>,
 }
 
@@ -120,7 +120,7 @@ pub(crate) struct Stream {
     pub agent: usize,
     /// Name of the stream in messages.
     pub name: Arc<str>,
-    /// Operations that have not started.
+    /// Operations that have not started. A started collective stays at the front until it has ended.
     pub queue: VecDeque<QueuedOp>,
     /// Clock of the stream's last operation.
     pub clock: Clock,
@@ -180,7 +180,7 @@ pub(crate) struct State {
     pub policy: SchedulePolicy,
     /// State of the generator of random numbers for the schedule.
     pub random: u64,
-    /// Orders streams under [`SchedulePolicy::Starve`].
+    /// Seed of the order of streams under [`SchedulePolicy::Starve`].
     pub seed: u64,
     /// The fault to inject.
     pub fault: Option<DeviceFault>,
@@ -426,7 +426,7 @@ impl State {
     /// Resolves a stream handle for the calling thread.
     pub fn stream(&self, handle: u64) -> Result<u64, DriverError> {
         let handle = match handle {
-            // The NULL stream has two names. The per-thread default stream is treated as the same stream.
+            // Handles 0 and 1 are the NULL stream. The per-thread default stream, 2, is treated as the same stream.
             0..=2 => self.devices[self.device()?].null_stream,
             other => other,
         };
@@ -477,7 +477,7 @@ impl State {
         self.streams.get(&handle).map_or_else(|| format!("stream {handle:#x}"), |s| s.name.to_string())
     }
 
-    /// Counts a launch of a device, and triggers the device's fault if it is due.
+    /// Counts a launch on a device, and triggers the device's fault if it is due.
     pub fn trigger_fault(&mut self, device: usize) -> Option<DeviceFaultKind> {
         self.devices[device].launches += 1;
         let fault = self.fault.filter(|f| f.device == device && f.launch == self.devices[device].launches)?;

@@ -1,6 +1,7 @@
 //! Tests of the software device alone: kernels, schedules, and mistakes that the tests plant.
 //!
-//! Each test starts this program again. The child's dynamic linker loads the device instead of NVIDIA's libraries.
+//! Each test starts this program again. The child's dynamic linker loads the software device instead of NVIDIA's
+//! libraries.
 #![allow(unsafe_code)]
 
 #[path = "gpu/api.rs"]

@@ -1,10 +1,11 @@
 //! A training in which one process is killed or frozen. The environment sets the moment: in the middle of forward,
 //! backward, a collective or the update of a step.
 //!
-//! `DIES="TARGET RANK STEP PHASE"`: TARGET is `KILL` or `STOP` for the process of RANK, or `LAUNCHER` to kill its
-//! parent. This happens once. The file `died` then holds the Unix time in nanoseconds and the launch; the file `log`
-//! records progress over all restarts. Each stream emits an event on its own thread before a launch. The process
-//! therefore dies between two launches of an action, or inside a collective whose other members this program delays.
+//! `DIES="TARGET RANK STEP PHASE"`: TARGET is `KILL` or `STOP` for the process of RANK, or `LAUNCHER` to kill that
+//! process's parent. The death happens once. The file `died` then holds the Unix time in nanoseconds and the launch;
+//! the file `log` records progress over all restarts. Each stream emits an event on its own thread before a launch. The
+//! process therefore dies between two launches of an action, or inside a collective whose other members this program
+//! delays.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -28,7 +29,7 @@ const SAVE_EVERY: u64 = 4;
 /// After the launch event, the dying process's stream has this long to enter the collective and wait there. The other
 /// members enter only after the death, so the exact time does not matter.
 const DIES_AFTER: Duration = Duration::from_millis(100);
-/// Time limit for the other members to see the death, and their polling interval.
+/// Time limit within which the other members must see the death, and their polling interval.
 const DEATH_WITHIN: Duration = Duration::from_secs(10);
 const POLL_EVERY: Duration = Duration::from_millis(20);
 
@@ -40,11 +41,11 @@ enum Target {
     Launcher,
 }
 
-/// The process that dies, how, and when.
+/// Which process dies, how, and when.
 #[derive(Clone, Debug)]
 struct DeathPlan {
     target: Target,
-    /// Whether this is the process that dies or whose launcher dies.
+    /// Whether this process is the one that dies, or the one whose launcher dies.
     is_own: bool,
     step: u64,
     phase: String,

@@ -1,7 +1,7 @@
 //! A training to observe: `watched ADDRESS MESH gpipe|1f1b MICRO_BATCHES MILLISECONDS`. Every stage takes MILLISECONDS
-//! per micro-batch, forward and backward. This time does not depend on the machine's load, because the kernels wait for
-//! a timer. The line `close` on standard input blocks the last stage's forward until the line `open`. The end of the
-//! input ends the training.
+//! for the forward of a micro-batch, and the same time for its backward. This time does not depend on the machine's
+//! load, because the kernels wait for a timer. The line `close` on standard input blocks the last stage's forward until
+//! the line `open`. The end of the input ends the training.
 
 use std::io::BufRead;
 use std::sync::Arc;
@@ -46,7 +46,7 @@ impl Gate {
     }
 }
 
-/// An op that copies its input after a delay. If it has a gate, it also passes the gate.
+/// An op that copies its input after a delay. If it has a gate, it also waits while the gate is closed.
 #[derive(Clone, Debug)]
 struct Paced {
     delay: Duration,

@@ -4,7 +4,7 @@ use super::*;
 
 const TEXT: &[u8] = b"the quick brown fox jumps over the lazy dog while the cat sleeps in the sun";
 
-/// Weights large enough for every part of the model to affect the loss.
+/// Returns a tiny model. Its weights are large enough for every part of the model to affect the loss.
 fn tiny() -> ReferenceConfig {
     ReferenceConfig { init_std: 0.3, ..ReferenceConfig::new(2, 2, 4, 4, 3) }
 }
@@ -13,8 +13,8 @@ fn assert_close(got: f64, expected: f64, tolerance: f64, quantity: &str) {
     assert!((got - expected).abs() <= tolerance, "{quantity}: got {got}, expected {expected}");
 }
 
-/// The expected numbers come from a float64 forward pass in numpy. Its gradients are fourth-order central differences,
-/// and its later losses follow AdamW with these gradients.
+/// The expected numbers come from a float64 forward pass in numpy. In the numpy program, gradients are fourth-order
+/// central differences, and AdamW uses them to compute the later losses.
 #[test]
 fn values_match_numpy() {
     let (loss, gradients) = first_step(&tiny(), TEXT);
@@ -78,7 +78,8 @@ fn training_reduces_the_loss() {
     assert_close(losses[0], 3f64.ln(), 0.05, "loss of the untrained model on three tokens");
 }
 
-/// AdamW's first steps depend on the gradient's scale only through eps, so tight clipping slows the loss's fall.
+/// AdamW's first steps depend on the gradient's scale only through eps, so with tight clipping the loss falls more
+/// slowly.
 #[test]
 fn clipping_scales_the_gradient() {
     let (config, text) = (ReferenceConfig::new(1, 2, 8, 8, 4), b"abcabcabcabc".repeat(20));
@@ -103,7 +104,7 @@ fn normal_cdf_matches_tables() {
     }
 }
 
-/// Compares with the loss that the PyTorch and numpy programs have for this model, if the text is present.
+/// If the text is present, compares the loss with that of the PyTorch and numpy programs for this model.
 #[test]
 fn first_loss_on_tinyshakespeare() {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/tinyshakespeare/input.txt");

@@ -152,7 +152,7 @@ fn imports_against_the_layers_and_circles_are_found() {
         check(&[("actors/src/a.rs", "//!\nfn f() { crate::b::f() }\n"), ("actors/src/b.rs", "")]),
         ["actors/src/a.rs 2"]
     );
-    // Entries of one layer do not import each other. A longer entry is separate from the shorter entry that it extends.
+    // Entries of one layer must not import each other. A longer entry is separate from the entry that it extends.
     assert_eq!(
         check(&[("actors/src/a.rs", ""), ("actors/src/a/low.rs", "use super::A;\n")]),
         ["actors/src/a/low.rs 1"]

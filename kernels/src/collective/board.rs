@@ -4,8 +4,9 @@
 //! - BOARD-1: other processes write the board, so its content may be wrong. The board holds only atomics and bytes.
 //!   Code that reads an offset from the board checks that the offset is inside its arena.
 //! - BOARD-2: every wait ends within `TICK` of an abort, whatever the other processes do.
-//! - BOARD-3: a member has at most one call in flight. Its posts alternate between two places, so others may still read
-//!   one post while it writes the next. No member starts rendezvous k+2 before all have left rendezvous k.
+//! - BOARD-3: a member has at most one call in flight. Its posts alternate between two places, so other members may
+//!   still read its last post while it writes the next one. No member starts rendezvous k+2 before all members have
+//!   left rendezvous k.
 #![allow(unsafe_code)]
 
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -25,10 +26,10 @@ pub(super) const TICK: Duration = Duration::from_millis(20);
 /// How long a waiting member spins. It does not spin when the members outnumber the cores.
 const SPIN: Duration = Duration::from_micros(5);
 
-/// How long a waiting member spins and then yields its core before it sleeps.
+/// How long a waiting member spins and yields its core, in total, before it sleeps.
 const YIELD: Duration = Duration::from_micros(50);
 
-/// Largest x, in bytes, that is copied to the board. The owner of a copied x need not wait until others have read it.
+/// Largest x, in bytes, that is copied to the board. The owner need not wait for other members to read a copied x.
 pub(super) const COPY_BYTES_MAX: usize = 8 << 10;
 
 /// Longest text on the board, in bytes; longer texts are truncated.
@@ -64,13 +65,13 @@ pub(super) struct Head {
 #[repr(C, align(64))]
 pub(super) struct Counter {
     pub(super) value: AtomicU32,
-    /// Number of waiters that sleep or will soon. A killed waiter stays counted, which only adds system calls.
+    /// Number of waiters that sleep or are about to. A killed waiter stays counted, which only adds system calls.
     sleepers: AtomicU32,
 }
 
 #[repr(C, align(64))]
 pub(super) struct GroupArea {
-    /// Number of arrivals of members at barriers, over all members and barriers; wraps.
+    /// Number of arrivals at barriers, summed over all members and all barriers. Wraps around.
     pub(super) arrivals: Counter,
     failed: AtomicU32,
     mismatched_member: AtomicU32,
@@ -82,11 +83,11 @@ pub(super) struct GroupArea {
 #[repr(C, align(64))]
 #[derive(Default)]
 pub(super) struct Post {
-    /// Number of the rendezvous, from 1; wraps.
+    /// Number of the rendezvous, counted from 1. Wraps around.
     pub(super) number: AtomicU32,
     /// Digest of the terms that all members must agree on.
     pub(super) terms: AtomicU64,
-    /// Bytes from the start of the member's arena.
+    /// Offsets of x and y in the member's arena, in bytes.
     pub(super) x: AtomicU64,
     pub(super) y: AtomicU64,
 }
@@ -97,7 +98,7 @@ pub(super) struct MemberSlot {
     /// The member that a pending send is addressed to, plus 1; 0 when no send is pending.
     pub(super) offer: Counter,
     pub(super) sent: Post,
-    /// Number of the call that the member is in; wraps.
+    /// Number of the call that the member is in. Wraps around.
     pub(super) call: AtomicU32,
     /// The member that this one waits to receive from, plus 1; 0 when it waits for none.
     pub(super) receiving: AtomicU32,
@@ -110,7 +111,7 @@ pub(super) struct MemberSlot {
 struct Copies([[AtomicU8; COPY_BYTES_MAX]; 2]);
 
 pub(super) fn digest(value: &impl Hash) -> u64 {
-    // The hasher's keys are fixed, and all processes run the same binary.
+    // All processes compute the same digest: the hasher's keys are fixed, and all run the same binary.
     let mut hasher = DefaultHasher::new();
     value.hash(&mut hasher);
     hasher.finish()
@@ -195,7 +196,7 @@ impl Counter {
 }
 
 impl GroupArea {
-    /// Fails the group permanently, unless it has failed already. Wakes only the members that wait for arrivals.
+    /// Fails the group permanently if it has not failed yet. Wakes only the members that wait for arrivals.
     pub(super) fn fail(&self, member: usize, expected: &str, got: &str) {
         if self.failed.compare_exchange(UNSET, CLAIMED, Ordering::Acquire, Ordering::Relaxed).is_ok() {
             self.mismatched_member.store(member as u32, Ordering::Relaxed);
@@ -245,7 +246,7 @@ impl Board {
         size_of::<GroupArea>() + group.ranks.len() * (size_of::<MemberSlot>() + size_of::<Copies>())
     }
 
-    /// Creates the memory of one epoch's board. One process of the node does this; the others use [`Arena::map_peer`].
+    /// Creates the memory of one epoch's board. One process of the node calls this; the others use [`Arena::map_peer`].
     ///
     /// # Errors
     /// [`KernelError::Arguments`] when the system provides no memory.
@@ -318,7 +319,7 @@ impl Board {
         self.slot_offset(group, member) + size_of::<MemberSlot>() + (rendezvous % 2) as usize * COPY_BYTES_MAX
     }
 
-    /// Aborts all processes and wakes all members. `members` yields each group's size. The first cause is kept.
+    /// Aborts all processes and wakes all members. `members` yields each group's size. Later aborts keep the cause.
     pub(super) fn abort(&self, cause: &str, members: impl Iterator<Item = usize>) {
         let head = self.head();
         if head.aborted.compare_exchange(UNSET, CLAIMED, Ordering::Acquire, Ordering::Relaxed).is_ok() {

@@ -16,19 +16,20 @@ pub enum ReduceOp {
 
 /// An ordered set of devices that call collectives together.
 ///
-/// The order fixes the bits of every reduction, in every engine: the data that member `c` owns (chunk `c` of an
-/// all-reduce, part `c` of a reduce-scatter) is combined as `((x[c+1] + x[c+2]) + ...) + x[c]`, with member indices
-/// modulo the group size. A ring passes the values in this order and combines the owner's value last.
+/// The order determines the bits of every reduction, in every engine except MPI and NCCL. Member `c` owns chunk `c` of
+/// an all-reduce and part `c` of a reduce-scatter. The owned data is combined as `((x[c+1] + x[c+2]) + ...) + x[c]`,
+/// with member indices modulo the group size. A ring passes the values in this order and combines the owner's value
+/// last.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Group {
-    /// Unique in a plan.
+    /// Id, unique within a plan.
     pub id: u32,
     /// Ranks of the member devices in the session's mesh.
     pub ranks: Vec<usize>,
 }
 
 impl Group {
-    /// The error when a member makes a different call from the others.
+    /// The error when a member makes a different call from the other members.
     pub(crate) fn mismatch(&self, member: usize, expected: impl Into<String>, got: impl Into<String>) -> KernelError {
         KernelError::CollectiveMismatch { group: self.id, member, expected: expected.into(), got: got.into() }
     }
@@ -81,7 +82,7 @@ pub enum CollectiveKind {
         /// The member that sends.
         root: usize,
     },
-    /// `(x) -> ()`, point to point. Returns once the receiver has joined the call and x may be overwritten.
+    /// `(x) -> ()`, point to point. Returns once the receiver has joined the call and the sender may overwrite x.
     Send {
         /// The receiving member.
         to: usize,
@@ -94,7 +95,7 @@ pub enum CollectiveKind {
 }
 
 impl CollectiveCall {
-    /// Name for errors, plans and traces.
+    /// The operation's name, as errors, plans and traces show it.
     pub fn name(&self) -> &'static str {
         match self.kind {
             CollectiveKind::AllReduce { .. } => "all_reduce",

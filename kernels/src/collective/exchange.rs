@@ -1,4 +1,4 @@
-//! The part of a collective after the rendezvous: checks buffers and terms, and reads other members' memory.
+//! Checks the buffers and terms of a collective, and computes its result by reading other members' memory.
 //!
 //! - EXCHANGE-1: a member writes only its own y. Between two barriers, it writes no part that another member reads.
 #![allow(unsafe_code)]
@@ -13,11 +13,12 @@ use crate::tensor::{DType, Region, split_range};
 /// Number of elements per block. A reduction keeps one block in the L1 cache.
 const BLOCK: usize = 1024;
 
-/// A result of at least this many elements bypasses the caches, which are too small for it. Measured with 2 and 4
-/// processes: from 8 MiB on, bypassing takes 0.3 to 0.9 times as long; at 4 MiB the ratio varies with the processes.
+/// Copies into a result of at least this many elements bypass the caches, which are too small for the result. Measured
+/// with 2 and 4 processes: from 8 MiB on, bypassing takes 0.3 to 0.9 times as long as copying through the caches. At 4
+/// MiB the ratio depends on the number of processes.
 const STREAM_ELEMENTS_MIN: usize = 1 << 21;
 
-/// Runs shorter than this are copied through the caches.
+/// Runs of fewer elements than this are copied through the caches.
 const STREAM_RUN_MIN: usize = 256;
 
 /// A view without lifetime and shape. It keeps its memory alive, and is in bounds and aligned like all views (MEM-1).
@@ -39,7 +40,7 @@ pub(crate) struct Terms<'a> {
     whole: Option<&'a [usize]>,
 }
 
-/// The memory of all members after the rendezvous, by member.
+/// The memory that all members have posted, by member.
 pub(crate) struct ExchangeBuffers<'a> {
     pub(crate) call: &'a CollectiveCall,
     pub(crate) x_shape: &'a [usize],
@@ -106,7 +107,8 @@ unsafe fn copy_part(source: &Posted, from: usize, target: &Posted, to: usize, le
     unsafe { stream(source.at(from), target.at(to), len) };
 }
 
-/// Copies with non-temporal stores. Ordinary stores evict data needed later, and read lines before overwriting them.
+/// Copies with non-temporal stores. Ordinary stores would evict data that is needed later, and would read each cache
+/// line before overwriting it.
 ///
 /// # Safety
 /// Both ranges are valid and aligned and do not overlap, and only the caller accesses the target.
@@ -157,7 +159,7 @@ pub(crate) fn describe(call: &CollectiveCall, buffer: Option<(DType, &[usize])>)
     format!("{:?} of {buffer} among ranks {:?}", call.kind, call.group.ranks)
 }
 
-/// [`describe`] for buffers that were not checked: uses the call's first read, or else its first write.
+/// Calls [`describe`] for unchecked buffers: with the first read, or with the first write if nothing is read.
 pub(crate) fn describe_views(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> String {
     describe(call, reads.iter().chain(writes).next().map(|view| (view.dtype(), view.shape())))
 }
@@ -256,7 +258,7 @@ fn check_covered(name: &str, sources: &[Region], target: &Region) -> Result<()> 
     Err(KernelError::arguments(name, "sources", "a source member for every element", got))
 }
 
-/// Combines `a` and `b`, in this order. The only definition of each [`ReduceOp`].
+/// Combines `a` and `b`, in this order. This is the only definition of each [`ReduceOp`].
 #[inline(always)]
 fn combine(op: ReduceOp, a: f32, b: f32) -> f32 {
     match op {
@@ -294,14 +296,15 @@ pub(crate) fn combine_onto(op: ReduceOp, a: &[f32], y: &mut [f32]) {
 unsafe fn reduce(op: ReduceOp, xs: &[Posted], owner: usize, (start, len): (usize, usize), y: &Posted, to: usize) {
     let n = xs.len();
     if n == 1 {
-        // SAFETY: both ranges are inside, and y's is exclusive, by the contract.
+        // SAFETY: by the contract, both ranges are inside their views, and only the caller accesses y's range.
         return unsafe { copy_elements(&xs[0], start, y, to, len) };
     }
     let mut sum = [0f32; BLOCK];
     let in_place = xs[owner].at(start) == y.at(to);
     for block in (0..len).step_by(BLOCK) {
         let block_len = BLOCK.min(len - block);
-        // SAFETY: the range is inside by the contract. This block of y is written after it was read from all members.
+        // SAFETY: the range is inside by the contract. This block of y is written only after the same block of every x
+        // was read.
         let x = |i: usize| unsafe { xs[(owner + i) % n].floats(start + block, block_len) };
         let sum = &mut sum[..block_len];
         let mut before = x(1);
@@ -310,7 +313,8 @@ unsafe fn reduce(op: ReduceOp, xs: &[Posted], owner: usize, (start, len): (usize
             (3..n).for_each(|i| combine_into(op, sum, x(i)));
             before = sum;
         }
-        // SAFETY: the range is inside and exclusive by the contract. If y is the owner's x, it has no other slice.
+        // SAFETY: the range is inside and exclusive by the contract. If y is the owner's x, there is no other slice of
+        // it now.
         let y = unsafe { y.floats_mut(to + block, block_len) };
         if in_place { combine_onto(op, before, y) } else { combine_two(op, before, x(n), y) }
     }
@@ -332,7 +336,8 @@ fn gather(buffers: &ExchangeBuffers<'_>, sources: &[Region], target: &Region) {
     }
 }
 
-/// Splits `target` into boxes by the member to copy from: `member` if possible, else the first. No box is taken twice.
+/// Splits `target` into boxes by the member to copy from: `member` if its source has the box, else the first member
+/// whose source has it. No element is in two boxes.
 pub(crate) fn taken(member: usize, sources: &[Region], target: &Region) -> Vec<(usize, Vec<Region>)> {
     let mut rest = vec![target.clone()];
     let own_first = std::iter::once(member).chain((0..sources.len()).filter(|&other| other != member));
@@ -379,7 +384,7 @@ pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Resu
         // The root's x is also its y: there is nothing to copy, and other members read that memory.
         CollectiveKind::Broadcast { root } if member == *root && x.at(0) == y.at(0) => {}
         CollectiveKind::Broadcast { root } => {
-            // SAFETY: both are whole views of one size. Nobody writes the root's x: its y is other memory or unchanged.
+            // SAFETY: both are whole views of one size. Nobody writes the root's x: its y is elsewhere or not written.
             unsafe { copy_part(&buffers.xs[*root], 0, y, 0, y.elements, bypass_caches) };
         }
         CollectiveKind::Send { .. } | CollectiveKind::Receive { .. } => {}
@@ -387,7 +392,7 @@ pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Resu
     Ok(())
 }
 
-/// [`exchange`] on copies of each x, which nobody writes. No member reads another member's y, so no barrier is needed.
+/// Like [`exchange`], on copies of each x, which nobody writes. No member reads another's y, so no barrier is needed.
 pub(crate) fn exchange_copies(buffers: &ExchangeBuffers<'_>) -> Result<()> {
     let CollectiveKind::AllReduce { op } = &buffers.call.kind else { return exchange(buffers, &|| Ok(())) };
     let (members, y) = (buffers.xs.len(), buffers.y);

@@ -1,9 +1,9 @@
-//! Collectives between the devices of one process. Members meet, then read each other's memory directly.
+//! Collectives between the devices of one process. After a rendezvous, members read each other's memory directly.
 //!
 //! - MEET-1: all members of a group are in the same call before any member accesses another member's memory. No member
 //!   leaves before the last has finished. In between, the register protocol prevents writes to the posted memory.
-//! - MEET-2: arguments are checked at the rendezvous. After it, a call cannot fail, and waits only while members copy.
-//!   So an abort needs to wake only members that wait for a rendezvous.
+//! - MEET-2: arguments are checked at the rendezvous. After the rendezvous, a call cannot fail, and waits only while
+//!   other members copy. So an abort needs to wake only members that wait for a rendezvous.
 #![allow(unsafe_code)]
 
 use crate::collective::exchange::{ExchangeBuffers, Posted, copy_elements, exchange};
@@ -47,7 +47,8 @@ impl InProcess {
 
     fn copy(&self, sender: &Post<Buffers>, receiver: &Post<Buffers>) {
         let elements = element_count(&receiver.y_shape);
-        // SAFETY: both are whole views of one size. The first member stays in its call. Only the receiver accesses y.
+        // SAFETY: both are whole views of the same size. The member that arrived first stays in its call. Only the
+        // receiver accesses y.
         unsafe { copy_elements(&sender.memory.x, 0, &receiver.memory.y, 0, elements) };
         self.0.received.count(&receiver.call, &receiver.y_shape, receiver.dtype);
     }
@@ -102,7 +103,7 @@ mod tests {
     use crate::memory::Arena;
     use crate::tensor::DType;
 
-    /// Far longer than any wait in these tests.
+    /// A timeout far longer than any wait in these tests.
     const DEADLINE: Duration = Duration::from_secs(20);
 
     fn wait_until_waits_are(engine: &InProcess, expected: &[MemberWait]) {

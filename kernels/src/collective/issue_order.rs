@@ -25,11 +25,11 @@ pub(crate) struct IssueOrder {
 #[derive(Debug, Default)]
 struct State {
     next: u64,
-    /// Slots that have not been dropped. The smallest slot may issue.
+    /// Slots that have not been dropped. The submission with the smallest slot may issue its collectives.
     open: BTreeSet<u64>,
 }
 
-/// A submission's position in the issue order; drop it to let the next submission issue.
+/// A submission's position in the issue order. Dropping the slot lets the next submission issue its collectives.
 #[derive(Debug)]
 pub struct IssueSlot {
     order: Arc<IssueOrder>,

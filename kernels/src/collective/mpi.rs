@@ -7,7 +7,7 @@
 //!   allocated (MPI-2). Creating communicators has a timeout. `mpirun` supervises the start of MPI.
 //!
 //! MPI chooses the order of additions, so sums differ from those of other engines by rounding. MPI recommends, but does
-//! not guarantee, that all members get the same bits from an all-reduce. With OpenMPI they do.
+//! not guarantee, that all members get the same bits from an all-reduce. OpenMPI returns the same bits to all members.
 //!
 //! Memory: a group keeps a buffer for non-contiguous parts and in-place all-reduces, sized for its largest call so far.
 #![allow(unsafe_code)]
@@ -37,7 +37,7 @@ use parking_lot::Mutex;
 /// Posts use the tags `0..TAGS`, data uses `TAGS..2 * TAGS`. MPI supports at least 32768 tags.
 const TAGS: u32 = 1 << 14;
 
-/// Second word of a post: the member waits in a send or receive, is in a collective, or has buffers that do not fit.
+/// Values of a post's second word: the member waits in a transfer, is in a collective, or has buffers that do not fit.
 const WAITING: u64 = 0;
 const IN_COLLECTIVE: u64 = 1;
 const REJECTED: u64 = 2;
@@ -210,7 +210,7 @@ impl Call<'_> {
         self.transfer(Transfer::Post { x: Box::new([self.digest, status]), to, tag: self.tag })
     }
 
-    /// Answers every member whose send or receive waits for this member: this member is in a collective.
+    /// Notifies every member whose send or receive waits for this member that this member is in a collective.
     fn answer_waiting_members(&self) -> Result<()> {
         while let Some((from, [_, status])) = self.comm.receive_post(None, self.tag)? {
             if status == WAITING {
@@ -221,7 +221,7 @@ impl Call<'_> {
         self.engine.abort_status.check()
     }
 
-    /// Checks whether all members make the same call. A member that is `rejected` disagrees.
+    /// Checks whether all members make the same call. If `rejected` is set, this member always disagrees.
     fn check_agreement(&mut self, rejected: bool) -> CallResult {
         let own = if rejected { !self.digest } else { self.digest };
         let mut numbers = mem::take(&mut self.memory.numbers);
@@ -238,7 +238,7 @@ impl Call<'_> {
         if agreed { Ok(()) } else { Err(self.disagreement(own)?) }
     }
 
-    /// The error of all members after a disagreement. It names the member that agrees with the fewest others.
+    /// The error of all members after a disagreement. It names the member that agrees with the fewest other members.
     fn disagreement(&mut self, own: u64) -> Result<CallError, CallError> {
         let members = self.call.group.ranks.len();
         let mut records = vec![0; RECORD_BYTES * (1 + members)];
@@ -331,7 +331,7 @@ impl Call<'_> {
         }
     }
 
-    /// Runs `work`, which makes one transfer, on `words` words of scratch. Leaks the scratch if MPI may still use it.
+    /// Runs `work`, which makes one transfer, on `words` words of scratch memory. Leaks them if MPI may still use them.
     fn with_scratch(&mut self, words: usize, work: impl FnOnce(&Self, &mut [f32]) -> CallResult) -> CallResult {
         let mut scratch = mem::take(&mut self.memory.scratch);
         scratch.resize(scratch.len().max(words), 0.0);
@@ -392,7 +392,8 @@ impl Call<'_> {
         let (source, target) = (&sources[member], &targets[member]);
         let (x, y) = words.split();
         let x = x.unwrap_or_default();
-        // Boxes, in the whole tensor, that go to and come from each member. This member's own are copied directly.
+        // The boxes of the whole tensor that this member sends to each member and receives from each member. Boxes that
+        // this member has in its own x are copied directly.
         let own_of = |to: usize| taken(to, sources, &targets[to]).into_iter().find(|(from, _)| *from == member);
         let sent_boxes: Vec<Vec<Region>> = (0..n).map(|to| own_of(to).map_or(Vec::new(), |(_, boxes)| boxes)).collect();
         let mut got = vec![Vec::new(); n];

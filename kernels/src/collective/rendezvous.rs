@@ -1,6 +1,6 @@
 //! The rendezvous of a group's members on the host, for engines whose members all run in this process.
 //!
-//! - MEET-3: a group whose members disagreed fails permanently, so that no member waits for one that has left.
+//! - MEET-3: a group whose members disagreed fails permanently, so that no member waits for a member that has left.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -102,7 +102,8 @@ impl<M: Clone> Groups<M> {
         self.abort_status.abort(cause);
         let groups: Vec<_> = self.by_id.lock().values().cloned().collect();
         for rendezvous in groups {
-            // The lock prevents a missed notification: no member is between its check for an abort and its wait.
+            // The lock prevents a missed notification: while it is held, no member is between its check for an abort
+            // and its wait.
             drop(rendezvous.state.lock());
             rendezvous.changed.notify_all();
         }
@@ -121,7 +122,7 @@ pub(crate) struct Rendezvous<M> {
     abort_status: AbortStatus,
     state: Mutex<State<M>>,
     changed: Condvar,
-    /// Incremented when a waiting member may continue. Read without the lock while spinning.
+    /// Incremented when a waiting member may continue. Members that spin read it without the lock.
     changes: AtomicU64,
 }
 
@@ -133,7 +134,7 @@ struct State<M> {
     current: Option<Posts<M>>,
     /// Number of collectives that all members have joined.
     rounds: u64,
-    /// Members that have arrived at the barrier at the end of a phase.
+    /// Number of members that have arrived at the current barrier.
     at_barrier: usize,
     barriers: u64,
     /// Point-to-point posts that wait for their peer or are being copied, in order of arrival.
@@ -151,7 +152,7 @@ struct Transfer<M> {
 }
 
 pub(crate) enum Arrival<M> {
-    /// All members have arrived. Holds the posts that the last member left for the others.
+    /// All members have arrived. Holds the posts that the last member left for the other members.
     Complete(Option<Posts<M>>),
     /// The member must pass this to [`Rendezvous::wait_for`].
     Waits(Awaited),
@@ -164,7 +165,7 @@ pub(crate) enum Awaited {
 }
 
 impl<M: Clone> State<M> {
-    /// The error of a member whose collective does not match what the others wait for.
+    /// The error if a member's collective does not match the call in which the other members wait.
     fn disagreement(&self, post: &Post<M>) -> Option<KernelError> {
         let mismatch = |expected: &str| Some(post.mismatch(expected.to_owned(), post.describe()));
         let member = post.call.member;
@@ -223,8 +224,8 @@ impl<M: Clone> Rendezvous<M> {
         self.changed.notify_all();
     }
 
-    /// Waits until `done` holds for the state. Code that makes `done` true calls [`Rendezvous::advance`] with the lock
-    /// held, or notifies after it has held the lock.
+    /// Waits until `done` holds for the state. Code that makes `done` true either calls [`Rendezvous::advance`] with
+    /// the lock held, or notifies the waiting members after it has held the lock.
     fn wait(&self, done: impl Fn(&State<M>) -> bool) -> MutexGuard<'_, State<M>> {
         let mut state = self.state.lock();
         while !done(&state) {
@@ -242,7 +243,7 @@ impl<M: Clone> Rendezvous<M> {
         state
     }
 
-    /// Arrives at a collective. The last member runs `complete` on all posts while the others wait. All get the result.
+    /// Arrives at a collective. The last member runs `complete` on all posts while the others wait. All get its result.
     pub(crate) fn join(
         &self,
         post: Post<M>,
@@ -336,7 +337,7 @@ impl<M: Clone> Rendezvous<M> {
         }
     }
 
-    /// Waits until all members, which are all in the call, reach this barrier.
+    /// Waits until all members reach this barrier. All of them must be in the call.
     pub(crate) fn barrier(&self, members: usize) {
         let mut state = self.state.lock();
         state.at_barrier += 1;

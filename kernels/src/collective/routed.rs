@@ -1,4 +1,4 @@
-//! Forwards each group's calls to another engine: groups may span one process, one node, or several nodes.
+//! Forwards each group's calls to the group's engine, since groups may span one process, one node, or several nodes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

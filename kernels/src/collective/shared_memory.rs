@@ -1,5 +1,5 @@
-//! Collectives between devices of several processes of one node. Members meet on a board in shared memory, then read
-//! each other's arenas directly.
+//! Collectives between devices of several processes of one node. Members post their calls on a board in shared memory,
+//! then read each other's arenas directly.
 //!
 //! MEET-1 holds as in `in_process`, MEET-3 as in `rendezvous`. Instead of MEET-2:
 //! - NODE-1: a peer may die or freeze at any time, so every wait ends once any process aborts. Partial results of an
@@ -45,7 +45,7 @@ struct GroupProgress {
     progress: Vec<Progress>,
 }
 
-/// Counters of one member, used by one stream's thread; they wrap.
+/// Counters of one member, used only by the thread of one stream. They wrap around.
 #[derive(Debug, Default)]
 struct Progress {
     calls: AtomicU32,
@@ -68,7 +68,7 @@ struct Call<'a> {
 impl SharedMemory {
     /// Creates the engine of this process. `board` is one memfd ([`Board::create`]), mapped read-write. All processes
     /// pass the same board and the same `groups` in the same order. `arenas` maps the rank of every member device to
-    /// the memory of its x and y: its own arena if this process runs it, else a read-only mapping.
+    /// the memory of its x and y: the device's own arena if this process runs the device, else a read-only mapping.
     ///
     /// # Errors
     /// [`KernelError::Arguments`] when the board does not match the groups, or a member's arena is missing.
@@ -100,7 +100,7 @@ impl SharedMemory {
     }
 
     fn check_aborted(&self) -> Result<()> {
-        // Prefer the board's cause, the first of all processes. A process that died while writing it leaves none.
+        // Prefer the board's cause, the first of all processes. It is missing if a process died while writing it.
         match self.board.aborted() {
             Some(cause) => Err(KernelError::Aborted { cause }),
             None => self.abort_status.check(),
@@ -108,7 +108,7 @@ impl SharedMemory {
     }
 }
 
-/// The largest contribution of a member in bytes, and a function that returns each member's number of elements.
+/// The largest contribution of any member, in bytes, and a function that returns each member's number of elements.
 fn contributions(call: &CollectiveCall, own_elements: usize) -> (usize, impl Fn(usize) -> usize) {
     let regions = match &call.kind {
         CollectiveKind::AllGather { parts } => Some(parts),
@@ -170,7 +170,7 @@ impl Call<'_> {
         (0..self.members()).for_each(|member| self.other(member).offer.wake_waiters());
     }
 
-    /// Waits for another member's description of its call, to report it. A live member publishes it within a tick.
+    /// Waits for the description of another member's call, for an error. A live member publishes it within a tick.
     fn wait_for_description(&self, member: usize) -> String {
         let until = Instant::now() + TICK * DESCRIPTION_TICKS_MAX;
         loop {
@@ -184,7 +184,7 @@ impl Call<'_> {
         }
     }
 
-    /// Fails the group after this member and `other` disagreed. The error names the one whose call is less common.
+    /// Fails the group after this member and `other` disagreed. The error names the one whose call fewer members make.
     fn fail_disagreement(&self, other: usize) -> KernelError {
         let (member, own_call) = (self.call.member, self.describe());
         self.slot.publish_call(&own_call);
@@ -208,14 +208,15 @@ impl Call<'_> {
         (post.number.load(Ordering::SeqCst) == next).then_some(post)
     }
 
-    /// The error of a group that has failed, or is being failed.
+    /// The error of a group that has failed, or that a member is failing now.
     fn group_error(&self) -> KernelError {
         let known = self.group_area.check(self.call.group.id).and_then(|()| self.engine.check_aborted());
         let unknown = || self.call.group.mismatch(self.call.member, "a different call", self.describe());
         known.err().unwrap_or_else(unknown)
     }
 
-    /// The error that ends a wait: an abort, a failed group or, after the first sleep, a peer that can never match.
+    /// The error that ends a wait, if any: an abort, a failed group or, after the first sleep, a peer whose call can
+    /// never match this one.
     fn check_interrupt(&self, sleeps: usize, mismatched_peer: &dyn Fn() -> Option<usize>) -> Result<()> {
         self.engine.check_aborted()?;
         let failed = self.group_area.check(self.call.group.id);
@@ -229,7 +230,7 @@ impl Call<'_> {
         }
     }
 
-    /// Waits until `done` holds for the counter, unless the call is interrupted.
+    /// Waits until `done` holds for the counter. Fails if an error interrupts the call.
     fn wait(
         &self,
         counter: &Counter,

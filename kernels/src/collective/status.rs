@@ -30,7 +30,7 @@ impl ReceivedBytes {
 pub struct AbortStatus(Arc<Mutex<Option<String>>>);
 
 impl AbortStatus {
-    /// Records the cause unless one is recorded already. Returns whether this cause is the first.
+    /// Records the cause if none is recorded yet. Returns whether this cause is the first.
     pub(crate) fn abort(&self, cause: &str) -> bool {
         let mut aborted = self.0.lock();
         let first = aborted.is_none();

@@ -1,4 +1,4 @@
-//! Collectives between processes over sockets, by ring and by tree.
+//! Collectives between processes over sockets, with ring and tree algorithms.
 //!
 //! - WIRE-1: a member reads and writes only its own buffers. It receives all other data over channels and checks it. A
 //!   peer can send wrong values, but cannot make this process allocate or read more than the call specifies.
@@ -46,19 +46,19 @@ use link::{Context, Link};
 use parking_lot::Mutex;
 use port::{GroupStatus, Port};
 
-/// Bytes of a member's buffer for data in transit.
+/// Size of a member's buffer for data in transit, in bytes.
 pub const SCRATCH_BYTES: usize = flow::SLOTS * flow::PIECE_WORDS * size_of::<f32>();
 
 /// An all-reduce uses the tree when the values of all members together have at most this many bytes (for two members, a
-/// quarter of it), else the ring. With two members, one thread of the tree does all additions. Measured with 2 and 4
+/// quarter of this), else the ring. With two members, one thread of the tree does all additions. Measured with 2 and 4
 /// processes on 2 cores, over Unix sockets and TCP: tree and ring take the same time at 64 to 128 KiB per member for
-/// two members, and at 256 KiB for four.
+/// two members, and at 256 KiB per member for four members.
 pub const TREE_BYTES_MAX: usize = 512 << 10;
 
 /// `(group id, member, peer)`: the member's end of its connection to the peer.
 pub type ChannelKey = (u32, usize, usize);
 
-/// Creates the channel from a member of a group (first index) to another (second). Called once per pair; never blocks.
+/// Creates a group's channel from a member (first index) to another (second). Called once per pair. Must not block.
 pub type Connect = dyn Fn(&Group, usize, usize) -> io::Result<Channel> + Send + Sync;
 
 /// The members that `member` needs a channel to: all others, since any two members may exchange tensors.
@@ -101,7 +101,7 @@ impl Wire {
     /// Creates an engine over authenticated connections from each local member of a group to each of its [`peers`].
     ///
     /// A write that makes no progress for `write_timeout` fails the group. A write stalls while the receiver is late,
-    /// so the timeout must exceed the largest delay between members of a step.
+    /// so the timeout must exceed the largest delay between two members within a step.
     pub fn new(channels: BTreeMap<ChannelKey, Channel>, write_timeout: Duration) -> Self {
         Self {
             unused_channels: Mutex::new(channels),
@@ -119,8 +119,8 @@ impl Wire {
         Self { connect: Some(connect), ..Self::new(BTreeMap::new(), write_timeout) }
     }
 
-    /// Sets the size at which all-reduces switch from tree to ring, in the unit of [`TREE_BYTES_MAX`], up to
-    /// [`SCRATCH_BYTES`]. For measurements and tests. All members must use the same value.
+    /// Sets the size at which all-reduces switch from tree to ring. `bytes` replaces [`TREE_BYTES_MAX`] and is limited
+    /// to [`SCRATCH_BYTES`]. For measurements and tests. All members must use the same value.
     pub fn set_tree_bytes_max(&self, bytes: usize) {
         self.tree_bytes_max.store(bytes.min(SCRATCH_BYTES), Ordering::Relaxed);
     }
@@ -242,7 +242,7 @@ impl Collective for Wire {
         if self.aborted.set(KernelError::Aborted { cause: cause.to_owned() }).is_err() {
             return;
         }
-        // `member` holds this lock while it creates links. Every later call checks for an abort first.
+        // The method `member` holds this lock while it creates links. Every later call checks for an abort first.
         self.groups.lock().channels.iter().for_each(|channel| channel.shutdown(Shutdown::Both));
         self.unused_channels.lock().values().for_each(|channel| channel.shutdown(Shutdown::Both));
     }

@@ -13,7 +13,7 @@ use crate::op::{Buffer, Launch, Op, Program};
 use crate::stream::Stream;
 use crate::tensor::{DType, HostTensor, Region, element_count, split_range};
 
-/// One device with a stream and an arena. The arena contains x at offset 0, y and a workspace.
+/// One device with a stream and an arena. The arena contains x (at offset 0), y and a workspace.
 struct Member {
     device: Device,
     stream: Stream,
@@ -22,29 +22,29 @@ struct Member {
 
 pub(super) const ARENA_BYTES: usize = 1 << 20;
 
-/// Creates, of n devices with ranks `0..n`, those of this process, in order. Each device has a new engine and an arena
-/// of [`COLLECTIVES_ARENA_BYTES`](super::COLLECTIVES_ARENA_BYTES).
+/// Of n devices with ranks `0..n`, creates those that belong to this process, in rank order. Each device has a new
+/// engine and an arena of [`COLLECTIVES_ARENA_BYTES`](super::COLLECTIVES_ARENA_BYTES).
 pub type Make<'a> = dyn Fn(usize) -> Result<Vec<(Device, Arena)>> + 'a;
 
 /// The order in which an engine sums the members' values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SummationOrder {
-    /// The order that [`Group`] defines: bit-exact.
+    /// The order that [`Group`] defines. Sums are bit-exact.
     InOrder,
-    /// Any order: sums are correct up to rounding.
+    /// Any order. Sums are correct up to rounding.
     InAnyOrder,
 }
 
-/// Number of groups (ids from 1) that one set of devices calls in turn. Each group costs NCCL much of a second.
+/// Number of groups (ids from 1) that one set of devices calls in turn. NCCL needs almost a second for each group.
 pub(super) const GROUPS: u32 = 4;
 
-/// A shape that is too large for any engine's path for small tensors.
+/// A shape that is too large for the special code that some engines have for small tensors.
 const LARGE: [usize; 2] = [101, 203];
 
-/// Offset of y, which follows x.
+/// Offset of y in bytes. In the arena, y follows x.
 const Y: usize = 1 << 17;
 
-/// Offset of the workspace, if the device needs one.
+/// Offset of the workspace in bytes, if the device needs a workspace.
 const WORKSPACE: usize = 1 << 18;
 
 /// The input and the expected result of one member.
@@ -175,7 +175,7 @@ fn cut(whole: &[f32], shape: &[usize], region: &Region) -> Vec<f32> {
     (0..region.element_count()).map(|index| whole[flat(index, region, shape)]).collect()
 }
 
-/// The part of `owner` in f32, summed in the order that every engine must keep: the next member first, the owner last.
+/// Combines the owner's part in f32 in the order that every engine must keep: first the next member, last the owner.
 fn combine(op: ReduceOp, owner: usize, members: &[Vec<f32>]) -> Vec<f32> {
     let n = members.len();
     let mut sum = members[(owner + 1) % n].clone();
@@ -195,7 +195,7 @@ impl Suite<'_> {
         self.numbers.tensor(&[elements], 1.0).as_f32().unwrap_or_default().to_vec()
     }
 
-    /// Maximum error of a sum. Two orders each round n - 1 times, by at most half an EPSILON of n (values are <= 1).
+    /// Maximum difference of sums in two orders. Each sum rounds n - 1 times, by <= `n * EPSILON / 2` (values: <= 1).
     fn tolerance(&self, kind: &CollectiveKind) -> f32 {
         match kind {
             CollectiveKind::AllReduce { op: ReduceOp::Sum }
@@ -290,7 +290,7 @@ impl Suite<'_> {
                 let role = |part| Role::new(x(part), &shape, whole.clone(), whole.len() - part.element_count());
                 self.check(CollectiveKind::AllGather { parts: parts.clone() }, parts.iter().map(role));
             }
-            // In the last case every member has the whole tensor: nothing is transferred.
+            // In the last case, every member already has the whole tensor, so nothing is transferred.
             for sources in splits(&shape, n).into_iter().chain([vec![Region::whole(&shape); n]]) {
                 for targets in splits(&shape, n) {
                     let role = |(source, target): (&Region, &Region)| {
@@ -369,7 +369,7 @@ impl Suite<'_> {
     }
 }
 
-/// Runs many rounds of two groups over the same devices, on separate streams, in opposite orders if the engine permits.
+/// Runs many rounds of two groups on separate streams of the same devices, in opposite orders if `any_order` is set.
 fn concurrent(report: &mut Report, make: &Make<'_>, any_order: bool) -> Result<()> {
     const ROUNDS: usize = 200;
     let [n, elements] = [3, 100];
@@ -412,7 +412,7 @@ fn disagreements(report: &mut Report, make: &Make<'_>) {
         ("a different shape", 0, sum(), [5, 5]),
         ("a different kind", 0, gather(), [2, 6]),
         ("buffers that do not fit", 0, sum(), [6, 5]),
-        // A send instead, to member 0.
+        // The odd member sends to member 0 instead.
         ("a send", 1, CollectiveKind::Send { to: 0 }, [6, 0]),
         ("a receive", 1, CollectiveKind::Receive { from: 0 }, [0, 6]),
     ];

@@ -81,20 +81,20 @@ impl Report {
 /// What a written buffer contains before the launch.
 #[derive(Clone)]
 pub(super) enum Initial {
-    /// NaN.
+    /// NaN in all elements of a tensor of this shape.
     Poison(Vec<usize>),
     /// These values, which the op updates in place or adds to.
     Values(HostTensor),
-    /// The same memory as this read: the op works in place.
+    /// The write has the memory of the read with this index: the op works in place.
     Read(usize),
 }
 
-/// The float dtypes of a launch's buffers, where the op supports BF16.
+/// The dtypes of those float buffers of a launch that may be BF16.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Types {
     /// All buffers are F32.
     Floats,
-    /// Reads, and writes that start as NaN, are BF16.
+    /// Reads are BF16, and so are writes that start as NaN.
     Halves,
     /// Reads are BF16, and writes are F32.
     Widening,
@@ -181,7 +181,7 @@ impl Layout {
         Buffer { base: 0, offset, shape: shape.to_vec(), dtype }
     }
 
-    /// Places a workspace after a fence, with the alignment of a plan's workspace, because libraries require that.
+    /// Places a workspace after a fence, with the alignment of a plan's workspace, which libraries require.
     pub(super) fn place_workspace(&mut self, bytes: usize) -> Buffer {
         self.fences.push(self.end);
         self.end = (self.end + FENCE_BYTES).next_multiple_of(ALIGNMENT);
@@ -268,7 +268,7 @@ impl Numbers {
         Self { random: SplitMix64(seed), halves }
     }
 
-    /// A tensor of values that are uniform in `-size .. size`.
+    /// Generates a tensor of values that are uniformly distributed in `-size .. size`.
     pub(super) fn tensor(&mut self, shape: &[usize], size: f32) -> HostTensor {
         let unit = |bits: u64| (bits >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
         let rounded = |value: f32| if self.halves { bf16::from_f32(value).to_f32() } else { value };

@@ -1,4 +1,4 @@
-//! Tests Inf and NaN inputs, invalid indices and dropout's choice of elements. Results are the same on all backends.
+//! Tests Inf and NaN inputs, invalid indices and dropout's choice of elements. All backends must give the same results.
 
 use std::hash::Hasher;
 
@@ -9,7 +9,7 @@ use crate::hash::Fnv;
 use crate::op::{Buffer, Op};
 use crate::tensor::{DType, HostTensor, element_count};
 
-/// Tolerance for values of about 1, some of which were rounded to BF16 on the way.
+/// Tolerance for results of about 1. Some intermediate values are rounded to BF16.
 const CLOSE: f64 = 2e-2;
 
 /// A value that never occurs in a result.
@@ -22,20 +22,20 @@ pub(super) fn run(report: &mut Report, device: &Device) {
     masks(report, device);
 }
 
-/// True if both values are close, equal, or NaN.
+/// True if the two values are close or equal, or if both are NaN.
 fn is_same(got: f32, expected: f64, tolerance: f64) -> bool {
     let got = f64::from(got);
     let close = expected.is_finite() && (got - expected).abs() <= tolerance * (1.0 + expected.abs());
     close || got == expected || got.is_nan() && expected.is_nan()
 }
 
-/// Tests row maximum (ignores NaN) and sum of exponentials (propagates NaN), in one program (may fuse) and in two.
+/// Tests row maxima, which ignore NaN, and sums of exponentials, which propagate NaN, in one program and in two.
 fn rows(report: &mut Report, device: &Device) {
     const NAN: f32 = f32::NAN;
     const INFINITY: f32 = f32::INFINITY;
     let mut numbers = Numbers::new(5, true);
     let special = [
-        // Only -Inf; no finite value; Inf; Inf, -Inf and NaN; finite values around -Inf; a finite value, -Inf and NaN.
+        // Each row has a different mixture of finite values, Inf, -Inf and NaN.
         [-INFINITY; 7],
         [NAN, 1.0, -INFINITY, -INFINITY, -INFINITY, -INFINITY, 2.0],
         [INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY],
@@ -44,7 +44,7 @@ fn rows(report: &mut Report, device: &Device) {
         [3.0, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, NAN],
     ];
     let mut cases = vec![HostTensor::f32(&[special.len(), 7], special.concat())];
-    // Rows of whole vectors, with the special value at each position of a vector.
+    // These rows consist of whole vectors. In each row, the special value has a different position in its vector.
     for special_value in [NAN, INFINITY, -INFINITY] {
         let mut values = numbers.tensor(&[16, 64], 4.0).as_f32().unwrap_or_default().to_vec();
         (0..16).for_each(|row| values[row * 64 + 32 + row] = special_value);
@@ -78,7 +78,7 @@ fn rows_of(report: &mut Report, device: &Device, logits: &HostTensor, half: bool
         let arena = layout.arena(device)?;
         arena.write_host(x.offset, &typed)?;
         arena.write_host(indices.offset, &targets)?;
-        // Not NaN, because NaN may be a correct result here.
+        // The buffer does not start as NaN, because NaN may be a correct result here.
         let unwritten = filled(&[rows], DType::F32, UNWRITTEN);
         for write in [&max, &sum, &chosen] {
             arena.write_host(write.offset, &unwritten)?;
@@ -106,13 +106,13 @@ fn rows_of(report: &mut Report, device: &Device, logits: &HostTensor, half: bool
     }
 }
 
-/// Tests that keys at infinite distance have no influence, even whole tiles of them. A NaN query must give NaN.
+/// Tests that keys with a score of -Inf have no influence, even if they fill whole tiles. A NaN query must give NaN.
 fn attention(report: &mut Report, device: &Device) {
     const SHAPE: [usize; 4] = [1, 80, 1, 8];
     let by_time = |f: &dyn Fn(usize) -> f32| HostTensor::f32(&SHAPE, (0..640).map(|i| f(i / 8)).collect());
     let v = Numbers::new(1, true).tensor(&SHAPE, 1.0);
     let q = by_time(&|t| if t == 79 { f32::NAN } else { 1.0 });
-    // A library's result for a tile without a contributing key is undefined. Libraries write BF16.
+    // Attention libraries write BF16. If all scores of a tile are -Inf, a library's result is undefined.
     for (types, far, first) in [(Types::Floats, 66, 0), (Types::Widening, 66, 0), (Types::Halves, 10, 10 * 8)] {
         let k = by_time(&|t| if t < far { f32::NEG_INFINITY } else { t as f32 / 64.0 });
         let [o, _] = exact::attention(&wide(&q), &wide(&k), &wide(&v), SHAPE, 0.3);
@@ -156,7 +156,7 @@ fn indices(report: &mut Report, device: &Device) {
     }
 }
 
-/// Tests that dropout keeps the same elements on all backends and versions, so that training resumes bit-exactly.
+/// Tests that dropout keeps the same elements in all backends and versions, so that training resumes bit-exactly.
 fn masks(report: &mut Report, device: &Device) {
     type Part<'a> = (&'a [usize], &'a [usize], &'a [usize], u64);
     let parts: [Part<'_>; 5] = [

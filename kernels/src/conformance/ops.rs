@@ -8,7 +8,7 @@ use crate::device::Device;
 use crate::op::{Einsum, GemmDims, Op, SQUARES_SCALE};
 use crate::tensor::{DType, HostTensor, Region, element_count, split_range};
 
-/// Flat sizes: none, one, around the width of a vector, and enough for several threads.
+/// Numbers of elements: none, one, some around the width of a vector, and enough for several threads.
 const SIZES: [usize; 8] = [0, 1, 3, 16, 17, 65, 1000, 70_003];
 
 /// Tolerance of f32 kernels for results of about 1.
@@ -66,7 +66,8 @@ struct Suite<'a> {
 type Expected = (Vec<usize>, Vec<f64>);
 
 impl Suite<'_> {
-    /// Tests on writes that start as NaN and, if the op can accumulate, on values, with and without `repeat`.
+    /// Tests the op on writes that start as NaN. If the op can accumulate, also tests it on writes that start with
+    /// values, with and without `repeat`.
     fn check(&mut self, what: &str, op: Op, reads: &[HostTensor], expected: &[Expected], tolerance: f64) {
         let shapes: Vec<_> = reads.iter().map(|read| &read.shape).collect();
         let check = format!("{} {what} {shapes:?}{}", op.name(), self.suffix());
@@ -113,7 +114,7 @@ impl Suite<'_> {
         }
     }
 
-    /// Runs `check` for one result of read 0's shape, and again for each read whose memory the result may overwrite.
+    /// Runs `check` for a result of read 0's shape. Repeats it for each read whose memory the result may overwrite.
     fn check_in_place(&mut self, op: Op, reads: &[HostTensor], in_place: &[usize], expected: Vec<f64>, tolerance: f64) {
         let expected = [(reads[in_place[0]].shape.clone(), expected)];
         self.check("", op.clone(), reads, &expected, tolerance);
@@ -278,7 +279,7 @@ impl Suite<'_> {
             let op = Op::EmbeddingGrad { vocab_start: start };
             self.check("", op, &[ids, dy], &[(vec![vocab, width], dtable)], CLOSE_SUM);
         }
-        // The ids of three rows are far apart, among many ids of another shard.
+        // The ids of this shard's three rows are far apart, between many ids of another shard.
         const TOKENS: usize = 9000;
         let mut ids = vec![90; TOKENS];
         let places = [(0, 1), (255, 1), (256, 1), (2047, 0), (2048, 2), (2600, 1), (4095, 1), (8191, 0), (8999, 2)];
@@ -349,7 +350,7 @@ impl Suite<'_> {
         }
     }
 
-    /// Tests whole vocabularies, and vocabularies split over two shards. The shards' results are combined here.
+    /// Tests whole vocabularies, and vocabularies split over two shards. This function combines the shards' results.
     fn cross_entropies(&mut self) {
         for (tokens, vocab) in [(0, 3), (1, 1), (3, 17), (17, 5), (65, 65), (600, 130), (1100, 3)] {
             let logits = self.numbers.tensor(&[tokens, vocab], 5.0);
@@ -413,7 +414,7 @@ impl Suite<'_> {
 
     fn optimizers(&mut self) {
         for n in SIZES {
-            // With the last two scales, a float's range is too small for the squares: they overflow or underflow.
+            // With the last two scales, a float's range is too small for the squares, which overflow or underflow.
             for scale in [1.0, 1e30, 1e-30] {
                 let x = self.numbers.tensor(&[n], scale);
                 let squares: f64 = wide(&x).iter().map(|x| x * x).sum();
@@ -621,7 +622,7 @@ impl Suite<'_> {
             ("integers", Op::Gelu, vec![ids.clone()], vec![poison(&[2])]),
             ("inner extents that differ", Op::Einsum(einsum), vec![x.clone(), x.clone()], vec![poison(&[2, 3])]),
             ("a negative id", embedding.clone(), vec![ids, x.clone()], vec![poison(&[2, 3])]),
-            // This id must not be mistaken for an id of another shard, for which the result would be zeros.
+            // The op must not take this id for an id of another shard, for which the result would be zeros.
             ("an id outside the table", embedding, vec![far, x.clone()], vec![poison(&[2, 3])]),
             ("a reduction in place", Op::RowMax, vec![x.clone()], vec![Initial::Read(0)]),
         ];

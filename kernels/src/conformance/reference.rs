@@ -1,6 +1,6 @@
 //! Simple f64 versions of the ops, as the papers define them.
 
-/// `erf`: a series for small arguments, a continued fraction for large ones. The error is about 1e-15.
+/// Computes `erf` by a series (small arguments) or a continued fraction (large arguments). The error is about 1e-15.
 pub(super) fn erf(x: f64) -> f64 {
     if x < 0.0 {
         return -erf(-x);
@@ -29,7 +29,7 @@ pub(super) fn derivative(f: impl Fn(f64) -> f64, x: f64) -> f64 {
     (8.0 * (f(x + h) - f(x - h)) - (f(x + 2.0 * h) - f(x - 2.0 * h))) / (12.0 * h)
 }
 
-/// The gradient of `loss` at `x` by central differences. Checks the analytic gradients below.
+/// The gradient of `loss` at `x` by central differences. Tests compare the analytic gradients with it.
 #[cfg(test)]
 fn gradient(loss: impl Fn(&[f64]) -> f64, x: &[f64]) -> Vec<f64> {
     let slope = |i: usize| {
@@ -73,7 +73,7 @@ pub(super) fn layer_norm(x: &[f64], weight: &[f64], eps: f64) -> [Vec<f64>; 3] {
     [y, means, rstds]
 }
 
-/// Returns `(dx, dweight)`. This file's tests check it against [`gradient`].
+/// Returns `(dx, dweight)`. This file's tests compare the result with that of [`gradient`].
 pub(super) fn layer_norm_grad(dy: &[f64], x: &[f64], weight: &[f64], eps: f64) -> [Vec<f64>; 2] {
     let width = weight.len();
     let (mut dx, mut dweight) = (vec![], vec![0.0; width]);
@@ -127,7 +127,7 @@ pub(super) fn attention(q: &[f64], k: &[f64], v: &[f64], shape: AttentionShape, 
     [o, lse]
 }
 
-/// Returns `(dq, dk, dv)`. This file's tests check it against [`gradient`].
+/// Returns `(dq, dk, dv)`. This file's tests compare the result with that of [`gradient`].
 pub(super) fn attention_grad(d_o: &[f64], [q, k, v]: [&[f64]; 3], shape: AttentionShape, scale: f64) -> [Vec<f64>; 3] {
     let depth = shape[3];
     let [mut dq, mut dk, mut dv] = [q, k, v].map(|x| vec![0.0; x.len()]);

@@ -169,7 +169,7 @@ fn signals(device: &Device) -> Outcome {
     expect_floats(&arena, 0, &[2.0])
 }
 
-/// Tests that, with Inf/NaN checks enabled, a stream reports only the first write of a submission with Inf or NaN.
+/// Tests that, with Inf/NaN checks enabled, a stream reports only a submission's first write that contains Inf or NaN.
 fn finite(device: &Device) -> Outcome {
     let (stream, arena) = make(device, 64)?;
     let (x, y) = (|| floats(0, 0, &[2]), || floats(0, 8, &[2]));
@@ -247,7 +247,7 @@ fn custom(device: &Device) -> Outcome {
     expect_floats(&arena, 8, &[3.5])
 }
 
-/// Tests that arenas are counted, zeroed and kept alive by submissions. A stream allocates only what is documented.
+/// Tests that arenas are counted and zeroed, that submissions keep them alive, and that streams allocate as documented.
 fn memory(device: &Device) -> Outcome {
     let bytes_before = device.bytes_allocated();
     let (stream, arena) = make(device, 1 << 20)?;

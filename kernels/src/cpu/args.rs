@@ -29,7 +29,7 @@ impl<'a> Args<'a> {
         Ok(Self { launch, taken, reads, writes, scratch: None, accumulate })
     }
 
-    /// Read `i` as indices, which must all be below `limit`.
+    /// Returns read `i` as indices, which must all be below `limit`.
     pub(crate) fn indices(&self, i: usize, limit: usize) -> Result<&'a [i32]> {
         let indices = self.i32(i)?;
         let inside = |index: &i32| usize::try_from(*index).is_ok_and(|index| index < limit);
@@ -42,13 +42,13 @@ impl<'a> Args<'a> {
         }
     }
 
-    /// Read `i`, which must not also be a write.
+    /// Returns read `i`, which must not also be a write.
     pub(crate) fn slice<T: HostElement>(&self, i: usize) -> Result<&'a [T]> {
         self.launch.expect_dtype("read", i, self.reads[i].dtype(), T::DTYPE)?;
         if self.writes.iter().any(|write| write.overlaps(&self.reads[i])) {
             return Err(self.launch.refused(&format!("read {i}"), "memory that is not written", "written memory"));
         }
-        // SAFETY: the type matches, and no write of this launch overlaps (just checked); other streams: MEM-3.
+        // SAFETY: the type matches; no write overlaps this read (just checked); MEM-3 covers other streams.
         Ok(unsafe { self.reads[i].slice() })
     }
 
@@ -60,7 +60,7 @@ impl<'a> Args<'a> {
         self.slice(i)
     }
 
-    /// Read `i` of an elementwise op that writes write `w`: either separate memory, or the memory of the write itself.
+    /// Returns read `i` of an elementwise op. The read is either separate memory, or the memory of write `w`.
     pub(crate) fn operand(&self, i: usize, w: usize) -> Result<Operand<'a>> {
         let (read, write) = (&self.reads[i], &self.writes[w]);
         self.launch.expect_dtype("read", i, read.dtype(), DType::F32)?;
@@ -70,12 +70,12 @@ impl<'a> Args<'a> {
         self.f32(i).map(Operand::Other)
     }
 
-    /// Write `i`. It can be taken only once.
+    /// Returns write `i`. Each write can be taken only once.
     pub(crate) fn take<T: HostElement>(&mut self, i: usize) -> Result<&'a mut [T]> {
         self.launch.expect_dtype("write", i, self.writes[i].dtype(), T::DTYPE)?;
         assert!(!std::mem::replace(&mut self.taken[i], true), "write {i} taken twice");
         // SAFETY: the type matches, the write is taken once, no other write overlaps (`Bound` has checked that), and
-        // `slice` and `operand` make no slice of an overlapping read; other streams: MEM-3.
+        // `slice` and `operand` make no slice of an overlapping read; MEM-3 covers other streams.
         Ok(unsafe { self.writes[i].slice_mut() })
     }
 
@@ -83,11 +83,11 @@ impl<'a> Args<'a> {
         self.take(i)
     }
 
-    /// The threads' parts of the scratch memory, which can be taken only once. Empty if the op needs none.
+    /// Returns the threads' parts of the scratch memory, or an empty slice if the op needs none. Call this only once.
     pub(crate) fn take_scratch(&mut self) -> &'a mut [f32] {
         let Some(view) = self.scratch.take() else { return &mut [] };
         // SAFETY: the memory holds f32, is taken once, and belongs to this stream. The only buffers of the program in
-        // it are widened tensors, which lie after the threads' parts.
+        // this memory are widened tensors, which lie after the threads' parts.
         unsafe { view.slice_mut() }
     }
 }

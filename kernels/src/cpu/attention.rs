@@ -1,6 +1,7 @@
 //! Causal attention and its gradient. One thread processes each (batch, head), in blocks of query rows. A block's
-//! scores are in the thread's part of the stream's scratch memory. A block reads only keys up to its last row. Dao et
-//! al. 2022, <https://arxiv.org/abs/2205.14135>, without the online softmax, because whole rows of a block fit in L2.
+//! scores are in the thread's part of the stream's scratch memory. A block reads only keys up to its last row. The
+//! method is that of Dao et al. 2022, <https://arxiv.org/abs/2205.14135>, without the online softmax, because whole
+//! rows of a block's scores fit in L2.
 #![allow(unsafe_code)]
 
 use crate::cpu::args::Args;
@@ -33,7 +34,7 @@ impl Dims {
         Matrix { start: start.wrapping_add(batch * self.time * row + head * self.depth), row, column: 1 }
     }
 
-    /// Query blocks as `(first row, end)`. The last block comes first.
+    /// Returns the query blocks as `(first row, end row)`. The last block comes first.
     fn blocks(self) -> impl Iterator<Item = (usize, usize)> {
         let time = self.time;
         (0..time).step_by(ATTENTION_BLOCK).rev().map(move |first| (first, (first + ATTENTION_BLOCK).min(time)))
@@ -65,7 +66,7 @@ fn plain(slice: &mut [f32], columns: usize) -> Matrix {
 /// # Safety
 /// The row's `len` elements are in live memory, and nothing writes them during `'a`.
 unsafe fn row<'a>(matrix: Matrix, row: usize, len: usize) -> &'a [f32] {
-    // SAFETY: the contract.
+    // SAFETY: the caller upholds the contract.
     unsafe { std::slice::from_raw_parts(matrix.at(row, 0).start, len) }
 }
 
@@ -134,8 +135,8 @@ pub(crate) fn attention_grad(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Re
     Ok(())
 }
 
-/// One block of query rows: `p = e^(s - lse)`, `dv += p' do`, `dp = do v'`, `ds = p (dp - rowsum(do o))`,
-/// `dq = scale ds k`, `dk += scale ds' q`.
+/// Computes the gradients for one block of query rows: `p = e^(s - lse)`, `dv += p' do`, `dp = do v'`, `ds = p (dp -
+/// rowsum(do o))`, `dq = scale ds k`, `dk += scale ds' q`.
 #[allow(clippy::too_many_arguments)]
 fn grad_block(
     dims: Dims,

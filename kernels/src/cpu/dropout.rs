@@ -77,7 +77,7 @@ pub(crate) fn dropout(
     Ok(())
 }
 
-/// Index in the whole tensor at which row `row` (along the last dim) of the local tensor starts.
+/// Returns the index in the whole tensor at which row `row` of the local tensor starts. Rows lie along the last dim.
 fn row_start(mut row: usize, local: &[usize], shape: &[usize], start: &[usize]) -> usize {
     let rank = local.len();
     if rank == 0 {

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::region::for_each_run;
 use crate::tensor::{DType, HostElement, Region, element_count};
 
-/// `y[i] = f(x[i])` on the pool's threads. `weight` is the cost of one element in additions.
+/// Computes `y[i] = f(x[i])` on the pool's threads. `weight` is the cost of one element, measured in additions.
 fn parallel_map(pool: &Pool, x: Operand<'_>, y: &mut [f32], weight: usize, f: impl Fn(f32) -> f32 + Sync) {
     let elements = y.len();
     pool.ranges(y, LANES, elements * weight, |range, y| {
@@ -18,7 +18,7 @@ fn parallel_map(pool: &Pool, x: Operand<'_>, y: &mut [f32], weight: usize, f: im
     });
 }
 
-/// `y[i] = f(a[i], b[i])` on the pool's threads.
+/// Computes `y[i] = f(a[i], b[i])` on the pool's threads.
 fn parallel_map_two(
     pool: &Pool,
     [a, b]: [Operand<'_>; 2],

@@ -68,7 +68,7 @@ impl Runner {
                 optimizer::adamw(&mut args, pool, [*beta1, *beta2], *eps, *weight_decay)
             }
             Op::Collective(call) => engine.run(call, &args.reads, &args.writes),
-            // SAFETY: no two writes overlap (`Bound` has checked that); other streams: MEM-3.
+            // SAFETY: no two writes overlap (`Bound` has checked that); MEM-3 covers other streams.
             Op::Custom(kernel) => unsafe {
                 run_custom(&**kernel, op.name(), &args.reads, &args.writes, args.accumulate)
             },
@@ -76,11 +76,11 @@ impl Runner {
     }
 }
 
-/// Returns the first write of a finished launch with Inf or NaN, and the number of such elements.
+/// Returns the index of a finished launch's first write that contains Inf or NaN, and how many such values it contains.
 pub(crate) fn not_finite(launch: &Launch, bases: &[Base]) -> Option<(usize, usize)> {
     let args = Args::resolve(launch, bases, false).ok()?;
     let count = |write: &View<'_>| {
-        // SAFETY: the launch that wrote them has ended, and this stream runs no other launch; other streams: MEM-3.
+        // SAFETY: the writing launch has ended, and this stream runs no other launch; MEM-3 covers other streams.
         let values = unsafe { write.to_f32() }.unwrap_or_default();
         faults(&launch.op, write.shape(), &values)
     };

@@ -18,7 +18,7 @@ pub(crate) fn row_max(args: &mut Args<'_>, pool: &Pool) -> Result<()> {
     Ok(())
 }
 
-/// The target's column in this shard. `None` if another shard holds it.
+/// The target's column in this shard. `None` if another shard holds that column.
 fn column(target: i32, vocab_start: usize, width: usize) -> Option<usize> {
     (target as usize).checked_sub(vocab_start).filter(|&column| column < width)
 }

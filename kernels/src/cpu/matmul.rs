@@ -42,7 +42,7 @@ impl Matrix {
     }
 }
 
-/// `out = factor * a b`, or `out += factor * a b`; `out` is `[m, n]`, `a` is `[m, k]`.
+/// Computes `out = factor * a b` or, with `accumulate`, `out += factor * a b`; `out` is `[m, n]`, `a` is `[m, k]`.
 ///
 /// # Safety
 /// All elements of the three matrices are in live memory. `out` is writable, overlaps neither `a` nor `b`, and is
@@ -76,7 +76,7 @@ pub(crate) unsafe fn product(
     for start in (0..k).step_by(block) {
         let (a, b) = (a.at(0, start), b.at(start, 0));
         // Conjugation does not change real numbers. It makes `gemm` avoid its code paths for small results and for
-        // vectors: `gemm` would choose these by the shape of this slice, and they sum in other orders.
+        // vectors: `gemm` would choose these paths by the shape of this slice, and they sum in different orders.
         let conjugate_out = true;
         // SAFETY: the contract includes that of `gemm`: valid matrices, an exclusive destination.
         unsafe {
@@ -151,7 +151,8 @@ mod tests {
             use $kernels::f32::{H_UKR, UKR};
             let ((m, n, k), simd) =
                 ($shape, <$simd as MixedSimd<f32, f32, f32, f32>>::try_new().expect("instruction set is available"));
-            // SAFETY: the shapes match, column-major, `a` row-major; the machine supports the instructions.
+            // SAFETY: the shapes match (`a` row-major, `b` and `out` column-major); the machine supports the
+            // instructions.
             unsafe {
                 gemm_basic_generic::<$simd, f32, $lanes, { $lanes * $packs }, 6, $packs, $horizontal, $horizontal>(
                     simd,

@@ -28,8 +28,9 @@ pub(crate) fn layer_norm(args: &mut Args<'_>, pool: &Pool, eps: f32) -> Result<(
 /// Number of columns of `dweight` that are summed together in an array on the stack.
 const COLUMNS: usize = 256;
 
-/// `dx = rstd (g - mean(g) - xhat mean(g xhat))`, `g = dy weight`, `xhat = (x - mean) rstd`; `dweight = sum over rows
-/// of dy xhat`. Threads divide `dx` by rows, then `dweight` by columns, each summed in row order (BITS-1).
+/// Computes `dx = rstd (g - mean(g) - xhat mean(g xhat))` with `g = dy weight` and `xhat = (x - mean) rstd`, and
+/// `dweight = sum over rows of dy xhat`. The threads split `dx` by rows, and then `dweight` by columns. Each column is
+/// summed in row order (BITS-1).
 pub(crate) fn layer_norm_grad(args: &mut Args<'_>, pool: &Pool) -> Result<()> {
     let [count, width] = args.launch.rows_of(0)?;
     let (dy, x, weight) = (args.f32(0)?, args.f32(1)?, args.f32(2)?);

@@ -12,7 +12,7 @@ const PARTS_MAX: usize = 64;
 
 pub(crate) fn sum_squares(args: &mut Args<'_>, pool: &Pool, index: usize) -> Result<()> {
     let x = args.f32(0)?;
-    // One partial sum per part. They are added in order. The number of parts depends only on the size (BITS-1).
+    // Each part has one partial sum. These are added in order. The number of parts depends only on the size (BITS-1).
     let mut partial = [0f64; PARTS_MAX];
     let parts = (x.len() / FORK_ELEMENTS).clamp(1, PARTS_MAX);
     pool.ranges(&mut partial[..parts], 1, x.len(), |range, partial| {
@@ -45,7 +45,7 @@ fn squares(x: &[f32]) -> f64 {
 pub(crate) fn clip_scale(args: &mut Args<'_>, max_norm: f32) -> Result<()> {
     let sums = args.f32(0)?;
     let norm = norm_of_squares(sums.as_chunks().0.iter().map(|pair| pair.map(f64::from)));
-    // Checked first, because `f64::min` would return 1 for a NaN norm.
+    // Checks `norm` first, because `f64::min` would return 1 for a NaN norm.
     let scale = if norm.is_finite() { (f64::from(max_norm) / (norm + 1e-6)).min(1.0) } else { f64::NAN };
     args.out(0)?[0] = scale as f32;
     args.out(1)?[0] = norm as f32;

@@ -1,7 +1,7 @@
-//! The fork-join pool of one stream: the stream's thread and `threads - 1` helpers. Each runs a fixed part of the work.
+//! A stream's fork-join pool: its own thread and `threads - 1` helpers. Each thread runs a fixed part of the work.
 //!
-//! - BITS-1: a result does not depend on the number of threads. Threads divide the output. A sum that spans several
-//!   threads' parts is split by the shape of the whole op.
+//! - BITS-1: a result does not depend on the number of threads. Each thread computes a part of the output. A sum that
+//!   spans several threads' parts is split by the shape of the whole op.
 //! - POOL-1: a job is published before `generation` grows, and is not accessed again until `pending` is 0.
 //! - POOL-2: `Pool::run` returns only when `pending` is 0, so no helper uses a job after the job's borrow ends.
 #![allow(unsafe_code)]
@@ -20,7 +20,7 @@ use parking_lot::Mutex;
 
 use crate::tensor::split_range;
 
-/// How long a thread spins for work before it parks: longer than gaps between launches, and about the cost of parking.
+/// How long a waiting thread spins before it parks: longer than gaps between launches, and about the cost of parking.
 const SPIN: Duration = Duration::from_micros(40);
 
 /// Minimum number of elements (of a kernel with a few operations per element) for which a fork pays off.
@@ -76,7 +76,7 @@ impl Pool {
         self.helpers.len() + 1
     }
 
-    /// Runs `work(part)` for up to `threads()` parts, one on each thread. Propagates a panic after all have ended.
+    /// Runs `work(part)` for up to `threads()` parts, one per thread. Propagates a panic after all parts have ended.
     pub(crate) fn run(&self, parts: usize, work: &(dyn Fn(usize) + Sync)) {
         assert!(parts <= self.threads(), "more parts than threads");
         if parts <= 1 {
@@ -115,7 +115,8 @@ impl Pool {
         (elements / FORK_ELEMENTS).clamp(1, self.threads())
     }
 
-    /// Calls `work(rows, outs)` on parts of the rows of `outs` (any widths). `weight` elements decide the thread count.
+    /// Splits the rows of `outs` (of any widths) into parts, and calls `work(rows, outs)` on each part. `weight`, in
+    /// elements of light work, determines the number of threads.
     pub(crate) fn rows<T: Send, const N: usize>(
         &self,
         rows: usize,
@@ -142,7 +143,7 @@ impl Pool {
         });
     }
 
-    /// Calls `work(range, out)` on parts of a slice (multiples of `grain`). `weight` elements decide the thread count.
+    /// Like [`Pool::rows`], but calls `work(range, out)` on parts of a slice, which is split at multiples of `grain`.
     pub(crate) fn ranges<T: Send>(
         &self,
         out: &mut [T],

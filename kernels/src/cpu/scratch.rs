@@ -44,7 +44,7 @@ impl Scratch {
     }
 }
 
-/// True if a launch runs on widened buffers. Casts, copies and collectives do not: they do not compute with bf16.
+/// True if a launch runs on widened buffers. Casts, copies and collectives run on the bf16 buffers.
 pub(crate) fn is_widened(launch: &Launch) -> bool {
     let is_half = |buffer: &Buffer| buffer.dtype == DType::BF16;
     let supports_bf16 = matches!(launch.op, Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Collective(_));

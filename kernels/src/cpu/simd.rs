@@ -1,15 +1,15 @@
 //! Vector loops in plain Rust. `pulp` compiles them for AVX-512, AVX2 and the baseline, and selects one at run time.
 //! Loops run over single elements, which compilers vectorize best. An element's value does not depend on its index.
 
-/// Number of independent partial sums, so that sums vectorize: element i is added to partial sum i mod 16.
+/// Number of independent partial sums, which let compilers vectorize sums. Element i is added to partial sum i mod 16.
 pub(crate) const LANES: usize = 16;
 
-/// Number of elements that a fold computes before it sums them. They fit in L1.
+/// Number of elements that a fold computes before it sums them. These elements fit in L1.
 const BLOCK: usize = 256;
 
 #[derive(Clone, Copy)]
 pub(crate) enum Operand<'a> {
-    /// The memory that is also written (in place).
+    /// The operand is the memory that is also written (in place).
     Same,
     Other(&'a [f32]),
 }
@@ -67,7 +67,7 @@ macro_rules! inlined {
 }
 pub(crate) use inlined;
 
-/// `y[i] = f([inputs[0][i], ..])`. Call inside [`dispatch`].
+/// `y[i] = f([inputs[0][i], ..])`. Call this inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn map<const N: usize>(inputs: [&[f32]; N], y: &mut [f32], f: impl Fn([f32; N]) -> f32) {
     let len = y.len();
@@ -83,7 +83,7 @@ pub(crate) fn map<const N: usize>(inputs: [&[f32]; N], y: &mut [f32], f: impl Fn
     }
 }
 
-/// `y[i] = f(y[i], [inputs[0][i], ..])`. Call inside [`dispatch`].
+/// `y[i] = f(y[i], [inputs[0][i], ..])`. Call this inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn update<const N: usize>(y: &mut [f32], inputs: [&[f32]; N], f: impl Fn(f32, [f32; N]) -> f32) {
     let len = y.len();
@@ -102,7 +102,7 @@ pub(crate) fn update<const N: usize>(y: &mut [f32], inputs: [&[f32]; N], f: impl
     }
 }
 
-/// Like [`map`], with one input, which may be `y` itself. Call inside [`dispatch`].
+/// Like [`map`], with one input, which may be `y` itself. Call this inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn map_operand(x: Operand<'_>, y: &mut [f32], f: impl Fn(f32) -> f32) {
     match x {
@@ -111,7 +111,7 @@ pub(crate) fn map_operand(x: Operand<'_>, y: &mut [f32], f: impl Fn(f32) -> f32)
     }
 }
 
-/// Like [`map`], with two inputs. Each may be `y` itself. Call inside [`dispatch`].
+/// Like [`map`], with two inputs. Each may be `y` itself. Call this inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn map_operands(a: Operand<'_>, b: Operand<'_>, y: &mut [f32], f: impl Fn(f32, f32) -> f32) {
     match (a, b) {
@@ -147,7 +147,7 @@ fn add_partial_sums(mut sums: [f32; LANES]) -> f32 {
     sums[0]
 }
 
-/// Sum of all elements, in an order that depends only on the number of elements. Call inside [`dispatch`].
+/// Sum of all elements, in an order that depends only on the number of elements. Call this inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn sum(x: &[f32]) -> f32 {
     let mut sums = [0.0; LANES];
@@ -155,7 +155,7 @@ pub(crate) fn sum(x: &[f32]) -> f32 {
     add_partial_sums(sums)
 }
 
-/// Sum of `f([inputs[0][i], ..])`, in an order that depends only on the number of elements. Call inside [`dispatch`].
+/// Sum of `f([inputs[0][i], ..])`, in an order that depends only on the element count. Call this inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn fold<const N: usize>(inputs: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
     let len = inputs[0].len();
@@ -179,7 +179,7 @@ pub(crate) fn fold<const N: usize>(inputs: [&[f32]; N], f: impl Fn([f32; N]) -> 
     add_partial_sums(sums)
 }
 
-/// Maximum of all elements; `-inf` for an empty slice. Call inside [`dispatch`].
+/// Maximum of all elements; `-inf` for an empty slice. Call this inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn max(x: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
@@ -193,11 +193,11 @@ pub(crate) fn max(x: &[f32]) -> f32 {
     best.into_iter().chain(tail.iter().copied()).fold(f32::NEG_INFINITY, larger)
 }
 
-/// `e^x`, relative error below 2e-7; 0 below -87.3, Inf above 88.7, NaN for NaN.
-/// Range reduction by powers of two (Cody and Waite 1980) and a polynomial for `e^r`, `|r| <= ln 2 / 2`.
+/// Returns `e^x` with a relative error below 2e-7. The result is 0 for x below -87.3, Inf for x above 88.7, and NaN for
+/// NaN. Uses range reduction by powers of two (Cody and Waite 1980) and a polynomial for `e^r` with `|r| <= ln 2 / 2`.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    // Adding 1.5 * 2^23 rounds to an integer in the low bits. `as i32` would saturate and not vectorize.
+    // Adding 1.5 * 2^23 rounds to an integer in the low bits. `as i32` would saturate, and would not vectorize.
     const MAGIC: f32 = 12_582_912.0;
     let clamped = x.clamp(-87.4, 89.0);
     let rounded = clamped.mul_add(std::f32::consts::LOG2_E, MAGIC);
@@ -220,8 +220,9 @@ pub(crate) fn exp(x: f32) -> f32 {
 }
 
 /// The normal distribution's `(cumulative, density)` at x, for GELU: `Phi(x) = (1 + erf(x / sqrt 2)) / 2`. `Phi(-z) =
-/// e^{-z^2/2} t P(t)` with `t = 1 / (1 + 0.27 z)`. P interpolates at the 9 Chebyshev nodes for z up to 13.5, with a
-/// relative error of 3e-8 before rounding. Relative error below 1e-6 for |x| < 5, absolute error below 2e-7 everywhere.
+/// e^{-z^2/2} t P(t)` with `t = 1 / (1 + 0.27 z)`. The polynomial P interpolates at the 9 Chebyshev nodes for z up to
+/// 13.5, with a relative error of 3e-8 before rounding. In total, the relative error is below 1e-6 for |x| < 5, and the
+/// absolute error is below 2e-7 everywhere.
 #[inline(always)]
 pub(crate) fn normal(x: f32) -> (f32, f32) {
     const P: [f32; 9] = [
@@ -266,7 +267,7 @@ mod tests {
 
     #[test]
     fn normal_has_the_documented_accuracy() {
-        // Phi by its series around 0, Marsaglia 2004, <https://doi.org/10.18637/jss.v011.i04>.
+        // Computes Phi by its series around 0: Marsaglia 2004, <https://doi.org/10.18637/jss.v011.i04>.
         let exact = |x: f64| {
             let (mut term, mut sum) = (x, x);
             for n in 1..200 {
@@ -303,7 +304,7 @@ mod tests {
         }
     }
 
-    /// Tests that the loops, compiled for several instruction sets, all fuse, order and approximate in the same way.
+    /// Tests that the loops fuse, order and approximate in the same way for each instruction set.
     #[cfg(target_arch = "x86_64")]
     #[test]
     fn the_vector_width_does_not_change_bits() {

@@ -84,7 +84,7 @@ fn run_commands(commands: &Receiver<Command>, runner: &Runner, mut metrics: Stre
     }
 }
 
-/// Runs one program. Ignores a panic of the submitter's `notify`, since nobody else could receive it.
+/// Runs one program. Ignores a panic of the submitter's `notify`, since there is no receiver for its message.
 fn run(submission: Submission, mut check_finite: bool, runner: &Runner, metrics: &mut StreamMetrics) {
     let Submission { program, bases, repeat, mut notify } = submission;
     let mut send = |notification| drop(catch_unwind(AssertUnwindSafe(|| notify(notification))));

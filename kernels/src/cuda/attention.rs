@@ -17,7 +17,7 @@ pub enum Attention {
     /// cuDNN if it has an engine with bit-identical results in every run, else Shardflow's kernels.
     #[default]
     Ordered,
-    /// cuDNN, even if its backward engine sums parts of dq in arbitrary order. Bits then differ from run to run.
+    /// cuDNN, even if its backward engine sums parts of dq in arbitrary order. Then the bits differ from run to run.
     AnyOrder,
 }
 
@@ -25,7 +25,7 @@ impl Attention {
     /// Reads `SHARDFLOW_ATTENTION`: `own`, `cudnn` (the default) or `cudnn-any-order`.
     ///
     /// # Errors
-    /// [`KernelError::Unavailable`] for another value.
+    /// [`KernelError::Unavailable`] for any other value.
     pub fn from_env() -> Result<Self> {
         Self::parse(std::env::var_os(ATTENTION_ENV).map(|value| value.to_string_lossy().into_owned()).as_deref())
     }

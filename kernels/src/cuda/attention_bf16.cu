@@ -1,5 +1,5 @@
 // Causal attention and its gradient in bf16 on tensor cores: wmma 16x16x16 with f32 sums. The design follows
-// attention_f32.cu: scores are not stored, and the gradient is two kernels, where each sum has one owner and a fixed
+// attention_f32.cu: scores are not stored, and two kernels compute the gradient. Each sum has one owner and a fixed
 // order.
 //
 // A block is four warps. Each warp has 16 of the block's 64 rows. CUDA does not specify the position of an element in a
@@ -22,7 +22,7 @@ using nvcuda::wmma::row_major;
 
 #define ROWS 64
 #define THREADS 128
-// Padding after the D elements of a tile row: eight rows lie in different banks and stay 16-byte aligned.
+// Padding, in elements, after the D elements of a tile row. Eight rows lie in different banks and stay 16-byte aligned.
 #define PAD 8
 // Row pitch of the 16 columns of probabilities in the backward pass, in elements.
 #define P_PITCH 24
@@ -34,7 +34,7 @@ using nvcuda::wmma::row_major;
 typedef fragment<accumulator, 16, 16, 16, float> Sums;
 // Left operand: its rows are the product's rows.
 typedef fragment<matrix_a, 16, 16, 16, bf16, row_major> Left;
-// Right operand: its rows are the summed index.
+// Right operand: its rows are indexed by the summed index.
 typedef fragment<matrix_b, 16, 16, 16, bf16, row_major> Right;
 // Right operand, transposed: its rows are the product's columns.
 typedef fragment<matrix_b, 16, 16, 16, bf16, col_major> RightTransposed;
@@ -50,8 +50,8 @@ struct IsSame<A, A> {
     static constexpr bool value = true;
 };
 
-// load_matrix_sync from shared memory. On a GPU, issues the instruction for shared memory directly. NVRTC loses the
-// address space for bf16: an operand would take four generic loads instead of one `ldmatrix`.
+// Like load_matrix_sync, but from shared memory only. On a GPU, it issues the instruction for shared memory directly.
+// Otherwise NVRTC loses the address space for bf16, and an operand takes four generic loads instead of one `ldmatrix`.
 template <class F>
 INLINE void load_shared(F& to, const bf16* from, u32 pitch) {
 #if defined(__CUDA_ARCH__) && !defined(SOFTWARE_CUDA)
@@ -109,7 +109,8 @@ struct HeadRows {
     }
 };
 
-// Loads rows from `begin` on of one (batch, head), and zeros beyond `time` and `depth`. `whole`: in 16-byte loads.
+// Loads the rows of one (batch, head) from row `begin` on, with zeros beyond `time` and `depth`. If `whole` is set,
+// loads 16 bytes at a time.
 template <int D>
 INLINE void load_tile(bf16* tile, const bf16* x, HeadRows item, i64 begin, i64 time, int depth, bool whole) {
     constexpr int PACKS = D / 8;
@@ -180,7 +181,7 @@ INLINE void add_product(Sums (&sums)[D / 16], const Left& p, const bf16* tile) {
     }
 }
 
-// Writes a warp's 16 rows from row `begin` on, as f32 if `wide`. Only data sent between devices is wide.
+// Writes a warp's 16 rows from row `begin` on, as f32 if `wide`, else as bf16. Only data sent between devices is wide.
 template <int D, class F>
 INLINE void write_rows(void* out, int wide, const Sums (&sums)[D / 16], HeadRows item, i64 begin, i64 time, int depth,
                        FragmentMap map, F factor) {
@@ -219,7 +220,7 @@ struct Softmax {
             }
         }
         most = larger(most, __shfl_xor_sync(ALL_LANES, most, 1));
-        // If all scores so far are -Inf, this avoids -Inf - -Inf.
+        // If all scores so far are -Inf, a base of 0 avoids the NaN of (-Inf) - (-Inf).
         const float base = most == MINUS_INFINITY ? 0.0f : most;
         const float correction = exp2f(best - base);
         float sum = 0.0f;
@@ -271,7 +272,7 @@ INLINE void attention(const bf16* q, const bf16* k, const bf16* v, void* o, int 
         load_tile<D>(k_tile, k, item, key, time, depth, whole);
         load_tile<D>(v_tile, v, item, key, time, depth, whole);
         __syncthreads();
-        // Tiles of 16 columns each, up to the one with the warp's last query.
+        // Number of tiles of 16 columns, up to and including the tile that contains the warp's last query.
         const int tiles = first_row - key < 48 ? (int)(first_row - key) / 16 + 1 : 4;
         for (int t = 0; t < tiles; t++) {
             Sums dots;
@@ -322,8 +323,8 @@ INLINE void load_statistics(float2* statistics, const float* lse, const float* d
     }
 }
 
-// dk = scale ds' q and dv = p' do for a block of keys. Tiles are transposed: the rows are a warp's 16 keys, and the
-// columns are queries.
+// Computes dk = scale ds' q and dv = p' do for a block of keys; ' is the transpose, p and ds are as in
+// attention_f32.cu. Tiles are transposed: the rows are a warp's 16 keys, and the columns are queries.
 template <int D>
 INLINE void attention_grad_keys(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
                                 const float* delta, void* dk, int dk_wide, void* dv, int dv_wide, i64 time, int heads,

@@ -1,12 +1,12 @@
-// Causal attention and its gradient in f32. Tiles are in shared memory, sums in registers; scores are not stored. Dao
-// et al. 2022, https://arxiv.org/abs/2205.14135. The gradient recomputes the probabilities from lse in two kernels: by
-// blocks of keys (dk, dv) and by blocks of queries (dq). So each sum has one owner and a fixed order.
+// Causal attention and its gradient in f32. Tiles are in shared memory and sums in registers; scores are not stored
+// (Dao et al. 2022, https://arxiv.org/abs/2205.14135). The gradient recomputes the probabilities from lse. One kernel
+// computes dk and dv by blocks of keys, another dq by blocks of queries. So each sum has one owner and a fixed order.
 //
 // A block is 256 threads, viewed as 16 by 16. Thread (x, y) has rows y * R + i and columns x + 16 j of a tile. D is the
 // head's depth rounded up to a compiled depth. The extra dims are zeros in shared memory. An item is a (batch, head); a
 // block's index is item * blocks + block. The blocks with the most work come first.
 
-// Padding after the D elements of a tile row, so that 16 rows lie in different banks.
+// Padding, in elements, after the D elements of a tile row, so that 16 rows lie in different banks.
 #define PAD 4
 
 // Offset and stride of the rows of one (batch, head) in a tensor [b, t, h, d].
@@ -20,8 +20,8 @@ struct HeadRows {
     }
 };
 
-// Loads rows from `begin` on of one (batch, head), and zeros after the last row and after `depth`. `whole`: loads four
-// adjacent elements at a time.
+// Loads the rows of one (batch, head) from row `begin` on, with zeros after the last row and after `depth`. If `whole`
+// is set, loads four adjacent elements at a time.
 template <int D, int ROWS>
 INLINE void load_tile(float* tile, const float* x, HeadRows item, i64 begin, i64 time, int depth, bool whole) {
     constexpr int PACKS = D / 4;
@@ -153,7 +153,7 @@ INLINE void attention(const float* q, const float* k, const float* v, float* o, 
                 best = larger(best, scores[i][j]);
             }
             best = warp_max<ROW_LANES>(best);
-            // If all scores so far are -Inf, this avoids -Inf - -Inf.
+            // If all scores so far are -Inf, a base of 0 avoids the NaN of (-Inf) - (-Inf).
             const float base = best == MINUS_INFINITY ? 0.0f : best;
             const float correction = expf(maxima[i] - base);
             maxima[i] = best;
@@ -182,8 +182,8 @@ INLINE void attention(const float* q, const float* k, const float* v, float* o, 
     write_rows(o, sums, item, begin, time, depth, factors);
 }
 
-// dk = scale ds' q and dv = p' do for a block of keys, summed over its own and all later blocks of queries, with p =
-// e^(scale s - lse) and ds = p (do v' - delta). delta are the row sums of do * o.
+// Computes dk = scale ds' q and dv = p' do for a block of keys, where ' is the transpose, p = e^(scale s - lse) and ds
+// = p (do v' - delta). delta holds the row sums of do * o. Sums over the queries of this block and of all later blocks.
 template <int D>
 INLINE void attention_grad_keys(const float* d_o, const float* q, const float* k, const float* v, const float* lse,
                                 const float* delta, float* dk, float* dv, i64 time, int heads, int depth, i64 blocks,
@@ -278,7 +278,7 @@ INLINE void attention_grad_queries(const float* d_o, const float* q, const float
                 ds_tile[(y * 4 + i) * P_PITCH + x + 16 * j] = past ? p * (dp[i][j] - row_delta[i]) : 0.0f;
             }
         }
-        // See `attention`.
+        // A warp barrier suffices: see `attention`.
         __syncwarp();
         add_product<KEYS>(sums, ds_tile + y * 4 * P_PITCH, P_PITCH, k_tile + x, PITCH);
     }

@@ -1,5 +1,5 @@
 // Causal attention for heads of any depth, one warp per row, and the row sums that every backward pass needs first.
-// Slow but correct; the tiled kernels cover the depths of common models. Outputs are f32 if `.._wide`, else bf16.
+// These kernels are slow; tiled kernels cover common depths. An output is f32 if its `.._wide` is set, else bf16.
 
 // Offset of row `row` of item `item`, a (batch, head), in a tensor [b, t, h, d].
 INLINE i64 row_start(i64 item, i64 row, i64 time, int heads, i64 depth) {

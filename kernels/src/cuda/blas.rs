@@ -1,4 +1,4 @@
-//! Matrix products on cuBLASLt in the launch's workspace. Each stream caches one plan per shape and alignment.
+//! Matrix products by cuBLASLt, which uses the launch's workspace. Each stream caches one plan per shape and alignment.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -223,7 +223,8 @@ impl Plan {
         // SAFETY: all-zero bytes are a valid result; the call below overwrites it.
         let mut found: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
         let mut count = 0;
-        // SAFETY: handles are live. Values have their attributes' sizes (8 bytes, then 4). Writes at most one result.
+        // SAFETY: handles are live. Values have the attributes' sizes (8 and 4 bytes). The call writes at most one
+        // result.
         let status = unsafe {
             let bytes = Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             let set = |attribute, value: *const c_void, size| {

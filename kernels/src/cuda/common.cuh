@@ -54,7 +54,7 @@ INLINE float stored(float x) {
     return widen(there);
 }
 
-// Writes element i, as f32 if `wide`, else as bf16.
+// Writes element i: as f32 if `wide` is set, else as bf16.
 INLINE void narrow_at(void* to, bool wide, i64 i, float x) {
     if (wide) {
         static_cast<float*>(to)[i] = x;
@@ -63,7 +63,7 @@ INLINE void narrow_at(void* to, bool wide, i64 i, float x) {
     }
 }
 
-// Number of adjacent elements that fit 16 bytes in both types.
+// Number of adjacent elements that fit in 16 bytes in both types.
 template <class T, class U>
 struct CommonWidth {
     static constexpr int value = Width<T>::value < Width<U>::value ? Width<T>::value : Width<U>::value;
@@ -112,7 +112,7 @@ INLINE void store(T* to, const float (&values)[W]) {
 // The larger value. Ignores a NaN in b, like the CPU kernel; the row's sum of exponentials then becomes NaN.
 INLINE float larger(float a, float b) { return b > a ? b : a; }
 
-// Sum over each group of LANES adjacent threads of a warp, returned to each of them.
+// Sum over each group of LANES adjacent threads of a warp, returned to each thread of the group.
 template <int LANES = 32, class V>
 INLINE V warp_sum(V value) {
 #pragma unroll
@@ -129,7 +129,7 @@ INLINE float warp_max(float value) {
     return value;
 }
 
-// Sum over the block, returned to each thread. The block is a whole number of warps in x.
+// Sum over the block, returned to each thread. The block's size in x is a multiple of the warp size.
 template <class V>
 __device__ V block_sum(V value) {
     __shared__ V parts[32];

@@ -106,7 +106,7 @@ impl Context {
         self.check(unsafe { sys::cuCtxSetCurrent(self.handle.0) }, "cuCtxSetCurrent", &self.place())
     }
 
-    /// Binds the context in a `Drop`. False if it is lost: nothing is left to free, and driver calls may never return.
+    /// Binds the context in a `Drop`. Returns false if the context is lost: nothing is left to free, calls may hang.
     pub(crate) fn bind_to_drop(&self) -> bool {
         self.lost().is_none() && self.bind().is_ok()
     }

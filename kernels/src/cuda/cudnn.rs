@@ -1,6 +1,6 @@
 //! cuDNN's fused attention, if cuDNN is installed. Each stream has one handle and caches plans by shape. The workspace
 //! belongs to the launch. The kernels of `attention_*.cu` run the shapes that cuDNN refuses. Both implementations give
-//! the same results up to rounding and the same `lse`, so forward and backward may use different ones.
+//! the same results up to rounding and the same `lse`, so forward and backward may use different implementations.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -65,7 +65,7 @@ impl CudnnHandle {
         // SAFETY: the call writes a handle to a local.
         api.check(unsafe { (api.create)(&mut raw) }, "cudnnCreate", place)?;
         let handle = Self { raw: Raw(raw), api, context: gpu.context.clone() };
-        // SAFETY: both handles are live and of one device.
+        // SAFETY: both handles are live and belong to the same device.
         api.check(unsafe { (api.set_stream)(raw, stream.0.cast()) }, "cudnnSetStream", place)?;
         Ok(handle)
     }
@@ -80,7 +80,7 @@ impl Drop for CudnnHandle {
     }
 }
 
-/// The backward engine and knobs that sum dq in a fixed order without a score matrix in memory. The knobs and the
+/// The backward engine, and knobs with which it sums dq in a fixed order and stores no score matrix. The knobs and the
 /// minimum version are those of NVIDIA's cudnn-frontend 1.32.
 fn ordered_engine(capability: (i32, i32), version: usize) -> Option<PinnedEngine> {
     const HOPPER: &[(Knob, i64)] = &[
@@ -114,7 +114,7 @@ impl AttentionPlans {
         Self { by_key: HashMap::new(), handle: handle.ok(), gpu: gpu.clone() }
     }
 
-    /// Creates and caches the plan. Caches `None` if there is no plan.
+    /// Creates and caches the plan. Caches `None` if cuDNN has no plan for the shape.
     pub(crate) fn prepare(&mut self, shape: &AttentionShape, place: &str) {
         if self.by_key.contains_key(&shape.into()) {
             return;
@@ -165,7 +165,7 @@ impl AttentionPlans {
                 Ok(issued)
             }
             Err(error) => {
-                // Shardflow's kernels overwrite the outputs completely. If the device is lost, they fail too.
+                // Shardflow's kernels overwrite the outputs completely. If the device is lost, these kernels fail too.
                 tracing::warn!(%error, "cuDNN's attention failed; Shardflow's kernels run this shape from now on");
                 entry.insert(None);
                 Ok(false)

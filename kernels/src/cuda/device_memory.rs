@@ -15,7 +15,7 @@ use crate::memory::{DeviceStorage, Tally, View};
 pub(crate) struct DeviceMemory {
     pub(crate) gpu: Arc<Gpu>,
     rank: usize,
-    /// Stamped after the memory was zeroed, so that reading it orders later accesses after that.
+    /// Stamped after the memory was zeroed. So an access that has read the address comes after the zeroing.
     address: Stamped<u64>,
     bytes: usize,
     tally: Arc<Tally>,
@@ -88,7 +88,7 @@ impl Drop for DeviceMemory {
         self.releases.join();
         if self.bytes > 0 && self.gpu.context.bind_to_drop() {
             // SAFETY: the memory was allocated in `new` and is freed once. No work uses it: submissions keep their
-            // arenas until they end. The context records a lasting error.
+            // arenas until they end. The context records an error that makes it unusable.
             let result = unsafe { sys::cuMemFree_v2(*self.address.get()) };
             let _ = self.gpu.context.check(result, "cuMemFree", &self.gpu.place());
         }

@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 // Adds each row of dy to the table's row of the same id, in order. A block stands for one position of ids. It processes
-// its id only if no earlier position has the same id. So each row has one writer and a fixed order.
+// its id only if no earlier position has the same id. So each row has one writer and a fixed order of additions.
 template <class T>
 INLINE void embedding_grad(const int* ids, const T* dy, float* dtable, i64 count, i64 held, i64 width,
                            i64 vocab_start) {

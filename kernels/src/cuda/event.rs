@@ -42,7 +42,7 @@ impl EventPool {
         let event = free.pop().expect("the pool was just filled");
         drop(free);
         let recorded = Recorded { event, events: self.clone() };
-        // SAFETY: both handles are live and of this context.
+        // SAFETY: both handles are live and belong to this context.
         let result = unsafe { sys::cuEventRecord(recorded.event.0, stream.0) };
         self.context.check(result, "cuEventRecord", place)?;
         Ok(Arc::new(recorded))
@@ -82,7 +82,7 @@ impl Recorded {
         }
     }
 
-    /// Makes a stream, which may be another device's, wait for the event.
+    /// Makes a stream wait for the event. The stream may belong to another device.
     pub(crate) fn wait_on(&self, stream: Raw<sys::CUstream>, place: &dyn Display) -> Result<()> {
         // SAFETY: the handles are live. The call captures the event's present state, so a finished event may be reused.
         let result = unsafe { sys::cuStreamWaitEvent(stream.0, self.event.0, 0) };

@@ -30,7 +30,7 @@ pub struct Gpu {
     pub(crate) progress_words: Arc<ProgressWords>,
     /// `Some` only in tests.
     pub(crate) test_delays: Option<TestDelays>,
-    /// Least and greatest stream priority; the greatest is the lower number.
+    /// Lowest and highest stream priority. The highest priority is the smaller number.
     pub(crate) priorities: (i32, i32),
     pub(crate) attention: Attention,
     pub(crate) attention_counters: AttentionCounters,
@@ -48,7 +48,7 @@ impl Gpu {
     ///
     /// # Errors
     /// [`KernelError::Unavailable`] if the driver, the device or cuBLASLt is missing, if the driver is too old, or if
-    /// the variable names an unknown attention; [`KernelError::Cuda`] for driver errors.
+    /// the variable names an unknown implementation; [`KernelError::Cuda`] for driver errors.
     pub fn open(ordinal: usize) -> Result<Arc<Self>, KernelError> {
         Self::open_with(ordinal, Attention::from_env()?)
     }

@@ -16,7 +16,7 @@ pub(crate) struct InFlight {
     pub(crate) program: Arc<Program>,
     pub(crate) repeat: bool,
     notify: Mutex<Notify>,
-    /// The engine's statuses if the program calls collectives: an aborted collective looks complete on the stream.
+    /// The abort statuses of the engine if the program has collectives: an aborted one looks complete on the stream.
     abort_statuses: Arc<[AbortStatus]>,
     slot: Mutex<Option<RecordSlot>>,
 }
@@ -39,7 +39,7 @@ impl InFlight {
         })
     }
 
-    /// Ends the submission. Releases its memory first: the receiver of the notification may rely on the release.
+    /// Ends the submission. Releases its memory first, since the receiver of the final notification may rely on that.
     pub(crate) fn end(self: Arc<Self>, bases: Vec<Base>, result: Result<()>) -> Completion {
         Box::new(move |failed| {
             bases.iter().for_each(|base| base.arena.mark_released());

@@ -1,9 +1,9 @@
 //! Issues submissions on a CUDA stream: launches as their lowered steps, collectives through the engine, signals and
-//! completions as events that the poller reports. The caller specifies whether issuing may block. If it may not, the
-//! issuer returns the part that would block.
+//! completions as events that the poller reports. The caller specifies whether issuing may block. If it may not block,
+//! the issuer returns the part that would block.
 //!
-//! - ISSUE-1: memory that a step uses lies on the stream's own GPU, in bounds. `bound` has checked the launch's
-//!   buffers; this module checks that each is on the GPU. A submission keeps its arenas until its final notification.
+//! - ISSUE-1: the memory that a step uses is in bounds and on the stream's own GPU. `bound` has checked the bounds;
+//!   this module checks that each buffer is on the GPU. A submission keeps its arenas until its final notification.
 //! - ISSUE-2: issuing a prepared program loads, compiles and allocates nothing. The driver may delay such work until
 //!   the GPU's queues are empty, and a collective in one of the queues may wait for the calling thread.
 
@@ -49,7 +49,7 @@ pub(crate) struct Run {
     issue_slot: Option<IssueSlot>,
     abort_statuses: Arc<[AbortStatus]>,
     uses_record: bool,
-    /// Whether Inf or NaN has been reported. Only the first launch that has either is reported.
+    /// Whether Inf or NaN has been reported. Only the first launch whose output contains Inf or NaN is reported.
     non_finite_reported: bool,
 }
 
@@ -279,7 +279,7 @@ impl Issuer {
         }
     }
 
-    /// Passes signals that are due before the next launch to the poller.
+    /// Passes to the poller the signals that are due before the next launch.
     fn issue_signals(&mut self, run: &mut Run) -> Result<()> {
         let mut event = None;
         while let Some((_, tag)) =
@@ -337,7 +337,7 @@ impl Issuer {
         Ok((1, self.issue_launch(&launches[run.next_launch], run)?))
     }
 
-    /// Issues two launches as one. Returns false if they must run separately: no fused kernel, an overlap or an error.
+    /// Issues two launches as one. Returns false if they must run separately: no kernel fuses them, or a check fails.
     fn issue_pair(&mut self, launches: [&Launch; 2], run: &mut Run) -> Result<bool> {
         let lowered = run.lowered.clone();
         if lowered.cannot_fuse(run.next_launch, launches) {
@@ -391,7 +391,7 @@ impl Issuer {
         }
     }
 
-    /// Checks ISSUE-1.
+    /// Checks that the view's memory is on this GPU (ISSUE-1).
     fn check_on_this_gpu(&self, name: &str, view: &View<'_>) -> Result<()> {
         let gpu = &self.stream.gpu;
         let got = match view.arena().device_memory::<DeviceMemory>() {
@@ -493,7 +493,7 @@ fn addresses(product: &Product, address_of: &dyn Fn(Place) -> Result<u64>) -> Re
     Ok([address_of(product.a.place)?, address_of(product.b.place)?, address_of(product.d.place)?])
 }
 
-/// Start of the library's part of the workspace, whose size has been checked; 0 without a workspace.
+/// Start of the library's part of the workspace, or 0 without a workspace. The workspace's size has been checked.
 fn library_workspace(bound: &Bound<'_>) -> Result<u64> {
     bound.workspace.as_ref().map_or(Ok(0), |view| device_address(view).map(lower::library_start))
 }

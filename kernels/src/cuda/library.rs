@@ -1,4 +1,4 @@
-//! Finds the CUDA libraries, or reports how to install them. Check before use: cudarc panics if a library is missing.
+//! Finds the CUDA libraries, or reports how to install them. Callers check first: cudarc panics if one is missing.
 #![allow(unsafe_code)]
 
 use std::fmt::{self, Display};
@@ -15,12 +15,13 @@ const DRIVER_MIN: i32 = 13_000;
 const DRIVER_HINT: &str = "install NVIDIA's driver of version 580 or newer (Debian: apt install nvidia-driver), or run the \
      container with --gpus all; without a GPU choose the device cpu";
 
-/// Environment variables that the driver reads when it starts, with the values for variables that are unset. The
-/// launcher sets them for its processes. A program that starts the driver while single-threaded sets them itself.
+/// Environment variables that the driver reads when it starts, and their values. Variables that are already set keep
+/// their values. The launcher sets them for its processes. A single-threaded process sets them when it starts the
+/// driver.
 pub const SETTINGS: [(&str, &str); 3] = [
     // Libraries load all kernels at once, so that no load blocks behind a collective that waits for another GPU.
     ("CUDA_MODULE_LOADING", "EAGER"),
-    // The same for kernel data. The CUDA 13 guide states that it follows the variable above; earlier guides do not.
+    // The same for kernel data. The CUDA 13 guide says that this variable follows the one above; older guides do not.
     ("CUDA_MODULE_DATA_LOADING", "EAGER"),
     // The maximum, because streams that share a queue wait for each other.
     (QUEUES, "32"),
@@ -29,7 +30,7 @@ pub const SETTINGS: [(&str, &str); 3] = [
 /// Environment variable for the number of hardware queues of a GPU.
 pub const QUEUES: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
 
-/// A library above the driver.
+/// A CUDA library other than the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Library {
     /// Matrix products.
@@ -85,7 +86,7 @@ pub(super) fn dotted_patch(version: usize) -> String {
     format!("{}.{}.{}", version / major, version % major / 100, version % 100)
 }
 
-/// Sets [`SETTINGS`] if this is the only thread. Otherwise another thread could read the environment meanwhile.
+/// Sets [`SETTINGS`] if this is the only thread. Otherwise another thread could read the environment at the same time.
 fn set_environment() {
     if !fs::read_dir("/proc/self/task").is_ok_and(|threads| threads.count() == 1) {
         return;

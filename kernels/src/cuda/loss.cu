@@ -1,5 +1,5 @@
-// Softmax cross entropy in pieces, so that devices can share a vocabulary. One block per row. With an odd vocabulary,
-// rows begin unaligned, so the elements before the first aligned 16 bytes are processed one by one.
+// Softmax cross entropy in several kernels, so that devices can share a vocabulary. One block processes a row. With an
+// odd vocabulary size, rows begin unaligned: the elements before the first aligned 16 bytes are processed singly.
 
 // Number of elements before the first aligned 16 bytes of a row, and the end of the last aligned 16 bytes.
 struct AlignedSpan {

@@ -27,11 +27,11 @@ use args::Args;
 pub use attention::cudnn_attention;
 use kernel::variants;
 
-/// Alignment of cuBLASLt's and cuDNN's workspaces; buffers are aligned to [`ALIGNMENT`].
+/// Alignment of cuBLASLt's and cuDNN's workspaces, in bytes; buffers are aligned to [`ALIGNMENT`].
 const LIBRARY_ALIGNMENT: usize = 256;
 
-/// Returns the steps of a launch; none if there is nothing to write. `accumulate` is true if the launch is marked so
-/// and its submission has `repeat` set. The op then adds to its accumulating write. No kernel uses more dynamic shared
+/// Returns the steps of a launch; none if there is nothing to write. `accumulate` is true if the launch accumulates and
+/// its submission has `repeat` set. The op then adds to its accumulating write. No kernel uses more dynamic shared
 /// memory than `shared_bytes_max`, the device's limit, which is at least
 /// [`SHARED_BYTES_DEFAULT`](crate::cuda::step::SHARED_BYTES_DEFAULT).
 ///

@@ -25,7 +25,7 @@ const PROGRAMS_MAX: usize = 1024;
 
 #[derive(Debug, Default)]
 pub(crate) struct ProgramCache {
-    /// By address of the program. Each entry keeps its program alive, so the address stays unique.
+    /// Indexed by the program's address. Each entry keeps its program alive, so the address stays unique.
     programs: HashMap<usize, CachedProgram>,
 }
 
@@ -38,9 +38,9 @@ struct CachedProgram {
 /// A program lowered for submissions with `repeat`, or for those without.
 #[derive(Debug)]
 pub(crate) struct LoweredProgram {
-    /// By launch. Each launch is lowered at first use, after the check of its buffers.
+    /// Indexed by launch. Each launch is lowered at first use, after the check of its buffers.
     launches: Vec<OnceLock<Result<LoweredLaunch>>>,
-    /// By launch: the fused form of this launch and the next, if there is one.
+    /// Indexed by launch: the fused form of this launch and the next, if there is one.
     pairs: Vec<OnceLock<Option<FusedPair>>>,
     repeat: bool,
     pub(crate) last_call: Option<usize>,
@@ -53,7 +53,7 @@ pub(crate) struct LoweredLaunch {
     pub(crate) uses_record: bool,
 }
 
-/// Two launches fused into one, and the buffers that its steps' places refer to. Each launch can still run alone.
+/// Two launches fused into one, and the buffers that places in its steps refer to. Each launch can still run alone.
 #[derive(Debug)]
 pub(crate) struct FusedPair {
     pub(crate) reads: Vec<Buffer>,
@@ -117,7 +117,7 @@ fn fuse_pair([first, second]: [&Launch; 2], gpu: &Gpu) -> Option<FusedPair> {
     Some(FusedPair { reads, writes, lowered: prepare_steps(steps, gpu).ok()? })
 }
 
-/// Whether two buffers on one base overlap without being identical. [`FusedPair::bind`] checks different bases.
+/// Whether two buffers on one base overlap without being identical. [`FusedPair::bind`] checks buffers on two bases.
 fn overlap(a: &Buffer, b: &Buffer) -> bool {
     let bytes = |buffer: &Buffer| element_count(&buffer.shape) * buffer.dtype.bytes();
     let (a_bytes, b_bytes) = (bytes(a), bytes(b));

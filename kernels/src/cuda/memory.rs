@@ -22,7 +22,7 @@ pub(crate) struct HostTransfer {
     context: Arc<Context>,
     stream: Raw<sys::CUstream>,
     pinned: Pinned,
-    /// Each user of the buffer renews this when it is done.
+    /// Each user of the buffer renews this stamp after its last access.
     released: Stamped<()>,
 }
 
@@ -45,7 +45,8 @@ impl HostTransfer {
         self.wait(result, "cuMemsetD8Async")
     }
 
-    /// Copies `bytes` bytes to device memory in pieces from `fill` until it returns false. Requires a bound context.
+    /// Copies `bytes` bytes to device memory in pieces that `fill` writes until it returns false. Requires a bound
+    /// context.
     pub(crate) fn write(&mut self, to: u64, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<()> {
         self.released.get();
         for at in (0..bytes).step_by(PIECE_BYTES) {
@@ -54,7 +55,8 @@ impl HostTransfer {
                 break;
             }
             let from = self.pinned.start.0.cast();
-            // SAFETY: the caller guarantees device memory of this context. The piece stays until the wait (PINNED-1).
+            // SAFETY: the caller guarantees that `to` is device memory of this context. The piece stays until the wait
+            // (PINNED-1).
             let result = unsafe { sys::cuMemcpyHtoDAsync_v2(to + at as u64, from, piece, self.stream.0) };
             self.wait(result, "cuMemcpyHtoDAsync")?;
         }
@@ -62,7 +64,7 @@ impl HostTransfer {
         Ok(())
     }
 
-    /// Passes `bytes` bytes of device memory in pieces to `take` until it returns false. Requires a bound context.
+    /// Passes `bytes` bytes of device memory in pieces to `take`, until it returns false. Requires a bound context.
     pub(crate) fn read(&mut self, from: u64, bytes: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<()> {
         self.released.get();
         for at in (0..bytes).step_by(PIECE_BYTES) {

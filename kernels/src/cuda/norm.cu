@@ -1,7 +1,7 @@
 // Layer norm and its gradient. One warp processes a row, and keeps the row's first packs in registers. Weights and
 // statistics are f32 for every type of x. The gradient of the weight is in reduce.cu.
 
-// Packs of W elements that a lane keeps: 1024 elements per warp for packs of 16 bytes.
+// Number of packs of W elements that a lane keeps. With packs of 16 bytes, a warp keeps 1024 elements.
 template <int W>
 struct KeptPacks {
     static constexpr int packs = W > 4 ? 32 / W : 8;
@@ -32,7 +32,7 @@ INLINE void keep_packs(const T* row, i64 width, float (&kept)[KeptPacks<W>::pack
     }
 }
 
-// `x` already holds the row: with a residual, an earlier pass has computed the sum.
+// `x` is the complete row. With a residual, an earlier pass has computed the sum.
 template <int W, class T, class U>
 INLINE void layer_norm_row(const T* x, const float* weight, U* y, float* mean, float* rstd, i64 width, float eps) {
     float kept[KeptPacks<W>::packs][W];
@@ -62,7 +62,7 @@ INLINE void layer_norm_row(const T* x, const float* weight, U* y, float* mean, f
     }
 }
 
-// sums = a + b for one row. Lanes later read only what they wrote themselves.
+// sums = a + b for one row. A lane later reads only the elements that it wrote itself.
 template <int W, class T>
 INLINE void add_row(const T* a, const T* b, T* sums, i64 width) {
     for (i64 place = (i64)(threadIdx.x % 32) * W; place < width; place += 32 * W) {

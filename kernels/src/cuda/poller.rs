@@ -113,7 +113,7 @@ impl Poller {
         self.shared.fail(queue, cause);
     }
 
-    /// Reports `completion` when `after` is done, after all earlier completions of the queue (POLL-1).
+    /// Reports `completion` once `after` is done and all earlier completions of the queue are reported (POLL-1).
     pub(crate) fn push(&self, queue: &CompletionQueue, after: Arc<Recorded>, completion: Completion) {
         // Count first, so that the thread never subtracts a completion that is not yet counted.
         self.shared.pending.fetch_add(1, Ordering::SeqCst);
@@ -222,7 +222,7 @@ impl Shared {
     fn advance(&self, queue: &CompletionQueue) -> bool {
         let mut has_progressed = false;
         loop {
-            // Query outside the lock, which submitting threads take.
+            // Query without the queue's lock, since submitting threads take it.
             let Some(front) = queue.pending.lock().front().map(|(after, _)| after.clone()) else {
                 return has_progressed;
             };

@@ -28,7 +28,7 @@ pub struct DeviceFacts {
     pub name: String,
     /// Compute capability, major and minor.
     pub capability: (i32, i32),
-    /// Memory, in bytes.
+    /// Total memory, in bytes.
     pub bytes_total: usize,
 }
 

@@ -21,9 +21,9 @@ use crate::metrics::CollectiveTimer;
 
 /// Words per GPU; each stream uses two.
 const WORDS: usize = 4096;
-/// Index of the word with the last call that the stream has reached.
+/// Index of the word that holds the number of the last call that the stream has reached.
 const REACHED: usize = 0;
-/// Index of the word with the last call that the stream has completed.
+/// Index of the word that holds the number of the last call that the stream has completed.
 const PASSED: usize = 1;
 
 /// The progress words of one GPU. They must outlive all streams that write them.
@@ -62,7 +62,7 @@ pub(crate) struct CallProgress {
 #[derive(Debug, Default)]
 struct State {
     begun: u32,
-    /// The last call that is completely on the stream.
+    /// Number of the last call that is completely on the stream.
     ended: u32,
     /// Calls not yet seen to be complete.
     open: VecDeque<Open>,
@@ -101,7 +101,7 @@ impl CallProgress {
         self.state.lock().begun
     }
 
-    /// Whether progress will come without further work by the host: the stream will reach or complete a call.
+    /// Whether the stream will reach or complete a call without further work by the host.
     pub(super) fn expects_progress(&self) -> bool {
         let state = self.state.lock();
         state.open.back().is_some_and(|open| !open.reached || open.number == state.ended)

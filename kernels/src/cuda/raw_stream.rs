@@ -38,7 +38,7 @@ impl RowCopy {
         Self { from, to, bytes, count: 1, pitch: (0, 0) }
     }
 
-    /// Appends a row that lies after the other rows on both sides. Returns false if its pitch or size differs.
+    /// Appends a row that follows the other rows in source and destination. Returns false if its pitch or size differs.
     pub(crate) fn append(&mut self, next: &RowCopy) -> bool {
         let first = (next.from - self.from, next.to - self.to);
         let pitch = if self.count == 1 { first } else { self.pitch };
@@ -87,8 +87,9 @@ impl RawStream {
         self.gpu.context.check(result, call, &self.place)
     }
 
-    /// Launches a kernel. Each parameter has 8 bytes, and the kernel reads the size of the parameter's type. The caller
-    /// guarantees that the types match, and that addressed device memory lives until the launch is done.
+    /// Launches a kernel. Each parameter occupies 8 bytes; the kernel reads only the bytes of the parameter's type. The
+    /// caller guarantees that the types match, and that the device memory that parameters point to lives until the
+    /// launch is done.
     pub(crate) fn launch(&self, function: Function, geometry: &Geometry, parameters: &[u64]) -> Result<()> {
         let mut pointers = [std::ptr::null_mut::<c_void>(); PARAMETERS_MAX];
         debug_assert!(parameters.len() <= PARAMETERS_MAX);

@@ -28,7 +28,7 @@ pub(crate) struct ErrorRecords {
 struct SlotBlock {
     pinned: Pinned,
     free: Mutex<Vec<usize>>,
-    /// Clocks, captured when slots were returned.
+    /// Release clocks that were captured when slots were returned.
     returned: ReleaseClocks,
 }
 

@@ -2,8 +2,8 @@
 // one partial sum per part in the workspace. The shape alone determines the number of parts, so results have the same
 // bits on every device.
 
-// A block sums W * blockDim.x columns of the rows of part blockIdx.y. Its threads in y, a power of two, alternate over
-// the rows. `value(row, column, values)` adds W adjacent values; values after `width` are ignored.
+// A block sums W * blockDim.x columns of the rows of part blockIdx.y. The number of its threads in y is a power of two;
+// they take the rows in turn. `value(row, column, values)` adds W adjacent values; values after `width` are ignored.
 template <class V, class U>
 INLINE void column_sums(V value, U* out, i64 rows, i64 width, i64 rows_per_part, bool accumulate) {
     constexpr int W = 4;
@@ -114,7 +114,7 @@ struct DoubleBits {
     float words[2];
 };
 
-// Adds a sum of squares to out[0]. Adds the sum scaled by 2^-192, which prevents overflow, to out[1].
+// Adds a sum of squares to out[0]. Adds the same sum, scaled by 2^-192 to prevent overflow, to out[1].
 INLINE void add_squares(float* out, double sum) {
     out[0] += (float)sum;
     out[1] += (float)(sum * SQUARES_SCALE);
@@ -162,8 +162,9 @@ extern "C" __global__ void __launch_bounds__(256) add_partial_sums(const float* 
     if (threadIdx.x == 0) add_squares(out, sum);
 }
 
-// norm = sqrt(sum of the first column of `sums`, or of the second if the first overflows a float). One thread adds in
-// order. scale = min(1, max_norm / (norm + 1e-6)), NaN if the norm is Inf or NaN. `n` counts both columns. One block.
+// norm = sqrt(sum of the first column of `sums`, or of the second if the first overflows a float). scale = min(1,
+// max_norm / (norm + 1e-6)), NaN if the norm is Inf or NaN. `n` counts both columns. In the only block, one thread adds
+// in order.
 extern "C" __global__ void __launch_bounds__(256)
     clip_scale(const float* sums, float* scale, float* norm, i64 n, float max_norm) {
     __shared__ float chunk[256];

@@ -1,8 +1,8 @@
-//! Collectives between devices of one process that share GPUs. NCCL does not support shared GPUs. Members meet on the
-//! host. The last member to arrive enqueues all members' parts on the members' streams, ordered by events. No host
-//! thread waits for a GPU. Data on another GPU is copied over before a kernel reads it.
+//! Collectives between devices of one process that share GPUs. NCCL does not support shared GPUs. The rendezvous of
+//! members is on the host. The last member to arrive enqueues all members' parts on the members' streams, ordered by
+//! events. No host thread waits for a GPU. Data on another GPU is copied to the reader's GPU before a kernel reads it.
 //!
-//! - LOCAL-1: each member waits on its stream's own thread for the last member, so only the last puts work on streams.
+//! - LOCAL-1: each member waits on its stream's own thread for the last member, so only the last enqueues the parts.
 //! - LOCAL-2: a member's stream accesses another member's memory only after that member's `ready` event, and continues
 //!   only after the `done` events of all members. This is MEET-1 between streams.
 

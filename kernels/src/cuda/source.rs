@@ -33,7 +33,7 @@ pub const MODULES: [Module; 12] = [
 ];
 
 impl Module {
-    /// Names of its kernels for cuModuleGetFunction.
+    /// Names of the module's kernels, for cuModuleGetFunction.
     pub fn functions(&self) -> impl Iterator<Item = &'static str> {
         const KERNEL: &str = "extern \"C\" __global__ void ";
         self.text.split(KERNEL).skip(1).filter_map(|after| {

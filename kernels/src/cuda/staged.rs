@@ -20,7 +20,7 @@ use crate::tensor::element_count;
 #[derive(Debug)]
 pub(crate) struct HostStaging {
     stream: Arc<RawStream>,
-    /// Grows to the needs of the largest launch.
+    /// Grows to the size that the largest launch needs.
     pub(crate) arena: Option<Arena>,
 }
 
@@ -33,11 +33,11 @@ impl HostStaging {
         let event = Event::default();
         self.stream.report_end(set_event(event.clone()))?;
         event.synchronize();
-        // A lost device also sets the event.
+        // The loss of the device also sets the event.
         self.stream.gpu.context.check_alive()
     }
 
-    /// At least `bytes` bytes. A copy may use them, so the host accesses them only after a later event (PINNED-1).
+    /// Returns at least `bytes` bytes. A copy may still use them, so the host must wait for a later event (PINNED-1).
     fn arena(&mut self, bytes: usize) -> Result<Arena> {
         if let Some(arena) = self.arena.as_ref().filter(|arena| arena.bytes() >= bytes) {
             return Ok(arena.clone());

@@ -48,7 +48,7 @@ pub enum Arg {
 }
 
 impl Arg {
-    /// The value as 8 bytes; a kernel reads the size of its parameter. `None` if the issuer provides the value.
+    /// The value, padded to 8 bytes; a kernel reads the size of its parameter's type. `None` if the issuer provides it.
     pub fn bits(&self) -> Option<u64> {
         Some(match *self {
             Arg::Pointer(_) | Arg::ErrorRecord | Arg::LaunchIndex => return None,
@@ -107,7 +107,7 @@ pub struct Matrix {
 }
 
 /// `d = op(a) op(b) + beta d` by `cublasLtMatmul` with `C = D`. Computes and accumulates in f32 (`CUBLAS_COMPUTE_32F`;
-/// TF32 is not allowed). All dims are above 0. The plan cache key has all fields but the places.
+/// TF32 is not allowed). All dims are above 0. The key of the plan cache holds all fields except the places.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Product {
     pub m: u64,
@@ -125,9 +125,9 @@ pub struct Product {
     pub beta: f32,
 }
 
-/// Number of partial results that fit in a product's workspace. cuBLASLt splits a product with few elements over `k`.
+/// Number of partial results that fit in a product's workspace. cuBLASLt splits small products over `k`.
 const PRODUCT_PARTS: usize = 16;
-/// NVIDIA's recommendation for Hopper; older architectures need less.
+/// In bytes: NVIDIA's recommendation for Hopper; older architectures need less.
 const PRODUCT_WORKSPACE_BYTES_MAX: usize = 32 << 20;
 
 /// Bytes of workspace for a product with this number of result elements.
@@ -159,7 +159,7 @@ impl AttentionShape {
     /// Alignment of graph tensors in the workspace, in bytes.
     pub(crate) const ALIGNMENT: usize = 256;
 
-    /// Bytes of workspace for cuDNN. The gradient also needs the row sums of do * o and dq, both in f32.
+    /// Bytes of workspace for cuDNN. The gradient also needs dq and the row sums of do * o, both in f32.
     pub fn workspace_bytes(&self) -> usize {
         let rows = self.batch * self.heads * self.time;
         let tensors = match self.pass {
@@ -191,7 +191,7 @@ pub enum Pass {
 /// A kernel's report of an index out of range, stored in device memory: [`ErrorRecord::WORDS`] 32-bit words per stream,
 /// zeroed before first use and after each read that found an error. Kernels do not overwrite an error, so the record
 /// holds the stream's first error. After each submission, the backend copies the record to pinned memory and decodes it
-/// before it reports the end. A kernel treats a bad index like one that belongs to another shard.
+/// before it reports the end. A kernel treats a bad index like an index that belongs to another shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ErrorRecord {
     pub launch: u32,

@@ -1,5 +1,5 @@
 //! A CUDA stream. The submitting thread issues work until a submission has to wait on the host. Then the stream's own
-//! thread takes over, and later submissions queue behind that one.
+//! thread takes over, and later submissions wait in the queue behind that submission.
 //!
 //! - STREAM-1: one thread at a time issues (`busy`), in the order of the queue.
 //! - STREAM-2: the stream's own thread is started when a submission first has to wait on the host.
@@ -46,11 +46,11 @@ struct Inner {
     abort_statuses: Arc<[AbortStatus]>,
     issuer: Mutex<Issuer>,
     collective_time: CollectiveTime,
-    /// The stream was dropped without waiting for its work.
+    /// Whether the stream was dropped without waiting for its work.
     is_detached: AtomicBool,
 }
 
-/// Bounded by the register protocol's credits, as every stream's queue is.
+/// The queue of commands. As for every stream, the credits of the register protocol bound its length.
 #[derive(Default)]
 struct Queue {
     commands: VecDeque<Stamped<Command<Run>>>,

@@ -57,7 +57,8 @@ pub(crate) fn copy_region(stream: &RawStream, from: &StridedRegion, to: &Strided
     steps.iter().try_for_each(|step| issue(stream, step, from.address, to.address))
 }
 
-/// Copies a region from any GPU. Between GPUs, adjacent elements form rows. One call copies rows of one size and pitch.
+/// Copies a region from any GPU. Between GPUs, each run of adjacent elements is a row, and one call copies rows of the
+/// same size and pitch.
 pub(crate) fn copy_region_from(
     stream: &RawStream,
     source: &Context,

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::error::{KernelError, Result};
 use crate::hash::{GOLDEN_GAMMA, mix64};
 
-/// Environment variable `SEED:CYCLES` for tests. A spin of fewer than CYCLES GPU cycles delays about half of all steps.
+/// Environment variable `SEED:CYCLES` for tests. Delays about half of all steps by fewer than CYCLES GPU cycles each.
 pub const SPIN: &str = "SHARDFLOW_CUDA_SPIN";
 
 /// Maximum of CYCLES, about a second: a stream that makes no progress for too long counts as lost.

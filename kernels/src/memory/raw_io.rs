@@ -1,4 +1,4 @@
-//! Transfers bytes between an arena and a socket or file without an extra copy (GPU memory: through a pinned buffer).
+//! Transfers bytes between an arena and a socket or file without an extra copy. For GPU memory, uses a pinned buffer.
 #![allow(unsafe_code)]
 
 use std::io::{self, Read, Write};
@@ -21,14 +21,15 @@ impl Arena {
             return written;
         }
         let start = self.host_start().wrapping_add(offset);
-        // SAFETY: in bounds (just checked), initialized since arenas start zeroed, not written by the contract (MEM-3).
+        // SAFETY: in bounds (just checked); initialized, as arenas start zeroed; not written, by the contract (MEM-3).
         sink.write_all(unsafe { std::slice::from_raw_parts(start, bytes) })
     }
 
     /// Reads `bytes` bytes from `source` to `offset`. The caller guarantees that nothing else uses the range meanwhile.
     ///
     /// # Errors
-    /// `InvalidInput` if the range is out of bounds or read-only; `UnexpectedEof`; any error of `source`.
+    /// `InvalidInput` if the range is out of bounds or read-only; `UnexpectedEof` if `source` ends early; any error of
+    /// `source`.
     pub fn read_from(&self, offset: usize, bytes: usize, source: &mut impl Read) -> io::Result<()> {
         if !self.is_writable() {
             let message = "the arena is mapped read-only from another process";

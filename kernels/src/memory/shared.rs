@@ -1,7 +1,7 @@
 //! Memory that processes of one node share: a sealed memfd, and a mapping of this memfd.
 //!
-//! - SHARED-1: a mapping is never larger than its file, and the file's size is sealed. So no access faults, whatever a
-//!   peer does. A peer with write access can corrupt values, but cannot cause a fault.
+//! - SHARED-1: a mapping is never larger than its file, and the file's size is sealed. So a peer with write access can
+//!   corrupt values, but no peer can cause a memory fault.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -17,7 +17,7 @@ use crate::error::{KernelError, Result};
 /// Seals that make the file's size, and the seals themselves, unchangeable.
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
-/// The permitted access to memory of a peer.
+/// The permitted access to a peer's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// Read-only; writes are rejected.
@@ -41,8 +41,8 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Creates zeroed memory. As for a heap, the system allocates a page at its first write. `fallocate` would reserve
-    /// all pages now; but if the size is too large, it does not fail, and the out-of-memory killer runs.
+    /// Creates zeroed memory. As for heap memory, the system allocates a page at the first write to it. `fallocate`
+    /// would reserve all pages now. If the size is too large, it does not fail, but triggers the out-of-memory killer.
     pub(super) fn create(bytes: usize) -> io::Result<Self> {
         let file = memfd_create("shardflow", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         let length = u64::try_from(bytes).unwrap_or(u64::MAX);
@@ -51,7 +51,8 @@ impl Mapping {
         Ok(Self::map(file, bytes, Access::ReadWrite)?)
     }
 
-    /// Maps the memory of a peer's [`Mapping::create`]. Rejects another size, or one that the peer can still change.
+    /// Maps the memory of a peer's [`Mapping::create`]. Rejects a memfd whose size is not `bytes`, or whose size the
+    /// peer can still change.
     pub(super) fn of_peer(file: OwnedFd, bytes: usize, access: Access) -> Result<Self> {
         let refused =
             |what: &str, expected: String, got: String| KernelError::arguments("map_peer", what, expected, got);

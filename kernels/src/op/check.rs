@@ -25,8 +25,9 @@ impl Launch {
         if matches!(self.op, Op::Collective(_)) { Ok(()) } else { self.check_bf16() }
     }
 
-    /// Checks BF16 buffers. Ports must support BF16, and reads that may be BF16 must have one dtype. If it is F32, the
-    /// writes are F32, as only a cast converts. If it is BF16, writes may be either, for sums (also by collectives).
+    /// Checks BF16 buffers. Their ports must support BF16, and all reads that may be BF16 must have one dtype. If that
+    /// dtype is F32, all writes are F32, as only casts convert. If that dtype is BF16, each write may be BF16, or F32
+    /// for a sum that later launches or collectives continue.
     fn check_bf16(&self) -> Result<()> {
         let is_half = |buffer: &Buffer| buffer.dtype == DType::BF16;
         let ports = |buffers: &[Buffer], may: fn(&Op, usize) -> bool| {
@@ -66,7 +67,7 @@ impl Launch {
         }
     }
 
-    /// Fails unless indices and random numbers are integers, and all others floats (`check_bf16` checks the width).
+    /// Checks that indices and random numbers are integers and the rest are floats. `check_bf16` checks float widths.
     fn check_dtypes(&self) -> Result<()> {
         let integers = match self.op {
             Op::Embedding { .. } | Op::EmbeddingGrad { .. } => Some(0),

@@ -65,7 +65,7 @@ impl Op {
         self.properties().name
     }
 
-    /// Number of read and of written buffers; `None` for custom kernels.
+    /// Numbers of read and written buffers. `None` for custom kernels.
     pub fn arity(&self) -> Option<(usize, usize)> {
         (!matches!(self, Op::Custom(_))).then(|| self.properties().arity)
     }
@@ -75,18 +75,18 @@ impl Op {
         self.properties().sum
     }
 
-    /// True if read `port` may be `BF16`: activations, their gradients, and operands of a product. Other parameters,
-    /// and statistics and sums, are `F32`. All reads of a launch that may be `BF16` have the same dtype.
+    /// True if read `port` may be `BF16`. Activations, their gradients, and operands of a product may be `BF16`. Other
+    /// parameters, statistics and sums are `F32`. All reads of a launch that may be `BF16` have the same dtype.
     pub fn reads_bf16(&self, port: usize) -> bool {
         self.properties().bf16_reads.contains(&port)
     }
 
-    /// True if write `port` may be `BF16`, provided that all reads that may be BF16 are. Accumulating writes are `F32`.
+    /// True if write `port` may be `BF16`, given that BF16-capable reads are `BF16`. Accumulating writes are `F32`.
     pub fn writes_bf16(&self, port: usize) -> bool {
         self.properties().bf16_writes.contains(&port)
     }
 
-    /// Floats of scratch memory per CPU thread for reads of these shapes. 0 for shapes that the op rejects.
+    /// Number of scratch floats that each CPU thread needs for reads of these shapes. 0 for shapes that the op rejects.
     pub(crate) fn thread_floats(&self, reads: &[&[usize]]) -> usize {
         match (self, reads) {
             // For a block of scores.

@@ -25,8 +25,8 @@ impl Einsum {
     /// Parses subscripts such as `"btc,hdc->bthd"`: one ASCII letter per dim.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] if malformed, or if not one matrix product without moving data: each letter must be
-    /// in exactly two of the three terms, and a group's letters must be adjacent and in the same order in both terms.
+    /// [`KernelError::Arguments`] if `text` is malformed, or is not one matrix product that moves no data. Each letter
+    /// must be in exactly two terms, and a group's letters must be adjacent and in the same order in both terms.
     pub fn parse(text: &str) -> Result<Self> {
         let refused = |what: &str, expected: &str| KernelError::arguments("einsum", what, expected, text);
         let terms = text.split_once("->").and_then(|(ab, out)| Some((ab.split_once(',')?, out)));
@@ -78,7 +78,7 @@ impl Einsum {
         Ok(transposed)
     }
 
-    /// Each term's two groups of indices. Letters have the order that they have in `a`, or else in `b`.
+    /// Each term's two groups of indices. Letters are in the order of `a` or, for columns, of `b`.
     fn groups(&self) -> [(String, String); 3] {
         let rows = self.letters(&self.a, Role::Row);
         let columns = self.letters(&self.b, Role::Column);
@@ -86,7 +86,7 @@ impl Einsum {
         [(rows.clone(), summed.clone()), (summed, columns.clone()), (rows, columns)]
     }
 
-    /// Describes the matrix product of the subscripts, and valid subscripts for it.
+    /// Describes the matrix product that the subscripts express, and lists valid subscripts for that product.
     fn as_product(&self) -> String {
         let groups = self.groups();
         let dims = |(x, y): &(String, String)| {
@@ -101,7 +101,7 @@ impl Einsum {
         format!("{a},{b}->{out}, the matrix product of {left} and {right} with dims stored in this order")
     }
 
-    /// The extent of a letter. Both operands with this letter must agree.
+    /// The extent of a letter. If both operands have this letter, the two extents must agree.
     fn extent(&self, letter: char, a: &[usize], b: &[usize]) -> Result<usize> {
         let of = |term: &str, shape: &[usize]| term.find(letter).and_then(|i| shape.get(i).copied());
         match (of(&self.a, a), of(&self.b, b)) {

@@ -102,7 +102,7 @@ fn wait_for_pollers_to_park() {
     }
 }
 
-/// Tests that a pipe is connected before its first use, and reports which member waits in it for which other member.
+/// Tests that a pipe is connected before its first use, and reports which of its members waits for which other member.
 pub fn pipe() {
     let gpus = [0, 1].map(|i| Gpu::open(i).expect("a device"));
     let memberships = memberships(&gpus);

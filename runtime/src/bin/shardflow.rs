@@ -148,7 +148,7 @@ struct LaunchArgs {
     /// Time to wait at the start for the processes of all nodes [default: 300]
     #[arg(long, alias = "meet_wait", value_name = "SECONDS", value_parser = positive_seconds)]
     meet_wait: Option<Duration>,
-    /// Time limit for reporting to the other nodes a permanent failure before the rendezvous [default: 10]
+    /// Time limit for the report to the other nodes if this node fails permanently before the rendezvous [default: 10]
     #[arg(long, alias = "report_wait", value_name = "SECONDS", value_parser = seconds)]
     report_wait: Option<Duration>,
     /// Local address that the processes listen on [default: source address of the route to process 0]
@@ -173,7 +173,7 @@ struct LaunchArgs {
 }
 
 impl LaunchArgs {
-    /// Environment variables for the processes, from the given flags, and defaults for CUDA settings that are not set.
+    /// Returns the processes' environment variables: those for the given flags, and defaults for unset CUDA settings.
     fn variables(&self) -> Vec<(&'static str, String)> {
         let given = [
             (env::MEET_MS, self.meet_wait.map(|wait| wait.as_millis().to_string())),
@@ -281,7 +281,7 @@ fn report_usage(error: &clap::Error) {
     launcher::report_usage(&options, flags::first_line(error));
 }
 
-/// Options for a report to the other nodes, from arguments that cannot be parsed completely.
+/// Returns the options for a report to the other nodes, from arguments that cannot be parsed completely.
 fn report_options(words: &[String]) -> Option<LaunchOptions> {
     let flags = words.get(2..).filter(|_| words[1] == "launch")?;
     let mut known = vec!["shardflow".to_string(), "launch".into()];
@@ -315,7 +315,7 @@ fn launch_options(args: LaunchArgs) -> Result<LaunchOptions, String> {
         restart_wait: args.restart_wait,
         program: args.command[0].clone(),
         args: args.command[1..].to_vec(),
-        // The running binary, even if its file was replaced.
+        // This path names the running binary even if its file was replaced.
         helper: "/proc/self/exe".into(),
         local_processes: args.nproc_per_node,
         nodes: args.nnodes,

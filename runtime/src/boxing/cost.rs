@@ -21,7 +21,8 @@ pub struct CostModel {
 }
 
 impl Default for CostModel {
-    /// For one machine: 5 us and 10 GB/s within a placement, 10 us and 5 GB/s across. Only ratios affect the choice.
+    /// Costs for one machine: 5 us and 10 GB/s within a placement, 10 us and 5 GB/s between placements. Only the ratios
+    /// of these costs affect the choice of a plan.
     fn default() -> Self {
         Self {
             within: LinkCost { alpha_seconds: 5e-6, seconds_per_byte: 1e-10 },
@@ -31,7 +32,7 @@ impl Default for CostModel {
 }
 
 impl CostModel {
-    /// Seconds of a step in which the busiest device receives this many bytes.
+    /// Duration in seconds of a step in which the busiest device receives `bytes` bytes.
     pub(super) fn seconds(&self, kind: StepKind, bytes: usize) -> f64 {
         // If all devices already have their parts, a transfer sends nothing.
         if bytes == 0 && kind == StepKind::Transfer {

@@ -13,10 +13,11 @@ use crate::sbp::region::{combine, copy_box, filled, slice_region};
 /// Marks an element that no device has written. The data of tests does not contain these bits.
 const UNWRITTEN: f32 = f32::from_bits(0x7fff_ffff);
 
-/// Runs a plan on shards, in the order of the placement. Returns the new shards, and the bytes received, by rank.
+/// Runs a plan on shards, which are in the order of the placement's devices. Returns the new shards, and the bytes that
+/// each device receives, by rank.
 ///
 /// # Panics
-/// When a shard does not have the shape that its layout requires, or a step does not write a whole shard.
+/// Panics if a shard does not have the shape that its layout requires, or a step does not write a whole shard.
 pub fn interpret(plan: &BoxingPlan, shards: &[HostTensor]) -> (Vec<HostTensor>, BTreeMap<usize, usize>) {
     let mut bytes_received: BTreeMap<usize, usize> =
         plan.bytes_received().into_keys().map(|device| (device, 0)).collect();
@@ -118,7 +119,7 @@ fn run_collective(call: &GroupCall, inputs: &[&HostTensor], mut out: HostTensor,
     }
 }
 
-/// Reduces the same box of all tensors, in their order.
+/// Reduces the box `region` of all tensors, in the order of `tensors`.
 fn reduce(tensors: &[&HostTensor], region: &Region, op: ReduceOp) -> HostTensor {
     let mut sum = slice_region(tensors[0], region);
     tensors[1..].iter().for_each(|t| combine(&mut sum, &slice_region(t, region), op));

@@ -1,6 +1,6 @@
 //! Searches for the cheapest sequence of steps. States are layouts on the source and target placements; edges are the
-//! steps of [`super::step`]. Dijkstra's algorithm (1959) finds the cheapest path; ties go to fewer steps, then to the
-//! layout that is listed first. `docs/adr/0023-boxing-changes-few-axes.md` lists the axes that may change.
+//! steps of [`super::step`]. Dijkstra's algorithm (1959) finds the cheapest path. A tie goes to fewer steps, then to
+//! the layout that is listed first. `docs/adr/0023-boxing-changes-few-axes.md` lists the axes that may change.
 
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
@@ -43,7 +43,7 @@ pub(super) enum Overlap {
     Same,
     /// The placements share no device.
     Disjoint,
-    /// The placements share some devices. By target index: the device's source index, if it is in both.
+    /// The placements share some devices. For each target index: the same device's source index, if it has one.
     Some(Vec<Option<usize>>),
 }
 
@@ -62,16 +62,16 @@ impl Overlap {
 pub(super) struct Side<'a> {
     pub shape: &'a [usize],
     pub sizes: &'a [usize],
-    /// The path's first and last layouts, as far as they are on this placement.
+    /// Those of the path's first and last layouts that are on this placement.
     pub ends: Vec<&'a NdSbp>,
-    /// True if a cheapest path needs no other layouts.
+    /// True if a cheapest path needs no layouts other than `ends` on this placement.
     only_ends: bool,
 }
 
 pub(super) struct SearchSpace<'a> {
     shape: &'a [usize],
     dtype: DType,
-    /// The source and target placements (only one if they are equal), with the sizes of their axes.
+    /// The source and target placements (only one entry if they are equal), with the sizes of their axes.
     placements: Vec<(&'a Placement, Vec<usize>)>,
     overlap: &'a Overlap,
     model: &'a CostModel,
@@ -122,7 +122,7 @@ impl<'a> SearchSpace<'a> {
         Self { shape, dtype, placements, overlap, model, states, source, target, edges_evaluated: Cell::new(0) }
     }
 
-    /// The single step from one state to another, if it exists. `None` is possible above `limit_seconds`.
+    /// The single step from one state to another, if it exists. May be `None` if it costs over `limit_seconds`.
     pub fn edge(&self, from: usize, to: usize, limit_seconds: f64) -> Option<Edge> {
         let (a, b) = (&self.states[from], &self.states[to]);
         let sizes = &self.placements[a.side].1;
@@ -232,8 +232,8 @@ pub(super) fn layouts_between(side: &Side<'_>) -> Vec<NdSbp> {
     layouts
 }
 
-/// The target, its reduced layout, and mixtures: either only axes with a `Partial` end have changed, or only the
-/// others.
+/// The target, the reduced target, and mixtures of source and target. In a mixture, either only the axes with a
+/// `Partial` end have changed, or only the axes without one.
 fn mixtures(from: &NdSbp, to: &NdSbp) -> Vec<NdSbp> {
     let mixed = |entry: fn(Sbp, Sbp) -> Sbp| NdSbp(from.0.iter().zip(&to.0).map(|(a, b)| entry(*a, *b)).collect());
     vec![
@@ -246,8 +246,8 @@ fn mixtures(from: &NdSbp, to: &NdSbp) -> Vec<NdSbp> {
     ]
 }
 
-/// All layouts in which an axis is `Partial` only if it is `Partial` at an end: other terms would need another
-/// reduction.
+/// All layouts in which an axis is `Partial` only if it is `Partial` at an end. Any other `Partial` axis would need
+/// another reduction.
 fn all_between(side: &Side<'_>) -> Vec<NdSbp> {
     let entries = |axis: usize| {
         let mut entries = vec![Sbp::Broadcast];
@@ -266,7 +266,7 @@ fn all_between(side: &Side<'_>) -> Vec<NdSbp> {
 }
 
 /// The layouts in which only bundles change. A bundle consists of all axes with the same entry at the first end. At
-/// most [`FREE_AXES`] bundles change: first the one with terms, then the one with copies, then splits.
+/// most [`FREE_AXES`] bundles change. The one with terms has priority, then the one with copies.
 fn bundled(side: &Side<'_>) -> Vec<NdSbp> {
     let end = side.ends[0];
     let entries = end.0.iter().zip(side.sizes).filter(|(entry, size)| **size > 1 || entry.is_partial());

@@ -12,13 +12,13 @@ use crate::sbp::{NdSbp, PlacedLayout, Sbp, for_each_class, local_region};
 pub enum StepKind {
     /// Each device keeps a part of its shard (or the whole shard, if only the layout's notation changes).
     Slice,
-    /// Each device extends its shard to a partial term: the rest is zero (`Sum`) or minus infinity (`Max`).
+    /// Each device extends its shard to a partial term. The added elements are zero (`Sum`) or minus infinity (`Max`).
     Pad(ReduceOp),
-    /// `Partial` to `Broadcast`.
+    /// Changes `Partial` to `Broadcast`.
     AllReduce(ReduceOp),
-    /// `Partial` to `Split`.
+    /// Changes `Partial` to `Split`.
     ReduceScatter(ReduceOp),
-    /// `Split` to `Broadcast`.
+    /// Changes `Split` to `Broadcast`.
     AllGather,
     /// Any other change between layouts without `Partial`.
     AllToAll,
@@ -64,7 +64,7 @@ pub struct BoxingStep {
     pub to: PlacedLayout,
     /// The axes along which the members of a group differ; empty for a transfer.
     pub axes: Vec<usize>,
-    /// Elements that the busiest device of `to.placement` receives from others.
+    /// Elements that the busiest device of `to.placement` receives from other devices.
     pub elements_max: usize,
     /// The cost that the cost model gives.
     pub cost_seconds: f64,
@@ -74,7 +74,7 @@ pub struct BoxingStep {
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum LocalStep {
-    /// The shard is unchanged: the output may be the input's buffer.
+    /// The shard is unchanged, so the output may use the input's buffer.
     Keep,
     /// Fill the output with `fill`, if given. Then copy the input's box to the output's box, if `copy` is given.
     Local { fill: Option<f32>, copy: Option<(Region, Region)> },
@@ -137,7 +137,7 @@ pub(super) fn classify(sizes: &[usize], from: &NdSbp, to: &NdSbp) -> Option<(Ste
 }
 
 /// Returns `changed` and each later axis that splits the same dim as a changed axis, in `from` or in `to`. After the
-/// change the later axis divides different parts of that dim, so elements also move between its coordinates.
+/// change, the later axis divides different parts of that dim, so elements also move between coordinates of that axis.
 fn add_nested_axes(changed: &[usize], from: &NdSbp, to: &NdSbp) -> Vec<usize> {
     let splits = |axis: usize, dim: usize| from.0[axis] == Sbp::Split(dim) || to.0[axis] == Sbp::Split(dim);
     let nested = |axis: usize| {
@@ -149,8 +149,8 @@ fn add_nested_axes(changed: &[usize], from: &NdSbp, to: &NdSbp) -> Vec<usize> {
     (0..from.0.len()).filter(|&a| changed.contains(&a) || nested(a)).collect()
 }
 
-/// Number of elements that one of `members` devices receives in a collective, from the device's regions. The formulas
-/// are those of `shardflow_kernels::collective`.
+/// Number of elements that a device receives in a collective of `members` devices, computed from the device's regions
+/// before and after it. The formulas are those of `shardflow_kernels::collective`.
 fn elements_received(kind: StepKind, (member, members): (usize, usize), before: &Region, after: &Region) -> usize {
     match kind {
         StepKind::Slice | StepKind::Pad(_) => 0,
@@ -163,7 +163,8 @@ fn elements_received(kind: StepKind, (member, members): (usize, usize), before: 
     }
 }
 
-/// Number of elements that the busiest device of a placement receives. `sizes`: all its axes; `axes`: the group's axes.
+/// Number of elements that the busiest device of a placement receives. `sizes` are the sizes of all axes of the
+/// placement, and `axes` are the axes of the group.
 pub(super) fn elements_max(
     kind: StepKind,
     axes: &[usize],
@@ -193,12 +194,12 @@ impl BoxingStep {
         self.to.region(&self.shape, index).size
     }
 
-    /// Bytes that the busiest device of `to.placement` receives from others.
+    /// Bytes that the busiest device of `to.placement` receives from other devices.
     pub fn bytes_received_max(&self) -> usize {
         self.elements_max * self.dtype.bytes()
     }
 
-    /// Bytes that the device at this index of `to.placement` receives from others.
+    /// Bytes that the device at this index of `to.placement` receives from other devices.
     pub fn bytes_received(&self, index: usize) -> usize {
         let after = self.to.region(&self.shape, index);
         let elements = if self.kind == StepKind::Transfer {
@@ -233,7 +234,7 @@ impl BoxingStep {
     }
 
     /// The work of the device at this index of `to.placement`. In a transfer, devices that are only in `from.placement`
-    /// do nothing, but must not change their shard while others read it.
+    /// do nothing, but must not change their shard while other devices read it.
     pub fn local(&self, index: usize) -> LocalStep {
         match self.kind {
             StepKind::Transfer => LocalStep::Pull(pulls(self, index)),
@@ -350,7 +351,7 @@ fn holders_of(wanted: &Region, shape: &[usize], layout: &PlacedLayout) -> Vec<Ho
 }
 
 /// The boxes that the device at `index` of the target placement pulls. The source of a box is a holder: preferably the
-/// target itself, then the device at its coordinates, then the one with the fewest pulled elements so far.
+/// target device itself, else the source device at the target's coordinates, else the result of `least_pulled`.
 fn pulls(step: &BoxingStep, index: usize) -> Vec<Pull> {
     let region = step.to.region(&step.shape, index);
     let mut pulls = Vec::new();
@@ -363,7 +364,7 @@ fn pulls(step: &BoxingStep, index: usize) -> Vec<Pull> {
     pulls
 }
 
-/// The first of these that is a holder: the target device itself, the source device at the target's coordinates.
+/// The target device itself if it is a holder, else the source device at the target's coordinates if it is a holder.
 fn preferred(step: &BoxingStep, holders: &Holders, index: usize) -> Option<usize> {
     let (source, target) = (&step.from.placement, &step.to.placement);
     let own = source.index_of(target.devices()[index]).filter(|&own| holders.contain(&step.from, own));
@@ -373,7 +374,7 @@ fn preferred(step: &BoxingStep, holders: &Holders, index: usize) -> Option<usize
     })
 }
 
-/// The holder with the fewest pulled elements so far, found by repeating the choices of the earlier target devices.
+/// The holder from which the fewest elements were pulled so far. Repeats the choices of the earlier target devices.
 fn least_pulled(step: &BoxingStep, holders: &Holders, index: usize) -> usize {
     let indices = holders.indices(&step.from);
     let mut pulled = vec![0; indices.len()];

@@ -165,13 +165,13 @@ fn check_least(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout, model: &
     assert!((planned.cost_seconds - least).abs() <= 1e-9 * least, "{from} -> {to}: {planned}, least {least}");
 }
 
-/// Bandwidth dominates latency, so longer paths win.
+/// A cost model in which bandwidth dominates latency, so longer paths win.
 const BANDWIDTH_BOUND: CostModel = CostModel {
     within: LinkCost { alpha_seconds: 1.0, seconds_per_byte: 1.0 },
     across: LinkCost { alpha_seconds: 2.0, seconds_per_byte: 3.0 },
 };
 
-/// Latency matters, but a single step is not always best.
+/// A cost model in which latency matters, but a single step is not always best.
 const LATENCY_MATTERS: CostModel = CostModel {
     within: LinkCost { alpha_seconds: 140.0, seconds_per_byte: 1.0 },
     across: LinkCost { alpha_seconds: 20.0, seconds_per_byte: 3.0 },

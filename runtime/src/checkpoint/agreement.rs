@@ -20,7 +20,7 @@ impl ProcessRank {
     pub const ALONE: Self = Self { process: 0, processes: 1, epoch: 0 };
 }
 
-/// One attempt to save: the same on all processes.
+/// Identifies one attempt to save. All processes use the same id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SaveId {
     /// Incarnation of the job.
@@ -50,7 +50,7 @@ pub trait SaveAgreement: Send + Sync {
     /// If a process could not write, ended, or did not report in time. All processes get an error with its rank.
     fn all_written(&self, save: SaveId, own: Result<(), String>) -> Result<(), AgreeError>;
 
-    /// Process 0 reports the result of the commit (`Some`); the others (`None`) wait for it.
+    /// Process 0 passes the result of its commit (`Some`). The other processes pass `None` and wait for that result.
     ///
     /// # Errors
     /// If process 0 could not commit, ended, or did not report in time. All processes get the error.

@@ -120,7 +120,7 @@ fn with_selected(
     }
 }
 
-/// The steps to process: at least one.
+/// Returns the steps to process, or an error if there are none.
 fn steps(store: &Store, step: Option<u64>) -> Result<Vec<u64>, CheckpointError> {
     let steps = step.map_or_else(|| store.steps(), |step| Ok(vec![step]))?;
     if steps.is_empty() {

@@ -33,7 +33,7 @@ pub enum CheckpointError {
     Io { path: PathBuf, source: std::io::Error },
     #[error("{path}: not a complete safetensors file: {message}")]
     Format { path: PathBuf, message: String },
-    /// The file does not fit the program: a tensor is missing, extra or of another shape, or a declared value differs.
+    /// The file does not fit the program. A tensor is missing, extra or has another shape, or a declared value differs.
     #[error("{path}: {why}")]
     Unfit { path: PathBuf, why: String },
     #[error("{path}: tensor {name} is {got}, expected {expected}; convert the file")]
@@ -109,12 +109,13 @@ impl CheckpointError {
         crate::files::system_error(self).map(std::io::Error::kind)
     }
 
-    /// True if the checkpoint is damaged: an older one may be good. False if it is unfit, deleted or unreachable.
+    /// True if the checkpoint is damaged. An older one may be good. False if it is unfit, deleted or unreachable.
     pub fn is_damage(&self) -> bool {
         matches!(self, Self::Damaged { .. })
     }
 
-    /// The exit code of a program that ends with this error: 2 usage, 65 bad data, 73 cannot write, 78 refused.
+    /// The exit code of a program that ends with this error: 2 for a usage error, 65 for bad data, 73 for a failed
+    /// write, 78 for a refusal.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Place { .. } | Self::Refused(_) => 2,

@@ -17,7 +17,7 @@ use crate::files;
 
 /// Default deadline of an operation. The last operation on a large local file waits until the whole file is on disk.
 pub const DEADLINE: Duration = Duration::from_secs(120);
-/// Default size of one upload request, bytes; a write needs this amount of memory. Cloud stores require at least 5 MiB.
+/// Default size of one upload request in bytes. A write needs this much memory. Cloud stores require at least 5 MiB.
 pub const PART_BYTES: usize = 16 << 20;
 /// Maximum number of parts of one upload, a little below the limit of cloud stores.
 const PARTS_MAX: u64 = 9_000;

@@ -1,4 +1,4 @@
-//! The manifest, which describes a checkpoint: its text form, sealed by a checksum, and its checks.
+//! The manifest describes a checkpoint. This file defines a manifest's text form, its checksum and its checks.
 //!
 //! A manifest is untrusted input. [`Manifest::decode`] checks its invariants:
 //! - MF-1: it is unaltered (checksum), has a known version, and is within the limits below.
@@ -15,9 +15,9 @@ use shardflow_kernels::tensor::{DType, Region};
 use crate::declare::{DECLARED_MAX, Values};
 
 const FORMAT: &str = "shardflow-checkpoint";
-/// Version of the format: 2 added [`JobTime`], 3 added [`Manifest::updates`] and [`Manifest::declared`].
+/// Version of the format. Version 2 added [`JobTime`]; 3 added [`Manifest::updates`] and [`Manifest::declared`].
 pub(crate) const VERSION: u32 = 3;
-/// Largest size of a manifest, bytes.
+/// Largest size of a manifest, in bytes.
 pub const MANIFEST_BYTES_MAX: u64 = 256 << 20;
 const TENSORS_MAX: usize = 1 << 18;
 /// Maximum number of shards of a checkpoint.
@@ -26,7 +26,7 @@ pub const SHARDS_MAX: usize = 1 << 16;
 pub const TENSOR_PIECES_MAX: usize = 1 << 12;
 const PIECES_MAX: usize = 1 << 20;
 const DIMS_MAX: usize = 32;
-/// Largest size of a name or of another text, bytes.
+/// Largest size of a name or of another text, in bytes.
 pub const TEXT_BYTES_MAX: usize = 1 << 12;
 const CURSOR_ENTRIES_MAX: usize = 1 << 10;
 
@@ -92,7 +92,7 @@ impl std::fmt::Debug for Checksum {
 pub struct Shard {
     /// Path in the checkpoint's folder: `e<epoch>-<attempt>/shard-<process>-of-<processes>.safetensors`.
     pub file: String,
-    /// Size of the file.
+    /// Size of the file, in bytes.
     pub bytes: u64,
     /// BLAKE3 of the whole file.
     pub blake3: Checksum,
@@ -104,7 +104,7 @@ pub struct Shard {
 pub struct Piece {
     /// Index of the shard.
     pub shard: usize,
-    /// Offset of the first element in the shard, bytes.
+    /// Offset of the first element in the shard, in bytes.
     pub offset: u64,
     /// First index in each dim of the tensor.
     pub start: Vec<usize>,
@@ -167,7 +167,7 @@ pub struct StoredTensor {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JobTime {
-    /// Start of the job, Unix time in milliseconds; equal for all attempts of one job.
+    /// Start of the job as Unix time in milliseconds. All attempts of one job have the same value.
     pub began_ms: u64,
     /// Time in steps whose updates are part of the model, in milliseconds.
     pub productive_ms: u64,
@@ -179,14 +179,14 @@ pub struct JobTime {
 pub struct Manifest {
     /// Steps done.
     pub step: u64,
-    /// Number of applied updates; skipped steps do not count. `None` before version 3.
+    /// Number of applied updates, without skipped steps. `None` before version 3.
     #[serde(default)]
     pub updates: Option<u64>,
     /// Incarnation of the job that wrote the checkpoint.
     pub epoch: u64,
     /// Mesh of the job that wrote the checkpoint. Any other mesh can load it.
     pub mesh: String,
-    /// Seed. Initial weights and dropout masks depend only on the seed and `step`; random generators keep no state.
+    /// The seed. Initial weights and dropout masks depend only on the seed and `step`; random generators keep no state.
     pub seed: u64,
     /// The program's cursor.
     pub cursor: Cursor,
@@ -210,7 +210,7 @@ impl Manifest {
     /// Reads and checks a manifest.
     ///
     /// # Errors
-    /// The violated invariant, with the tensor and the numbers.
+    /// Names the violated invariant, with the tensor and the numbers.
     pub fn decode(text: &[u8]) -> Result<Self, String> {
         let manifest: Self = open_sealed(FORMAT, text)?;
         manifest.check()?;
@@ -242,7 +242,7 @@ impl Manifest {
         self.shards.iter().map(|s| s.bytes).fold(0, u64::saturating_add)
     }
 
-    /// Checks MF-1's limits, MF-2 and MF-3.
+    /// Checks the limits of MF-1, and checks MF-2 and MF-3.
     fn check(&self) -> Result<(), String> {
         limit("tensors", self.tensors.len(), TENSORS_MAX)?;
         limit("shards", self.shards.len(), SHARDS_MAX)?;
@@ -297,7 +297,8 @@ fn check_tensor(tensor: &StoredTensor, shards: &[Shard]) -> Result<(), String> {
     let mut covered = 0usize;
     for (index, piece) in tensor.pieces.iter().enumerate() {
         check_piece(piece, info, shards)?;
-        // No overflow: each piece is part of a tensor whose bytes fit in `isize`, and the number of pieces is limited.
+        // The sum cannot overflow: each piece is part of a tensor whose bytes fit in `isize`, and the number of pieces
+        // is limited.
         covered = covered.saturating_add(piece.region().element_count());
         let overlaps = |other: &&Piece| other.region().intersect(&piece.region()).is_some();
         if let Some(other) = tensor.pieces[..index].iter().find(overlaps) {
@@ -340,13 +341,14 @@ struct Sealed<'a> {
     body: &'a RawValue,
 }
 
-/// Version of an unaltered manifest, if it is too new for this program. Later versions keep the envelope's checksum.
+/// Returns the version of an unaltered manifest that is too new for this program. Later versions keep the checksum.
 pub(crate) fn newer_version(text: &[u8]) -> Option<u32> {
     let Sealed { format, version, blake3, body } = serde_json::from_slice(text).ok()?;
     (format == FORMAT && version > VERSION && checksum(version, body) == blake3).then_some(version)
 }
 
-/// The checksum of a sealed text. It covers the version and the body's bytes; up to version 2, only the body.
+/// The checksum of a sealed text. From version 3 on, it covers the version and the body's bytes. Up to version 2, it
+/// covers only the body's bytes.
 fn checksum(version: u32, body: &RawValue) -> Checksum {
     let mut hasher = blake3::Hasher::new();
     if version > 2 {

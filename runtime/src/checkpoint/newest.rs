@@ -9,7 +9,7 @@ use super::store::{CURSOR, MANIFEST, Store};
 pub struct NewestCheckpoint {
     /// The checkpoint, if there is one.
     pub reader: Option<CheckpointReader>,
-    /// Errors of newer checkpoints, with the damaged file.
+    /// Errors of newer, damaged checkpoints. Each error names the damaged file.
     pub damaged: Vec<CheckpointError>,
 }
 

@@ -9,7 +9,7 @@ use super::agreement::ProcessRank;
 pub enum WhenBusy {
     /// Wait for the running save.
     Wait,
-    /// Skip this save. Only for single-process jobs, because all processes must skip the same saves.
+    /// Skip this save. Valid only in single-process jobs, because all processes must skip the same saves.
     Skip,
 }
 
@@ -39,7 +39,7 @@ pub struct SaverOptions {
     pub busy: WhenBusy,
     /// Hash of the plan, for the manifest.
     pub plan: Option<String>,
-    /// The job's unique name, equal for all incarnations. A later incarnation takes the store's lock immediately.
+    /// The job's unique name, which all incarnations share. A later incarnation takes the store's lock immediately.
     pub job: Option<String>,
 }
 

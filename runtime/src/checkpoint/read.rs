@@ -69,7 +69,7 @@ impl Store {
         Ok(())
     }
 
-    /// Like [`Store::read`], but waits until the digest of the checkpoint's cursor is `cursor`, as on rank 0.
+    /// Like [`Store::read`], but waits until the digest of the checkpoint's cursor equals `cursor`, rank 0's digest.
     pub(crate) fn read_as(&self, step: u64, cursor: u64) -> Result<CheckpointReader, CheckpointError> {
         let attempt = || match self.read(step) {
             Ok(reader) if reader.manifest().cursor_digest() != cursor => Ok(None),
@@ -150,7 +150,7 @@ impl CheckpointReader {
         Ok(HostTensor::from_le_bytes(dtype, &piece.size, &got))
     }
 
-    /// Reads bytes of a shard. A shard of the wrong size is reported as damage, not as a failure of the store.
+    /// Reads bytes of a shard. Reports a shard of the wrong size as damage, not as a failure of the store.
     fn range(&self, shard: &Shard, file: &StoreFile, from: u64, bytes: u64) -> Result<Vec<u8>, CheckpointError> {
         let operations = &self.store.operations;
         let result = operations.get_range(file, from, bytes);

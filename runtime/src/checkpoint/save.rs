@@ -21,7 +21,7 @@ use crate::lock::Lock;
 #[derive(Debug, Default)]
 pub(crate) struct Attempt {
     pub(crate) number: u32,
-    /// True if an existing checkpoint of the step is damaged and the save replaces it.
+    /// True if an existing checkpoint of the step is damaged, and the save must replace it.
     pub(crate) replaces: bool,
     /// The store's lock; `None` except on process 0 of a saver.
     pub(crate) lock: Option<Arc<Lock>>,
@@ -40,7 +40,7 @@ pub struct SaveReport {
     pub step: u64,
     /// The result. After an error, no incomplete checkpoint is listed, and training may continue.
     pub result: Result<SaveOutcome, CheckpointError>,
-    /// Time from the complete snapshot to the outcome.
+    /// Time from the complete snapshot to the outcome, in seconds.
     pub seconds: f64,
     /// Error from deleting older checkpoints, if any. It does not affect the save.
     pub prune: Option<CheckpointError>,
@@ -85,7 +85,7 @@ impl Save<'_> {
     fn run(&self, agree: &dyn SaveAgreement) -> Result<SaveOutcome, CheckpointError> {
         let id = self.id;
         let others = |source| CheckpointError::Others { step: id.step, source };
-        // A step that is already committed needs no shards; process 0 reports `AlreadyThere` to all.
+        // A step that is already committed needs no shards. Process 0 then reports `AlreadyThere` to all processes.
         let exists = self.store.is_committed(id.step);
         let written =
             exists.and_then(|exists| if exists && !self.attempt.replaces { Ok(()) } else { self.write_shard() });
@@ -97,7 +97,7 @@ impl Save<'_> {
         }
         let committed = self.commit();
         let agreed = agree.outcome(id, Some(committed.as_ref().copied().map_err(ToString::to_string)));
-        // A committed checkpoint stays committed, even if the others did not receive the outcome.
+        // A committed checkpoint stays committed, even if the other processes did not receive the outcome.
         let saved = committed?;
         agreed.map_err(others)?;
         Ok(saved)

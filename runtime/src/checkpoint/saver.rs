@@ -21,7 +21,7 @@ use crate::metrics as names;
 pub enum SaveStart {
     /// The snapshot is complete, and the saver's thread writes it.
     Started {
-        /// Report of the previous save, if no earlier call returned it.
+        /// Report of the previous save, if no earlier call has returned the report.
         before: Option<Box<SaveReport>>,
     },
     /// Another save is running, and the option is [`WhenBusy::Skip`].
@@ -138,7 +138,7 @@ impl Saver {
 /// Saves a snapshot on the caller's thread. Takes no lock, so the caller must exclude other writers to the store.
 ///
 /// # Errors
-/// If the options contradict each other. The report has the result of the write.
+/// If the options contradict each other. A failed write is not an error of this call: the report contains it.
 pub fn save_now(
     store: &Store,
     snapshot: &Snapshot,

@@ -91,7 +91,8 @@ pub(crate) fn header(entries: &[Entry], metadata: &Values) -> Result<Vec<u8>, Ch
     Ok(header)
 }
 
-/// Writes a shard with one entry of `content` in memory at a time. Returns the file, and offset and checksum per entry.
+/// Writes a shard. At most one entry of `content` is in memory at a time. Returns the file, and the offset and checksum
+/// of each entry.
 pub(crate) fn write<'a>(
     store: &Store,
     step: u64,

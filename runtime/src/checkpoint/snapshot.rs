@@ -7,7 +7,8 @@ use super::manifest::Manifest;
 /// A process's part of a checkpoint, and the metadata of the whole checkpoint.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
-    /// The manifest; the commit adds shards and pieces. Equal on all processes, but only process 0's cursor is used.
+    /// The manifest, to which the commit adds shards and pieces. Equal on all processes; only process 0's cursor is
+    /// used.
     pub manifest: Manifest,
     /// The pieces that this process writes.
     pub pieces: Vec<SnapshotPiece>,

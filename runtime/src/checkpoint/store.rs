@@ -2,9 +2,9 @@
 //!
 //! - ST-1: a checkpoint of step S exists if and only if `step-<S>/manifest.json` exists. This file is created by one
 //!   atomic operation, after all shards are written and synced. The operation fails if the file exists.
-//! - ST-2: each save attempt has its own folder, `step-<S>/e<epoch>-<attempt>/`, so a late writer alters no other.
+//! - ST-2: each save attempt has its own folder, `step-<S>/e<epoch>-<attempt>/`. A late writer alters no other attempt.
 //! - ST-3: deletion begins with the manifest, and the newest good checkpoint is never deleted.
-//! - ST-4: the manifest has the cursor. A `cursor.json` replaces it if that file contains the manifest's checksum.
+//! - ST-4: the manifest has a cursor. The cursor in `cursor.json` replaces it if that file has the manifest's checksum.
 
 use std::collections::BTreeMap;
 use std::path::{Component, PathBuf};
@@ -175,7 +175,8 @@ impl Store {
         Ok(self.operations.size(&self.manifest(step))?.is_some())
     }
 
-    /// Lists the folder of `step`, or of the store for `None`. `deep` lists all files below. Only files have a size.
+    /// Lists the folder of `step`, or the store's folder for `None`. If `deep` is set, lists all files below. Only
+    /// files have a size.
     pub(crate) fn list(&self, step: Option<u64>, deep: bool) -> Result<BTreeMap<String, Option<u64>>, CheckpointError> {
         let whole = || StoreFile { name: self.place.clone(), path: self.prefix.clone() };
         let StoreFile { name, path: at } = step.map_or_else(whole, |step| self.file(step, ""));

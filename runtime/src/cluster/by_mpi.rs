@@ -1,4 +1,4 @@
-//! Collectives over MPI. The first session that needs MPI starts it. Needs the feature `mpi`.
+//! Collectives over MPI. The first session that needs MPI starts MPI. This requires the feature `mpi`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +20,7 @@ pub(crate) struct ByMpi {
 }
 
 impl ByMpi {
-    /// Creates the engine of these groups. All processes call it with the same groups.
+    /// Creates the engine that runs the collectives of these groups. All processes call it with the same groups.
     #[cfg(feature = "mpi")]
     pub(crate) fn engine(
         &self,

@@ -44,9 +44,9 @@ pub(crate) struct Connections {
     /// Local copies (mirrors) of the slots of peers' registers.
     pub(crate) mirrors: BTreeMap<RegisterId, RegisterMemory>,
     pub(crate) peers: Vec<PeerSpec>,
-    /// The actors of processes without a connection to this one.
+    /// The actors of processes to which this process has no connection, each with the rank of its process.
     pub(crate) distant: BTreeMap<ActorId, u32>,
-    /// By rank of a process: the peer on the way to that process.
+    /// For each rank: the peer to which this process sends messages for that rank.
     pub(crate) hops: Vec<u32>,
 }
 
@@ -165,7 +165,7 @@ impl Connector {
 }
 
 /// Refuses a transport that needs Unix sockets if processes of one node cannot open each other's sockets, as in
-/// containers with separate `/tmp`. If TCP can replace the sockets, returns a log line for the lowest such rank.
+/// containers with separate `/tmp`. If TCP can replace the sockets, returns a log line about the lowest affected rank.
 pub(super) fn check_near(roster: &Roster, own: u32, transport: Transport) -> Result<Option<String>, ClusterError> {
     // If all processes are near the first process of their node, they are near each other.
     let mut first_of: BTreeMap<&str, &Member> = BTreeMap::new();

@@ -39,7 +39,7 @@ pub(crate) fn peer_failure(cause: &FirstCause) -> Failure {
     Failure::Peer { process: cause.process, cause: PeerError::Failed { cause: cause.cause.clone(), exit: cause.exit } }
 }
 
-/// True if a peer aborted the collective. The peer reports why, or heartbeats detect its end. MPI names no peer.
+/// True if a peer aborted the collective. The peer reports why, or heartbeats detect its end. MPI errors name no peer.
 pub(crate) fn is_aborted_by_peer(cause: &KernelError) -> bool {
     matches!(cause, KernelError::Aborted { .. } | KernelError::Mpi { .. })
 }

@@ -15,10 +15,10 @@ use crate::process_map::ProcessMap;
 
 pub(super) const TOPIC: u16 = 1;
 
-/// Minimum timeout of a wait for another process that writes its part. The watchdog may allow more.
+/// Minimum timeout of a wait for another process to write its part. The watchdog may allow more time.
 const WAIT_MIN: Duration = Duration::from_secs(600);
 
-/// Maximum number of early messages kept. Saves run one after the other, so a peer is at most one save ahead.
+/// Maximum number of early messages that are kept. Saves run one after the other, so a peer is at most one save ahead.
 const EARLY_MAX: usize = 1 << 14;
 
 const REASON_CHARS_MAX: usize = 1000;
@@ -46,7 +46,7 @@ struct Payload {
     result: PhaseResult,
 }
 
-/// Result of a phase: `true` if the step was already committed; or the process that failed, and the reason.
+/// Result of a phase: `true` if the step was already committed. The error is the failed process and the reason.
 type PhaseResult = Result<bool, (u32, String)>;
 
 pub(super) struct ClusterAgreement {
@@ -54,7 +54,7 @@ pub(super) struct ClusterAgreement {
     membership: Arc<Membership>,
     messages: Receiver<Received>,
     timeout: Duration,
-    /// Results that arrived before this process waited for them, by save, phase and sender.
+    /// By save, phase and sender: the results that arrived before this process waited for them.
     early: Mutex<BTreeMap<(SaveId, Phase, u32), PhaseResult>>,
 }
 

@@ -42,7 +42,7 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A running session's connection to the other processes.
 pub(crate) struct World {
     pub(crate) process_map: ProcessMap,
-    /// Its deadline is the deadline of the join.
+    /// The connector's deadline is the deadline of the join.
     connector: Connector,
     pub(crate) membership: Arc<Membership>,
     monitor: Arc<Monitor>,
@@ -89,7 +89,7 @@ struct State {
     /// Peers that have left normally.
     left: Vec<u32>,
     control: Option<Control>,
-    /// By rank: the activity of this process and of busy processes that neighbours have reported, each with its start.
+    /// By rank: the activities, with start times, of this process and of busy processes that neighbours have reported.
     activities: BTreeMap<u32, (String, Instant)>,
     /// By neighbour: the ranks in its last report (`heard`), and the last report sent to it (`reported`).
     heard: BTreeMap<u32, Vec<u32>>,
@@ -110,8 +110,9 @@ impl State {
         (waits && !entries.is_empty()).then(|| format!("waiting for {}", entries.join("; for ")))
     }
 
-    /// The reports to neighbours that have changed since the last call. A report lists the processes on this side that
-    /// have been busy for longest. Each process thus knows some of the slowest ones, and reports have a bounded size.
+    /// Returns each report that has changed since the last call, with the neighbour that gets it. A report lists the
+    /// processes on this side that have been busy for longest. Each process thus knows some of the slowest processes,
+    /// and the size of reports is bounded.
     fn activity_reports(&mut self, own: u32, tree: &ControlTree, now: Instant) -> Vec<(u32, Vec<u8>)> {
         let mut reports = Vec::new();
         for neighbour in tree.neighbours(own) {
@@ -154,7 +155,7 @@ impl State {
 const SLOW_LISTED_MAX: usize = 8;
 
 impl Monitor {
-    /// Starts the thread that receives events. It ends with the membership or with the session.
+    /// Starts the thread that receives events. The thread ends with the membership or with the session.
     fn spawn(
         self: &Arc<Self>,
         membership: &Arc<Membership>,
@@ -188,7 +189,7 @@ impl Monitor {
                     }
                     MembershipEvent::Message { topic, from, bytes } => {
                         if let Some((_, queue)) = queues.iter().find(|(of, _)| *of == topic) {
-                            // A full queue drops the message. Its receiver then reaches the deadline.
+                            // If the queue is full, the message is dropped, and its receiver reaches the deadline.
                             drop(queue.try_send(Received { from, bytes }));
                         }
                     }
@@ -240,8 +241,8 @@ impl Monitor {
 }
 
 impl World {
-    /// Joins the other processes; `None` for a single process. `facts` are the values other than the build that must be
-    /// equal on all processes; `memory` may differ. Later waits for live processes last up to `wait_max`.
+    /// Joins the other processes; `None` for a single process. `facts` are the values besides the build that must be
+    /// equal on all processes. `memory` may differ. Later waits for live processes last up to `wait_max`.
     pub(crate) fn join(
         plan: &Instance,
         cluster: &Cluster,
@@ -370,7 +371,7 @@ impl World {
         match self.wait_for_cause() {
             // A cause from another process explains this failure, and any cause explains a symptom.
             Some(cause) if cause.process != self.process_map.process || is_symptom(&failure) => peer_failure(&cause),
-            // Else this process failed first, or no cause arrived. Its own failure has the most detail.
+            // Otherwise this process failed first, or no cause arrived. Its own failure has the most detail.
             _ => attribute_to_peer(failure, &self.process_map),
         }
     }
@@ -413,7 +414,7 @@ impl World {
     }
 }
 
-/// Binds this process's addresses and joins the others. Returns roster, listener, and the socket for heartbeats.
+/// Binds this process's addresses and joins the others. Returns the roster, the listener, and the heartbeat socket.
 fn meet(
     world: &Launched,
     options: &ClusterOptions,

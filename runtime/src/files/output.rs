@@ -88,7 +88,7 @@ fn check_replaceable(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Checks that lines can be appended to `path`. Changes no file. Opens no pipe or terminal: an open waits for a reader.
+/// Checks that lines can be appended to `path`. Changes no file, and opens no pipe or terminal because that may block.
 ///
 /// # Errors
 /// The errors of [`check_writable`], and a full file system.
@@ -104,7 +104,7 @@ pub fn check_appendable(path: &Path) -> Result<(), OutputFileError> {
     }
 }
 
-/// True if the disk is full, or the file would be too large.
+/// True if `cause` is a full disk or a file that would be too large.
 pub fn is_full(cause: io::ErrorKind) -> bool {
     matches!(cause, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
 }
@@ -135,7 +135,7 @@ pub fn check_room(path: &Path, bytes: u64) -> Result<(), OutputFileError> {
     Err(OutputFileError { path: path.into(), cause })
 }
 
-/// Free bytes for this process in the folder; `None` if the file system does not report them.
+/// Bytes that this process can still write in the folder; `None` if the file system does not report them.
 pub(crate) fn free_bytes(folder: &Path) -> Option<u64> {
     let stat = rustix::fs::statvfs(folder).ok()?;
     (stat.f_blocks > 0).then(|| stat.f_bavail.saturating_mul(stat.f_frsize))

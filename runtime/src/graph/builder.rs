@@ -24,7 +24,7 @@ use shardflow_job::text::counted;
 pub struct Layout(Vec<(String, usize)>);
 
 impl Layout {
-    /// The same copy on every device.
+    /// A layout with the same copy on every device.
     pub fn broadcast() -> Self {
         Self::default()
     }
@@ -40,7 +40,7 @@ impl Layout {
         self
     }
 
-    /// The layout of a tensor of this shape on a placement, or the error message. Axes of size 1 are `Broadcast`.
+    /// The layout of a tensor of this shape on a placement, or an error message. Axes of size 1 are `Broadcast`.
     fn on(&self, placement: &Placement, shape: &[usize]) -> Result<NdSbp, String> {
         let axes = placement.axes();
         let mut out = NdSbp::broadcast(axes.len());
@@ -135,7 +135,8 @@ impl Graph {
         self.add_input(name, shape, dtype, Rate::MicroBatch, (layout, Sbp::Split(0)))
     }
 
-    /// Like [`Graph::input`], with another batch dim: 1 for `[time, batch, features]`. Inputs may differ in batch size.
+    /// Like [`Graph::input`], with the given batch dim, for instance 1 for `[time, batch, features]`. Inputs may have
+    /// batches of different sizes.
     #[track_caller]
     pub fn input_with_batch_dim(
         &mut self,
@@ -271,7 +272,7 @@ impl Graph {
         self.kernel("attention", Op::Attention { scale }, &args)[0]
     }
 
-    /// In training, zeroes elements with probability `p` and scales the others up. In evaluation, changes nothing; see
+    /// In training, zeroes elements with probability `p` and scales the rest up. In evaluation, changes nothing; see
     /// [`Mode`](crate::passes::mode::Mode). The mask depends on the session's seed, the step, `seed` and the element's
     /// index in the step's whole tensor, not on layout, batch dim or micro-batches. Each dropout needs its own `seed`.
     #[track_caller]
@@ -483,7 +484,7 @@ impl Graph {
         out[0]
     }
 
-    /// Refuses dims of size 0, and more than `DIMS_MAX` dims.
+    /// Refuses dims of size 0, and tensors with more than `DIMS_MAX` dims.
     #[track_caller]
     fn check_shape(&mut self, name: &str, shape: &[usize]) {
         if let Some(dim) = shape.iter().position(|extent| *extent == 0) {
@@ -647,7 +648,7 @@ impl Graph {
 /// Name of the loss, as the host fetches it.
 pub const LOSS_OUTPUT: &str = "loss";
 
-/// Name of the entry in a safetensors file that is metadata, not a tensor.
+/// Name of the metadata entry in a safetensors file. No parameter may have this name.
 const FILE_METADATA: &str = "__metadata__";
 /// Prefix of the names of the optimizer's state in checkpoints.
 pub const STATE_PREFIX: &str = "adamw.";

@@ -46,7 +46,8 @@ pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {
             parse(format!(",{r}v,{r},{r},{r}->{r}v"))?.linear(&[&[0]])
         }
         Op::Dropout { .. } => parse(format!("{x},r->{x}"))?.fixed("r")?.linear(&[&[0]]),
-        // Reads gradient, hyper-parameters and scale; updates parameter, m and v. Elementwise except for `h` and scale.
+        // The op reads gradient, hyper-parameters `h` and scale, and updates parameter, m and v. It is elementwise
+        // except for `h` and scale.
         Op::AdamW { .. } => parse(format!("{x},h,->{x},{x},{x}"))?.fixed("h"),
         // For `SumLeading`, see `sum_leading`. Passes after the layout pass insert the other ops of this list.
         Op::SumLeading | Op::CopyRegion { .. } | Op::SumSquares { .. } | Op::ClipScale { .. } => Rule::parse("->"),

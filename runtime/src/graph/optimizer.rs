@@ -33,7 +33,7 @@ const SMALLEST: f64 = f64::from_bits((1023 - 146) << 52);
 pub struct AdamW {
     /// Decay rates of the first and second moment.
     pub betas: (f32, f32),
-    /// Added to the denominator.
+    /// The number added to the denominator.
     pub eps: f32,
     /// Decoupled weight decay, applied to tensors with two or more dims.
     pub weight_decay: f32,
@@ -111,7 +111,7 @@ pub(crate) struct Bounds {
 }
 
 impl Bounds {
-    /// The bounds after loading a checkpoint, before they include its values. The ratio of its moments is unknown.
+    /// The bounds at the start of loading a checkpoint, before its values raise them. Its moments' ratio is unknown.
     pub(crate) const OF_CHECKPOINT: Self = Self { parameter: 0.0, first: 0.0, second: 0.0, ratio: f64::INFINITY };
 
     /// The kind of value that may exceed the largest float, if any.
@@ -164,7 +164,7 @@ mod tests {
             let adamw = AdamW { betas, eps, ..AdamW::default() };
             let mut element = Element { p: 1.0, m: 0.0, v: 0.0 };
             let mut bounds = Bounds { parameter: 1.0, ..Bounds::default() };
-            // Exponents of ten, some of which exceed the range of f32.
+            // Exponents of ten. Some of the resulting values exceed the range of f32.
             let (low, high) = (-42.0 * unit(), 21.0 * unit());
             for step in 1..60 {
                 let gradient = (10f64.powf(low + (high - low) * unit()) * (2.0 * unit() - 1.0)) as f32;

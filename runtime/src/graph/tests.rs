@@ -185,7 +185,7 @@ fn errors_are_reported_together_and_once() {
     }));
 }
 
-/// A norm needs its whole weight. Under `Explicit`, the program must state the gather; otherwise `explain` lists it.
+/// A norm needs its whole weight. Under `Explicit`, the program must state the gather; else `explain` lists the gather.
 #[test]
 fn a_layout_change_is_an_error_under_explicit_boxing_and_listed_otherwise() {
     let build = |g: &mut Graph| {
@@ -269,7 +269,7 @@ fn explain_shows_a_plan_on_one_device() {
 fn explain_shows_a_data_and_tensor_parallel_plan() {
     let options = CompileOptions { micro_batches: 2, schedule: Schedule::GPipe, ..CompileOptions::default() };
     let text = explain("data=2,tensor=2", &options, classifier);
-    // Devices 1 to 3 equal device 0. The lines of an actor follow its name and are indented.
+    // Devices 1 to 3 run the same actors as device 0. The lines of an actor follow its name and are indented.
     let is_other = |line: &str| ["device 1", "device 2", "device 3"].iter().any(|d| line.trim_start().starts_with(d));
     let mut shown: Vec<&str> = Vec::new();
     let mut hidden = false;

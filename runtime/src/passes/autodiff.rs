@@ -9,7 +9,7 @@ use shardflow_kernels::op::{Einsum, Op};
 use crate::graph::{Graph, Node, NodeOp, Var, ops};
 
 /// Adds the backward nodes. Returns the contributions to each parameter's gradient: one for each use of the parameter,
-/// in reverse program order. A contribution is of one micro-batch, and not yet accumulated.
+/// in reverse program order. A contribution covers one micro-batch and is not accumulated yet.
 pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Vec<Var>> {
     let needed = needs_gradient(graph);
     let mut grads = Gradients::default();

@@ -22,8 +22,8 @@ pub enum Boxing {
     Explicit,
 }
 
-/// Inserts the steps. Every tensor must have a layout, and every kernel a signature. Records an error in the graph
-/// where no sequence of collectives makes a change, or where `mode` forbids it.
+/// Inserts the steps. Every tensor must have a layout, and every kernel a signature. Records an error in the graph for
+/// each change that no sequence of collectives can make, or that `mode` forbids.
 pub fn insert(graph: &mut Graph, planner: &mut Planner, mode: Boxing) {
     let mut pass = BoxingPass { planner, mode, graph, rebuilt: Vec::new(), versions: BTreeMap::new() };
     for index in 0..pass.graph.nodes.len() {
@@ -78,7 +78,7 @@ impl BoxingPass<'_> {
         PlacedLayout { placement, sbp: self.graph.layout(var).clone() }
     }
 
-    /// Returns the version of `var` in this layout. If it does not exist, adds the steps that make it, for `reader`.
+    /// Returns the version of `var` in this layout. If there is none, adds the steps to make it for `reader`.
     fn version(&mut self, var: Var, required: &PlacedLayout, reader: &Node) -> Result<Var, String> {
         let versions = self.versions.entry(var).or_insert_with(|| vec![var]).clone();
         if let Some(found) = versions.iter().find(|v| self.layout(**v) == *required) {
@@ -112,7 +112,7 @@ impl BoxingPass<'_> {
         let source = &self.rebuilt[self.graph.tensor(current).producer.index()];
         let source_role = (source.role, source.rate);
         for (position, step) in plan.steps.into_iter().enumerate() {
-            // Changes before the transfer have the role of the tensor's producer.
+            // Steps before the transfer have the role of the tensor's producer.
             let before = transfer.is_some_and(|t| position < t) && info.rate == Rate::MicroBatch;
             let role = if before { source_role } else { (reader.role, reader.rate) };
             current = self.push_step(current, &info, step, role, reader);

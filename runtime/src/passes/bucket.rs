@@ -1,4 +1,5 @@
-//! Combines all-reduces of gradients into buckets. A bucket is one call on the communication stream, beside backward.
+//! Combines all-reduces of gradients into buckets. A bucket is one call, concurrent with backward, on the communication
+//! stream.
 //!
 //! Li et al. 2020, <https://arxiv.org/abs/2006.15704>, section 3.2.
 
@@ -64,7 +65,7 @@ fn can_bucket(graph: &Graph, node: &Node, readers: &BTreeMap<Var, usize>) -> boo
         && (producer.role, producer.placement) == (Role::Backward, node.placement)
 }
 
-/// Replaces the first member of each bucket by the bucket's node and removes the others.
+/// Replaces the first member of each bucket by the bucket's node and removes the other members.
 fn replace(graph: &mut Graph, buckets: Vec<Bucket>) {
     let mut removed = BTreeSet::new();
     for (number, Bucket { axes, mut members, .. }) in buckets.into_iter().enumerate() {

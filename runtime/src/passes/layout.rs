@@ -71,7 +71,7 @@ fn error_location(graph: &Graph, error: &LayoutError) -> SourceLine {
     found.or(graph.nodes.first()).map_or(Location::caller(), |n| n.location)
 }
 
-/// Sets the layouts of the tensors that norm and update make. The search does not choose these.
+/// Sets the layouts of the tensors that norm and update make. The search does not choose these layouts.
 fn set_update_layouts(graph: &mut Graph) {
     for index in 0..graph.nodes.len() {
         let node = graph.nodes[index].clone();
@@ -126,7 +126,7 @@ fn source(graph: &Graph, var: Var) -> Var {
     if matches!(node.op, NodeOp::Accumulate) { node.inputs[0] } else { var }
 }
 
-/// The node as a part of the problem; `None` if there is nothing to choose.
+/// The node as a part of the problem; `None` if the node has nothing to choose.
 fn spec(
     graph: &Graph,
     node: &Node,
@@ -169,7 +169,8 @@ fn spec(
     if node.rate == Rate::MicroBatch {
         signatures = NdSignature::combinations(&splits.restricted(graph, node, &spec, &by_axis), counts);
     }
-    // If the rules allow no candidate (the op cannot read a parameter as given), all stay; `explain` lists the change.
+    // The rules allow no candidate if the op cannot read a parameter in its given layout. All candidates then stay, and
+    // `explain` lists the layout change.
     if signatures.is_empty() {
         signatures = NdSignature::combinations(&by_axis, counts);
     }
@@ -284,7 +285,7 @@ fn whole_seconds(graph: &Graph, node: &Node) -> f64 {
     let bytes: f64 = node.inputs.iter().chain(&node.outputs).map(elements).sum::<f64>() * 4.0;
     let flops = match &node.op {
         NodeOp::Kernel(Op::Einsum(e)) => {
-            // Twice the product of the extents of all indices: those of the output, and the summed ones.
+            // Twice the product of the extents of all indices, that is, of the output's indices and the summed ones.
             let a = graph.shape(node.inputs[0]);
             let summed = e.a.chars().zip(a).filter(|(letter, _)| !e.out.contains(*letter)).map(|(_, n)| *n as f64);
             2.0 * elements(&node.outputs[0]) * summed.product::<f64>()

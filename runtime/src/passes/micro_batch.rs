@@ -92,7 +92,7 @@ fn infer_outputs(
     Ok(shapes.into_iter().enumerate().map(|(port, shape)| (shape, layout(port))).collect())
 }
 
-/// Sets what determines a dropout's mask: its shape in the whole step, and the offset from one micro-batch to the next.
+/// Sets the values that determine a dropout's mask: the shape in the whole step, and the offset between micro-batches.
 fn set_dropout_position(graph: &mut Graph, index: usize, parts: &[Part], count: usize) -> Result<(), String> {
     let node = &graph.nodes[index];
     // At this point, the output's shape is still that of the whole step.
@@ -139,7 +139,7 @@ fn check_loss(graph: &mut Graph, count: usize) {
     graph.error("minimize", message, location);
 }
 
-/// Sets how the values of an output are combined, if the user did not.
+/// Sets how the values of each output are combined, unless the user has set it.
 fn set_output_combines(graph: &mut Graph, count: usize) {
     let loss = graph.objective.map(|objective| objective.loss);
     for index in 0..graph.outputs.len() {

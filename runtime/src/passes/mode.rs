@@ -40,7 +40,7 @@ fn is_dropout(node: &Node) -> bool {
 /// Rebuilds the graph without dropout and its `rng` inputs; readers of a dropout's output read its input instead.
 fn remove_dropout(graph: &mut Graph) {
     let (nodes, tensors) = (std::mem::take(&mut graph.nodes), graph.take_tensors());
-    // The new tensor for each old one. `rng` inputs need none, because nothing reads them any more.
+    // Maps each old tensor to its new tensor. `rng` inputs need no new tensor, because nothing reads them any more.
     let mut replacement: BTreeMap<Var, Var> = BTreeMap::new();
     for mut node in nodes {
         if is_dropout(&node) {

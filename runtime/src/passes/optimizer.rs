@@ -62,8 +62,8 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Vec<Var>>, adamw: Ada
     (graph.role, graph.rate) = (Role::Forward, Rate::MicroBatch);
 }
 
-/// Adds the sums of a parameter's uses, in their order, on the parameter's placement. So the gradient of a shared
-/// parameter crosses placements only once per step.
+/// Adds up the sums of each parameter's uses, in the order of the uses, on the parameter's placement. So the gradient
+/// of a shared parameter crosses placements only once per step.
 fn add_uses(graph: &mut Graph, sums: Vec<(Var, Var)>) -> Vec<(Var, Var)> {
     let mut totals: Vec<(Var, Var)> = Vec::new();
     for (parameter, sum) in sums {
@@ -78,7 +78,7 @@ fn add_uses(graph: &mut Graph, sums: Vec<(Var, Var)>) -> Vec<(Var, Var)> {
     totals
 }
 
-/// Adds `NormTotal` on all devices that have sums of squares.
+/// Adds the node `NormTotal` on all devices that have sums of squares.
 fn norm_total(graph: &mut Graph, sums: &[Var], parameters: usize) -> Var {
     let placements: Vec<usize> = sums.iter().map(|sums| graph.placement_of(*sums)).collect();
     let mut devices: Vec<usize> = placements.iter().flat_map(|p| graph.placements[*p].devices()).copied().collect();

@@ -34,9 +34,9 @@ pub enum Precision {
 /// The element types that the producer and the readers of a tensor need.
 #[derive(Clone, Copy, Debug, Default)]
 struct NeededTypes {
-    /// A node reads it in bf16.
+    /// True if a node reads the tensor in bf16.
     bf16: bool,
-    /// A node reads or makes it in f32.
+    /// True if a node reads or makes the tensor in f32.
     f32: bool,
 }
 
@@ -88,7 +88,7 @@ pub fn narrow(graph: &mut Graph) {
 enum ReadType {
     /// The type of the node's output, which shares the input's memory.
     SharedMemory,
-    /// The type that the node writes. So the terms of an f32 sum, over devices or over uses of a weight, are f32.
+    /// The type that the node writes. The terms of an f32 sum, over devices or uses of a weight, are thus f32.
     AsWritten,
     Bf16,
     F32,
@@ -206,7 +206,7 @@ fn insert_casts(graph: &mut Graph) {
             }
             let producer = &rebuilt[graph.tensor(input).producer.index()];
             let has_copy = matches!(producer.op, NodeOp::Parameter { .. }) && producer.placement == node.placement;
-            // Before a transfer, the cast runs on the placement and with the role of the producer.
+            // A cast before a transfer runs on the placement and with the role of the producer.
             let at = if is_transfer(&node) { producer } else { &node };
             let key = (input, (!has_copy).then_some(at.role));
             node.inputs[port] = match casts.get(&key) {

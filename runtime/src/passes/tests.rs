@@ -1,4 +1,4 @@
-//! Tests how much work it is to choose layouts and insert boxing, for deep models and many axes.
+//! Tests how much work the layout choice and the insertion of boxing take, for deep models and many axes.
 
 use std::time::{Duration, Instant};
 
@@ -42,7 +42,8 @@ fn each_layer_of_a_deep_model_is_laid_out_alike_at_no_further_search() {
         let (deep, more_edges) = boxed("data=2,stage=2,tensor=2", layers);
         // Only one shape depends on the number of layers: the norms of all gradients.
         assert!(more_edges < edges + 10, "{more_edges} edges for {layers} layers, {edges} for 64");
-        // Megatron: two all-reduces in a layer's forward and two in its backward. Other steps are per stage or model.
+        // As in Megatron, a layer has two all-reduces in forward and two in backward. Other steps occur per stage or
+        // per model.
         let gradients = deep.parameters().len() - shallow.parameters().len();
         assert_eq!(boxing_steps(&deep) - boxing_steps(&shallow), 4 * (layers - 64) + gradients, "{layers} layers");
     }

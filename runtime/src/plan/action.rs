@@ -19,7 +19,7 @@ pub enum BaseKey {
     Output(usize),
 }
 
-/// The host's transfer in an action. The session supplies its kernel.
+/// The host's transfer in an action. The session supplies the transfer's kernel.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostPort {
     /// What the host does.

@@ -42,7 +42,7 @@ pub struct ClassStorage {
     pub segments: Vec<SegmentId>,
     pub storage: BTreeMap<Var, Storage>,
     pub registers: Vec<RegisterPlan>,
-    /// For each segment: the registers of its own device that it reads and writes.
+    /// For each segment: the registers that the segment reads and writes on its own device.
     pub ports: BTreeMap<SegmentId, Ports>,
 }
 
@@ -103,7 +103,7 @@ struct ClassBuilder<'a> {
     segments: &'a Segments,
     classes: &'a Classes,
     aliases: &'a Aliases,
-    /// The class's representative.
+    /// The device that represents the class.
     device: usize,
     /// For each placement: true if the class's devices are in it.
     is_on: Vec<bool>,
@@ -149,8 +149,8 @@ impl<'a> ClassBuilder<'a> {
         self.out
     }
 
-    /// Records which tensors a node reads on the class's device. Returns true if the device runs the node: a device
-    /// with an empty part in a transfer does not.
+    /// Records which tensors a node reads on the class's device. Returns true if the device runs the node. A device
+    /// whose part of a transfer is empty does not run the transfer.
     fn add_reader(&mut self, segment: SegmentId, id: NodeId) -> bool {
         let (node, is_on) = (&self.graph.nodes[id.index()], self.is_on[self.graph.nodes[id.index()].placement]);
         let device = self.device;
@@ -174,8 +174,8 @@ impl<'a> ClassBuilder<'a> {
         is_on
     }
 
-    /// Adds a register without bytes from each bucket to each segment that reads its result, as a signal that the
-    /// reduction is complete. A bucket is reduced in place, so the readers read the register that backward wrote.
+    /// For each bucket and each segment that reads the bucket's result, adds a register without bytes, to signal that
+    /// the reduction is complete. A bucket is reduced in place, so readers read the register that backward wrote.
     fn add_bucket_signals(&mut self) {
         let mut waits: BTreeSet<(SegmentId, SegmentId)> = BTreeSet::new();
         for id in &self.out.segments {

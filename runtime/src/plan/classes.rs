@@ -83,7 +83,7 @@ pub fn classify(graph: &Graph) -> Classes {
     classes
 }
 
-/// The distinct work of a placement's devices. Repeated layers add nothing.
+/// The distinct work of a placement's devices. Repeated layers add no distinct work.
 #[derive(Default)]
 struct Work<'a> {
     tensors: BTreeSet<(&'a [usize], &'a NdSbp)>,

@@ -16,7 +16,8 @@ use crate::plan::memory::{Interval, local_part, local_shape, pack};
 use crate::plan::segments::{Segment, SegmentId, Segments};
 use crate::sbp::Sbp;
 
-/// Finds accumulations to fuse: a kernel that can add to its output makes the value, and nothing else reads the value.
+/// Finds the accumulations to fuse. The value must be made by a kernel of the same action that can add to its output,
+/// and nothing else may read the value.
 pub fn fuse_accumulation(graph: &Graph, segments: &Segments) -> BTreeMap<Var, Var> {
     let mut readers: BTreeMap<Var, usize> = BTreeMap::new();
     for var in graph.nodes.iter().flat_map(|n| &n.inputs).chain(graph.outputs.iter().map(|o| &o.tensor)) {
@@ -132,7 +133,7 @@ impl Emitter<'_> {
         Buffer { base, offset, shape, dtype }
     }
 
-    /// Index of the base of a register's slot. If the action reads and writes the register, it is the output port's.
+    /// Index of the base of a register's slot. If the action reads and writes it, this is the output port's base.
     fn port_base(&self, at: DeviceRegister) -> usize {
         let output = self.outputs.iter().position(|r| at.device == self.device && *r == at.register);
         let input = || self.inputs.iter().position(|r| *r == at);
@@ -238,7 +239,7 @@ impl Emitter<'_> {
         let Some(position) = placement.index_of(self.device) else { return };
         match step.local(position) {
             LocalStep::Keep => {
-                // If other devices change their part, the output has its own buffer on this device too.
+                // If the step changes the part of another device, the output has its own buffer on this device too.
                 if self.plan.aliases.resolve(node.outputs[0]) == node.outputs[0] {
                     let (read, write) = (self.buffer(node.inputs[0]), self.buffer(node.outputs[0]));
                     self.launch(Op::Copy, vec![read], vec![write], false);
@@ -298,7 +299,7 @@ impl Emitter<'_> {
         }
     }
 
-    /// Adds the inputs that this device holds, in order. Then sums the result over the placement's devices.
+    /// Adds up the inputs that this device holds, in order. Then sums the result over the placement's devices.
     fn emit_norm_total(&mut self, node: &Node) {
         let graph = &self.plan.graph;
         let device = self.device;
@@ -337,7 +338,8 @@ impl Emitter<'_> {
         bytes
     }
 
-    /// One early signal for each output port that is complete before the last launch, if another stream waits for it.
+    /// An early signal for each output port that is complete before the last launch, if another stream waits for the
+    /// port.
     fn signals(&self) -> Vec<(usize, u32)> {
         let Self { plan, written, launches, .. } = self;
         let stream = plan.segments.get(self.segment).stream;

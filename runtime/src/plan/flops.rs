@@ -1,7 +1,7 @@
 //! Counts the floating-point operations of a step's matrix products and attention, to compare with a machine's peak.
 //!
-//! A product of `[m, k]` and `[k, n]` counts `2 m n k`. Attention over `t` tokens with heads of depth `d` counts per
-//! head `4 t^2 d` in forward and `8 t^2 d` in backward, with masking ignored, as in Chowdhery et al. 2022
+//! A product of `[m, k]` and `[k, n]` counts `2 m n k`. Attention over `t` tokens counts `4 t^2 d` in forward and
+//! `8 t^2 d` in backward for each head of depth `d`. Masking is ignored, as in Chowdhery et al. 2022
 //! (<https://arxiv.org/abs/2204.02311>, appendix B). Other ops are not counted.
 
 use shardflow_kernels::op::Op;
@@ -44,7 +44,8 @@ mod tests {
     use crate::plan::Schedule;
     use crate::plan::tests::{GPT, gpt};
 
-    /// Per token, `N` weights take `6 N`. Each feature of attention takes `12 t` for a context of `t` tokens.
+    /// Per token, `N` weights take `6 N` operations, and each feature of attention takes `12 t` with `t` tokens of
+    /// context.
     #[test]
     fn flops_of_a_gpt_equal_the_formula_on_any_mesh() {
         let GptConfig { vocabulary, layers, width, context, batch, .. } = GPT;

@@ -25,7 +25,7 @@ impl Plan {
         let _ = write!(writer, "{} {:?}", self.graph.mesh(), (&classes.of, &classes.transfers, lists, patterns));
         let _ = write!(writer, "{:?}", (micro_batches, schedule, device));
         for ClassPlan { storage, slots, arena, actions } in &self.class_plans {
-            // The memory of streams differs between processes.
+            // The memory of streams differs between processes, so it is not hashed.
             let memory = DeviceMemory { stream_bytes: 0, ..arena.memory.clone() };
             let _ =
                 write!(writer, "{:?}", (storage, slots, &arena.registers, &arena.slot_offsets, &arena.fixed, memory));

@@ -59,7 +59,7 @@ impl Instance {
         placement.devices().iter().filter_map(part).collect()
     }
 
-    /// Checks that no device needs more than the plan's memory limit. The mirrors of this process count.
+    /// Checks that no device needs more than the plan's memory limit, including the mirrors of this process.
     ///
     /// # Errors
     /// [`PlanError::Memory`].
@@ -72,7 +72,7 @@ impl Instance {
         Err(PlanError::Memory { budget, table })
     }
 
-    /// Like [`Plan::set_threads`], also for the memory in this instance.
+    /// Like [`Plan::set_threads`], but also updates the memory in this instance.
     pub(crate) fn set_threads(&mut self, threads_per_device: usize) {
         let plan = Arc::make_mut(&mut self.plan);
         plan.set_threads(threads_per_device);
@@ -145,8 +145,8 @@ struct Builder<'a> {
     first: BTreeMap<usize, (u32, u32)>,
     /// For each class: the segments of each stream.
     streams: Vec<BTreeMap<StreamKind, Vec<SegmentId>>>,
-    /// Ids of firing groups, by segment and members. Ids of communicators (below), by stream and members. Members are
-    /// classes or devices, as `view` says.
+    /// Ids of firing groups, by segment and members. The next field has ids of communicators, by stream and members.
+    /// Members are classes or devices, as `view` determines.
     firing_groups: BTreeMap<(SegmentId, Vec<usize>), u32>,
     communicators: BTreeMap<(StreamKind, Vec<usize>), u32>,
     /// Sets of classes, by placement and axes.
@@ -225,7 +225,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// The device of the instance that stands for this one.
+    /// The device of the instance that represents `device`.
     fn stand_in(&self, device: usize) -> usize {
         match self.view {
             View::Devices => device,
@@ -268,7 +268,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Stand-ins for the other readers of `device` in a transfer. A class has the readers of all its devices.
+    /// Other devices that read from `device` in a transfer. A class has the readers of all its devices, as stand-ins.
     fn reading_devices(&self, transfer: NodeId, device: usize) -> BTreeSet<usize> {
         let classes = &self.plan.classes;
         let readers = |own: usize| classes.readers(transfer, own).iter().copied().filter(move |other| *other != own);

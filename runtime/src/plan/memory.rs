@@ -16,7 +16,7 @@ use crate::sbp::local_region;
 pub struct RegisterPlace {
     /// The device whose arena holds it.
     pub device: usize,
-    /// Offset of slot 0 in the arena, bytes.
+    /// Offset of slot 0 in the arena, in bytes.
     pub offset: usize,
     /// Bytes from one slot to the next.
     pub stride: usize,
@@ -31,16 +31,16 @@ pub struct ResidentTensor {
     pub region: Region,
     /// Element type.
     pub dtype: DType,
-    /// Offset in the device's arena, bytes.
+    /// Offset in the device's arena, in bytes.
     pub offset: usize,
-    /// Offset of the bf16 copy in the arena, bytes, if the parameter has one.
+    /// Offset of the bf16 copy in the arena, in bytes, if the parameter has one.
     pub bf16_offset: Option<usize>,
 }
 
 /// One device's memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceMemory {
-    /// Bytes of tensors with fixed addresses, such as moments, and f32 values of weights that are read in bf16.
+    /// Bytes of tensors with fixed addresses, such as moments, and the f32 values of weights that are read in bf16.
     pub fixed_bytes: usize,
     /// Bytes of register slots. They hold all tensors that pass between actions, including weights and gradients.
     pub register_bytes: usize,
@@ -48,20 +48,21 @@ pub struct DeviceMemory {
     pub scratch: BTreeMap<StreamKind, (usize, usize)>,
     /// Bytes of the whole arena: fixed tensors, registers and scratch.
     pub arena_bytes: usize,
-    /// Bytes that the device's streams allocate outside the arena. On CPUs this is scratch of kernel threads and of
-    /// tensors widened from bf16. It depends on the process's number of threads, so it is not part of the plan's hash.
+    /// Bytes that the device's streams allocate outside the arena. On CPUs, this is scratch of kernel threads and f32
+    /// copies of bf16 tensors. It depends on the process's number of threads, so it is not part of the plan's hash.
     pub stream_bytes: usize,
-    /// Bytes of mirrors of registers that other processes write; 0 until a session has assigned devices to processes.
+    /// Bytes of mirrors of registers that other processes write. It is 0 until a session has assigned devices to
+    /// processes.
     pub mirror_bytes: usize,
 }
 
 impl DeviceMemory {
-    /// The planned peak of device memory in bytes, without memory of the driver and libraries, such as contexts.
+    /// The planned peak of device memory in bytes, without the memory of the driver and libraries, such as contexts.
     pub fn total_bytes(&self) -> usize {
         self.arena_bytes + self.stream_bytes + self.mirror_bytes
     }
 
-    /// Name and bytes of each part of the total, for display. Parts of streams and mirrors are omitted if 0.
+    /// Name and bytes of each part of the total, for display. The parts of streams and mirrors are omitted if zero.
     pub fn parts(&self) -> Vec<(&'static str, usize)> {
         let scratch = self.scratch.values().map(|s| s.1).sum();
         let mut parts = vec![("fixed", self.fixed_bytes), ("in registers", self.register_bytes), ("scratch", scratch)];
@@ -119,7 +120,7 @@ pub struct Interval {
     pub last: usize,
 }
 
-/// Returns the offset of each buffer, and the total size in bytes. Buffers that are live at one launch do not overlap.
+/// Returns the offset of each buffer, and the total bytes. Buffers that are live at the same launch do not overlap.
 ///
 /// Places larger buffers first, each at the lowest offset that is free for its lifetime ("greedy by size" of Pisarchyk
 /// and Lee 2020, <https://arxiv.org/abs/2001.03288>).

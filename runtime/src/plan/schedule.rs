@@ -33,8 +33,8 @@ impl fmt::Display for Schedule {
 }
 
 impl Schedule {
-    /// Plans a step. With `saves_memory`, it keeps as few micro-batches in flight as the schedule allows, even if stages
-    /// then wait for messages.
+    /// Plans a step. If `saves_memory` is set, the plan keeps as few micro-batches in flight as the schedule allows,
+    /// even if stages then wait for messages.
     pub fn plan(self, work: &WorkGraph, saves_memory: bool) -> StepPlan {
         let rules = match self {
             Self::GPipe => gpipe::rules(work),

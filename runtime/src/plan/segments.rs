@@ -26,11 +26,11 @@ impl SegmentId {
 /// What the host does in an action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum HostTransfer {
-    /// It feeds inputs.
+    /// The host feeds inputs.
     Feed,
-    /// It looks at a step's results, then feeds what the update needs, such as the learning rate.
+    /// The host reads a step's results, then feeds the values that the update needs, such as the learning rate.
     Decide,
-    /// It fetches outputs.
+    /// The host fetches outputs.
     Fetch,
 }
 
@@ -39,9 +39,9 @@ pub enum HostTransfer {
 pub struct Segment {
     /// Index into [`Graph::placements`].
     pub placement: usize,
-    /// The stream that runs it.
+    /// The stream that runs the segment.
     pub stream: StreamKind,
-    /// How often it runs.
+    /// How often the segment runs.
     pub rate: Rate,
     /// Role, chunk and program.
     pub label: Label,
@@ -127,7 +127,7 @@ struct Builder {
     of_node: Vec<Option<SegmentId>>,
     reads: Vec<BTreeSet<SegmentId>>,
     readers: Vec<Vec<SegmentId>>,
-    /// A segment's level is above the levels of all segments it reads, so a search for a path can stop early.
+    /// A segment's level is above the levels of all segments that it reads, so a search for a path can stop early.
     levels: Vec<u32>,
     newest: HashMap<Key, SegmentId>,
 }
@@ -189,8 +189,8 @@ impl Builder {
     }
 }
 
-/// Parameters that other placements read and nothing updates. Each of their placements gets an update segment, if it
-/// has none, as the producer of the parameters' register.
+/// Parameters that other placements read and nothing updates. A placement of such parameters gets an update segment, if
+/// it has none. This segment is the producer of the parameters' register.
 fn untrained_parameters(graph: &Graph) -> BTreeSet<Var> {
     let updated: BTreeSet<Var> = graph.nodes.iter().flat_map(|node| &node.updates).copied().collect();
     let is_transfer = |node: &&Node| matches!(&node.op, NodeOp::Boxing(step) if step.kind == StepKind::Transfer);
@@ -201,7 +201,7 @@ fn untrained_parameters(graph: &Graph) -> BTreeSet<Var> {
 /// Gives segments their names and chunk numbers.
 struct Namer<'a> {
     graph: &'a Graph,
-    /// Placement and chunk of each segment so far, by role and by name without the chunk.
+    /// By role and name without the chunk: the placement and chunk of each segment so far.
     alike: HashMap<(Role, String), Vec<(usize, u16)>>,
 }
 

@@ -120,7 +120,7 @@ fn a_tight_memory_limit_keeps_fewer_micro_batches_in_flight() {
     assert!(matches!(try_gpt("stage=4", &limit), Err(CompileError::Plan(PlanError::Memory { .. }))));
 }
 
-/// Changes a valid plan with `corrupt` and returns the error.
+/// Changes a valid plan with `corrupt` and returns the error of its validation.
 fn refused(mesh: &str, schedule: Schedule, corrupt: impl FnOnce(&mut Plan)) -> String {
     let mut plan = gpt(mesh, 4, schedule);
     corrupt(&mut plan);

@@ -1,4 +1,4 @@
-//! Refuses plans that would deadlock, call different collectives, overlap in memory or exceed the memory limit.
+//! Refuses plans that would deadlock, mismatch collectives, overlap in memory or exceed the memory limit.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -9,7 +9,7 @@
 //! layers. A beam search in topological order solves a small problem. Sweeps follow, which change one op at a time
 //! while the cost decreases. The beam merges assignments that leave the same layouts to later ops, so it is exact while
 //! it is wide enough. It ranks assignments by the cost so far plus the **pending** cost of reducing `Partial` tensors
-//! that are not reduced yet. (A pending cost for gathering slices of a `Broadcast` tensor was tried: the results were
+//! that are not reduced yet. (A pending cost for gathering slices of a `Broadcast` tensor was tried. The results were
 //! the same or worse.)
 
 mod eliminate;
@@ -29,7 +29,8 @@ use crate::layout_error::LayoutError;
 use crate::placement::Placement;
 
 /// Maximum number of nodes for the beam search, whose time grows with the square of the nodes. Smaller problems keep
-/// the beam search, because the bits of existing programs depend on its choices. Not all its choices are the cheapest.
+/// the beam search, because the bits of existing programs depend on its choices. Some of these choices are not the
+/// cheapest.
 const BEAM_NODES_MAX: usize = 512;
 
 /// Minimum number of assignments that the beam keeps after each op.
@@ -100,7 +101,7 @@ impl NodeSpec {
     /// Adds these signatures as candidates. `whole_seconds` is the time of the unsharded op.
     ///
     /// # Errors
-    /// When an input is not in `tensors`, or the inputs' shapes do not fit the rule.
+    /// Returns an error if an input is not in `tensors`, or the inputs' shapes do not fit the rule.
     pub fn add_candidates(
         &mut self,
         rule: &Rule,
@@ -177,7 +178,7 @@ struct Assignment {
 struct Extension {
     assignment: Assignment,
     candidate: usize,
-    /// The cost plus pending costs.
+    /// The cost so far plus the pending costs.
     rank_seconds: f64,
     conversions: usize,
 }
@@ -356,7 +357,8 @@ impl<'a> Chooser<'a> {
             });
             let (mut next, mut seen) = (Vec::new(), HashSet::new());
             for Extension { mut assignment, candidate, .. } in extensions {
-                // Later nodes depend only on this state. Equal states have equal pending costs, so the first is best.
+                // Later nodes depend only on this state. Extensions with equal states have equal pending costs, so the
+                // first is best.
                 let state = |t: &LiveTensor| (t.tensor, t.layout, t.converted_to.clone());
                 let live = assignment.live.iter().filter(|t| varies[t.tensor]);
                 if next.len() < width && seen.insert(live.map(state).collect::<Vec<_>>()) {

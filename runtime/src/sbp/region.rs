@@ -22,7 +22,7 @@ pub fn slice_region(tensor: &HostTensor, region: &Region) -> HostTensor {
 /// Copies the box `from` of `src` to the box `to` of `dst`; the rest of `dst` is unchanged.
 ///
 /// # Panics
-/// When the boxes differ in size or are outside their tensors, or the tensors differ in type: a planner bug.
+/// Panics if the boxes differ in size or are outside their tensors, or the tensors differ in type: a planner bug.
 pub fn copy_box(src: &HostTensor, from: &Region, dst: &mut HostTensor, to: &Region) {
     assert_eq!(from.size, to.size, "the boxes differ in size");
     fn copy<T: Copy>(src: &[T], dst: &mut [T], rows: impl Iterator<Item = (usize, usize)>, width: usize) {
@@ -43,7 +43,7 @@ pub fn copy_box(src: &HostTensor, from: &Region, dst: &mut HostTensor, to: &Regi
 /// Concatenates tensors along a dim. All must have the same type, and the same extents of the other dims.
 ///
 /// # Panics
-/// When `parts` is empty.
+/// Panics if `parts` is empty.
 pub fn concat(parts: &[HostTensor], dim: usize) -> HostTensor {
     let mut shape = parts[0].shape.clone();
     shape[dim] = parts.iter().map(|part| part.shape[dim]).sum();

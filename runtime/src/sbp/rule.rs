@@ -74,7 +74,7 @@ impl Rule {
     /// output. For an op without inputs, use [`Rule::new`].
     ///
     /// # Errors
-    /// When there is no arrow; also the errors of [`Rule::new`].
+    /// Returns an error if there is no arrow. Also returns the errors of [`Rule::new`].
     pub fn parse(text: &str) -> Result<Self, LayoutError> {
         let no_arrow = || LayoutError::Rule { text: text.into(), why: "it has no arrow; write inputs->outputs".into() };
         let (inputs, outputs) = text.split_once("->").ok_or_else(no_arrow)?;
@@ -85,7 +85,7 @@ impl Rule {
     /// Builds a rule from the letters of each input and output.
     ///
     /// # Errors
-    /// When an operand contains anything but ASCII letters, or a letter twice.
+    /// Returns an error if an operand contains anything but ASCII letters, or a letter twice.
     pub fn new(inputs: &[&str], outputs: &[&str]) -> Result<Self, LayoutError> {
         let letters = |operands: &[&str]| operands.iter().map(|o| o.chars().collect()).collect();
         let rule = Self {
@@ -112,7 +112,7 @@ impl Rule {
     /// Marks factors that must not be split, because the op needs their whole extent, such as the channels of a norm.
     ///
     /// # Errors
-    /// When one of the letters is in no operand.
+    /// Returns an error if one of the letters is in no operand.
     pub fn fixed(mut self, letters: &str) -> Result<Self, LayoutError> {
         letters.chars().try_for_each(|letter| self.check_factor(letter))?;
         self.fixed.extend(letters.chars());
@@ -122,7 +122,7 @@ impl Rule {
     /// Sets the reduction that combines the terms if this contracted factor is split. The default is `Sum`.
     ///
     /// # Errors
-    /// When no operand has the letter.
+    /// Returns an error if no operand has the letter.
     pub fn reduce(mut self, letter: char, op: ReduceOp) -> Result<Self, LayoutError> {
         self.check_factor(letter)?;
         self.reduce.push((letter, op));
@@ -133,7 +133,7 @@ impl Rule {
     /// `f(x + x', y) = f(x, y) + f(x', y)`, and `[0, 1]` means `f(x + x', y + y') = f(x, y) + f(x', y')`.
     ///
     /// # Errors
-    /// When a set is empty or names an input that does not exist.
+    /// Returns an error if a set is empty or names an input that does not exist.
     pub fn linear(mut self, sets: &[&[usize]]) -> Result<Self, LayoutError> {
         for set in sets {
             if set.is_empty() || set.iter().any(|&i| i >= self.inputs.len()) {
@@ -148,7 +148,7 @@ impl Rule {
     /// Sets the size of a factor that no input has.
     ///
     /// # Errors
-    /// When no operand has the letter.
+    /// Returns an error if no operand has the letter.
     pub fn size(mut self, letter: char, size: usize) -> Result<Self, LayoutError> {
         self.check_factor(letter)?;
         self.sizes.push((letter, size));
@@ -184,7 +184,8 @@ impl Rule {
 
     /// Output layouts along one axis for these input layouts; `None` if no signature has these inputs.
     pub fn output_layouts(&self, inputs: &[Sbp]) -> Option<Vec<Sbp>> {
-        // This case comes first: if only outputs have a factor, the split of that factor has the same inputs.
+        // This case comes first: if only outputs have a factor, the signature that splits this factor has the same
+        // inputs.
         if inputs.iter().all(|sbp| *sbp == Sbp::Broadcast) {
             return Some(vec![Sbp::Broadcast; self.outputs.len()]);
         }
@@ -200,8 +201,8 @@ impl Rule {
     /// Infers the shapes of the outputs from those of the inputs (whole tensors, or the shards of one signature).
     ///
     /// # Errors
-    /// When the number of inputs, or of dims of an input, differs from the rule, two inputs have different sizes for a
-    /// factor, or [`Rule::size`] is missing for a factor that only outputs have.
+    /// Returns an error if the number of inputs, or of dims of an input, differs from the rule, two inputs have
+    /// different sizes for a factor, or [`Rule::size`] is missing for a factor that only outputs have.
     pub fn infer_shapes(&self, inputs: &[impl AsRef<[usize]>]) -> Result<Vec<Vec<usize>>, LayoutError> {
         let rule = || self.to_string();
         if inputs.len() != self.inputs.len() {

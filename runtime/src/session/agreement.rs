@@ -1,6 +1,6 @@
 //! Checks values that must be equal on all ranks: in each step, the learning rate and the elements that several ranks
 //! feed; in each load, the tensors. The control tree compares values on their way up, and all ranks report the same
-//! error. A step's numbers share a message with requests to stop, so the only cost is a digest of the shared elements.
+//! error. A step's numbers share a message with stop requests, so the only cost is a digest of the shared elements.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -58,7 +58,7 @@ fn list(values: &[(u32, String)]) -> String {
     format!("{}{more}", listed.collect::<Vec<_>>().join("; "))
 }
 
-/// Elements of an input that several processes feed. The same processes feed all of these elements.
+/// Elements of an input that several processes feed. Each of these processes feeds all of these elements.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SharedInput {
     pub(super) var: Var,
@@ -145,7 +145,8 @@ pub(super) struct LoadSummary {
     pub(super) tensors: BTreeMap<Var, u64>,
 }
 
-/// How processes combine the numbers of a step: largest request, same learning rate, same digest per shared input.
+/// How processes combine the numbers of a step: they take the largest request, and require equal learning rates and,
+/// for each shared input, equal digests.
 pub(super) fn rules_of_step(plan: &Instance, shared: &[SharedInput]) -> Arc<[MergeRule]> {
     let rate = plan.graph.objective.map(|_| MergeRule::Same(None));
     let digests = shared.iter().map(|input| MergeRule::Same(Some(input.processes.clone())));
@@ -202,7 +203,7 @@ pub(super) fn numbers_of_load(plan: &Instance, process: u32, summary: Result<Loa
     fields.chunks(TENSORS_MAX).map(|fields| (fields.iter().map(rule).collect(), fields.to_vec())).collect()
 }
 
-/// Finds a difference between the processes' numbers of a load without failures. `parts`: the result of each message.
+/// Finds a difference in the processes' numbers of a load without failures. `parts` has the result of each message.
 pub(super) fn difference_in_load(plan: &Instance, source: &str, parts: &[Reduced]) -> Option<RankDisagreement> {
     let (part, difference) = parts.iter().enumerate().find_map(|(part, all)| Some((part, all.difference.clone()?)))?;
     let index = part * TENSORS_MAX + difference.field as usize;

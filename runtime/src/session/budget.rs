@@ -11,8 +11,8 @@ use crate::plan::{Plan, ResidentTensor};
 use crate::process_map::ProcessMap;
 use shardflow_job::machine::{CGROUPS_MAX, CgroupId, FreeMemory, MemoryClaim, memory_bounds};
 
-/// Reserved bytes outside the plan: for a process's libraries and connections, and for packed matrices per device and
-/// thread. Measured for `gpt` with widths from 64 to 1024 and up to 8 threads: 3 to 31 MiB in total.
+/// Reserved bytes outside the plan: per process for libraries and connections, and per device and thread for packed
+/// matrices. Measured for `gpt` with widths from 64 to 1024 and up to 8 threads: 3 to 31 MiB in total.
 const RANK_BYTES: u64 = 16 << 20;
 const DEVICE_BYTES: u64 = 8 << 20;
 const THREAD_BYTES: u64 = 2 << 20;
@@ -23,15 +23,15 @@ pub(crate) const SNAPSHOTS_MAX: usize = 2;
 /// The memory of this node for a job of CPU devices.
 #[derive(Clone, Debug)]
 pub(crate) struct Budget {
-    /// Free memory of this process's cgroups and of the machine (`None`), the tightest bound first. It is measured
-    /// before any process of the job allocates for the plan. Empty if unknown or not applicable.
+    /// Free memory of this process's cgroups and of the machine (`None`), with the tightest bound first. It is measured
+    /// before any process of the job allocates for the plan. Empty if it is unknown or not applicable.
     bounds: Vec<(Option<CgroupId>, FreeMemory)>,
     /// The claims of all processes, by rank.
     claims: Vec<MemoryClaim>,
 }
 
 impl Budget {
-    /// Call it before the rendezvous, because other processes may allocate memory after it. There is no budget for
+    /// Call this before the rendezvous, because other processes may allocate memory after it. There is no budget for
     /// GPUs, because their memory is not the host's. The devices' budget (`CompileOptions::memory_bytes`) also applies.
     pub(crate) fn measure(plan: &Plan) -> Self {
         let bounds = if plan.device == DeviceKind::Cpu { memory_bounds() } else { Vec::new() };
@@ -117,7 +117,7 @@ fn rank_bytes(plan: &Plan, devices: usize) -> u64 {
     RANK_BYTES + devices as u64 * (DEVICE_BYTES + plan.threads_per_device as u64 * THREAD_BYTES)
 }
 
-/// The parts of a parameter or state in a checkpoint. Each comes with the first device of the placement that holds it.
+/// Parts of a parameter or state in a checkpoint. Each comes with the first of the placement's devices that hold it.
 pub(crate) fn saved_parts(plan: &Instance, var: Var) -> Vec<(usize, &ResidentTensor)> {
     let mut parts: Vec<(usize, &ResidentTensor)> = Vec::new();
     for (device, _, resident) in plan.resident_parts(var) {

@@ -39,10 +39,11 @@ impl Session {
         self.plan.graph.parameters().into_iter().map(|var| Ok((name(var), self.whole(var)?))).collect()
     }
 
-    /// Like [`Session::parameters`], but only process 0 gets them. The other processes hold one tensor at a time.
+    /// Like [`Session::parameters`], but only process 0 gets the tensors. The other processes hold one tensor at a
+    /// time.
     ///
     /// # Errors
-    /// Those of [`Session::parameters`].
+    /// Returns the errors of [`Session::parameters`].
     pub fn parameters_on_first(&self) -> Result<Option<BTreeMap<String, HostTensor>>, SessionError> {
         self.check_not_failed()?;
         let mut found = (self.process_map.process == 0).then(BTreeMap::new);
@@ -140,7 +141,8 @@ impl Session {
         Ok(notes)
     }
 
-    /// Like [`Session::restore`] for parameters only, from any safetensors file. Moments, steps and updates become 0.
+    /// Like [`Session::restore`], but loads only parameters, from any safetensors file. Moments, steps and updates
+    /// become 0.
     pub fn init_from(&mut self, path: &Path) -> Result<Vec<String>, SessionError> {
         self.set_activity("loading weights");
         let read = self.read(path, true);
@@ -172,7 +174,7 @@ impl Session {
         self.write_all(path, &source, &digests)
     }
 
-    /// Returns the load, if it is equal on all processes.
+    /// Returns the load if it is equal on all processes, else an error.
     fn load_together<'a>(
         &mut self,
         path: &Path,

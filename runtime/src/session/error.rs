@@ -76,7 +76,7 @@ impl SessionError {
         }
     }
 
-    /// Rank of the process that failed, if it is not this process.
+    /// Rank of the process that failed, if this is another process.
     pub fn first_cause_rank(&self) -> Option<u32> {
         match self {
             Self::Failed(Failure::Peer { process, .. } | Failure::Stalled { process: Some(process), .. }) => {

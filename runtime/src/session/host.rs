@@ -10,7 +10,7 @@ use shardflow_kernels::tensor::{HostData, HostTensor};
 
 use crate::plan::segments::SegmentId;
 
-/// Kernel that writes the next tensors sent by the session.
+/// Kernel that writes the session's next tensors to the device.
 #[derive(Debug)]
 pub struct HostIn {
     /// One message per firing, with one tensor per buffer.

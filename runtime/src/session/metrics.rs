@@ -31,7 +31,7 @@ pub(super) struct StepMetrics {
     learning_rate: Gauge,
     mfu: Option<Gauge>,
     step_tokens: u64,
-    /// Operations of a step, divided by the peak operations per second of all devices.
+    /// Minimum duration of a step: its operations, divided by the peak operations per second of all devices.
     step_seconds_min: f64,
     /// Unix time in milliseconds when the job's launcher started or, without a launcher, when this session started.
     job_began_ms: u64,
@@ -49,7 +49,7 @@ pub(super) struct TrainingTime {
 }
 
 impl TrainingTime {
-    /// Publishes the ratio. It decreases even while no step ends.
+    /// Publishes the ratio. The ratio decreases even while no step ends.
     pub(super) fn publish(&self) {
         let productive = self.productive_ns.load(Ordering::Relaxed) as f64 * 1e-9;
         let all = self.earlier + self.started.elapsed();
@@ -137,7 +137,7 @@ fn publish_start(plan: &Instance, process_map: &ProcessMap, options: &SessionOpt
     // Makes these counters exist before their first event.
     counter!(names::STALLS).absolute(0);
     counter!(names::FIRINGS_LOST).absolute(0);
-    // Once per process, even if it starts several sessions.
+    // Published once per process, even if the process starts several sessions.
     static RESTARTS: Once = Once::new();
     let restart = |code: &u8| counter!(names::RESTARTS, "cause" => code.to_string()).increment(1);
     RESTARTS.call_once(|| options.cluster.restart_causes.iter().for_each(restart));

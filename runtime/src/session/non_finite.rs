@@ -74,7 +74,7 @@ impl Session {
         *bound = bound.max(f64::from(largest));
     }
 
-    /// Sets each bound to the largest of all processes. All processes call it after they have written their own parts.
+    /// Sets each bound to its largest value on any process. All processes call it after writing their own parts.
     pub(super) fn agree_on_bounds(&mut self) -> Result<(), SessionError> {
         if self.process_map.processes == 1 {
             return Ok(());
@@ -125,7 +125,7 @@ impl Session {
         let (spec, plan) = (&self.plan.spec.actors[actor], &self.plan.actions[actor][action]);
         let graph = &self.plan.graph;
         let node = match (plan.nodes.get(found.launch), &plan.host) {
-            // This is the NaN learning rate that cancelled the update.
+            // The kernel got the NaN learning rate that cancelled the update.
             (_, Some(HostPort { transfer: HostTransfer::Decide, .. })) => return None,
             (Some(node), _) => *node,
             // The launch for host tensors follows the launches of the nodes.

@@ -13,7 +13,7 @@ use super::{BETWEEN_STEPS, QUIESCE_TIMEOUT, Session, stopped};
 use crate::cluster::failure::peer_failure;
 use crate::cluster::world::WAITING;
 
-/// Interval at which a waiting process checks which process it waits for.
+/// Interval at which a waiting process checks which process has not supplied its numbers yet.
 const CHECK_EVERY: Duration = Duration::from_millis(50);
 
 /// The occasions on which processes combine numbers. Each topic numbers its rounds in the order of the program.
@@ -109,7 +109,8 @@ impl Session {
         combined.map_err(|failure| self.fail(failure))
     }
 
-    /// Supplies these words between steps, and returns the lexicographically largest words of all processes.
+    /// Supplies these words between steps. Returns the largest of the processes' word lists, compared
+    /// lexicographically.
     pub(super) fn largest<const WORDS: usize>(&mut self, words: [u64; WORDS]) -> Result<[u64; WORDS], SessionError> {
         let reduced =
             self.combine(Topic::BetweenSteps, &[MergeRule::Max { words: WORDS }].into(), vec![words.to_vec()])?;

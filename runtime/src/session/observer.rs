@@ -185,7 +185,7 @@ const INCIDENTS_MAX: usize = 8;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Incident {
-    /// Time of its first occurrence, nanoseconds since the session's start.
+    /// Time of the incident's first occurrence, in nanoseconds since the session's start.
     pub at_ns: u64,
     /// `restart`, `not finite`, `stall`, `refused` or `failure`.
     pub kind: &'static str,

@@ -15,7 +15,8 @@ pub enum Threads {
     /// The number in [`crate::passes::CompileOptions::threads_per_device`].
     #[default]
     Planned,
-    /// The usable cores of this process, divided equally among all devices that share them. Known after the rendezvous.
+    /// The usable cores of this process, divided equally among all devices that share them. The number is known only
+    /// after the rendezvous.
     Owned,
 }
 
@@ -25,7 +26,7 @@ pub enum Outputs {
     /// All ranks.
     #[default]
     AllRanks,
-    /// Rank 0. The others get only the loss and the gradient norm.
+    /// Only rank 0. Other ranks get only the loss and the gradient norm.
     FirstRank,
 }
 

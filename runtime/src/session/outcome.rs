@@ -43,7 +43,7 @@ impl Outcome {
         if let Self::Good(value) = self { value } else { 0 }
     }
 
-    /// Returns an error if this is the failure of `rank`. `problem` is what the rank cannot do with `place`.
+    /// Returns an error if this outcome of `rank` is a failure. `problem` is what the rank cannot do with `place`.
     pub(super) fn check(self, rank: u32, place: &str, problem: &str) -> Result<(), CheckpointError> {
         let Self::Failed(exit) = self else { return Ok(()) };
         let (place, problem) = (place.into(), problem.into());

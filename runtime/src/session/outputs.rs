@@ -42,11 +42,12 @@ impl Session {
         let wanted = self.fetched_pieces(|device| self.process_map.own().contains(&device));
         self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
         if self.process_map.process != 0 {
-            // These pieces have been sent to process 0.
+            // These pieces were sent to process 0, so this process drops them.
             let mut inbox = self.inbox.lock();
             wanted.iter().for_each(|(port, count)| drop(inbox.take(*port, *count)));
         }
-        // Supplied after the results: missing numbers then mean that the devices of their process are late.
+        // The numbers are supplied after the results. Missing numbers then mean that the devices of their process are
+        // late.
         let pending = self.supply(Topic::Step, rules, numbers).map_err(|failure| self.fail(failure))?;
         self.combined(pending, None).map_err(|failure| self.fail(failure))
     }

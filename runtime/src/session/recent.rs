@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::report::StepReport;
 
-/// Number of recent steps that are kept, and number of newest steps from which quantiles of durations are computed.
+/// Number of recent steps that are kept, and number of the newest steps whose durations determine the quantiles.
 const STEPS_KEPT: usize = 512;
 const STEPS_TIMED: usize = 128;
 
@@ -45,8 +45,8 @@ impl RecentSteps {
         sorted.get(index.saturating_sub(1)).copied()
     }
 
-    /// Adds a step; `steps` is the number of steps done, including this one. Returns the 99th percentile of durations
-    /// only after some steps, because a quantile needs a sort.
+    /// Adds a step; `steps` is the number of steps done, including this one. Only some steps return the 99th percentile
+    /// of durations, because computing a quantile needs a sort.
     pub(super) fn record(
         &mut self,
         steps: u64,

@@ -22,7 +22,7 @@ impl Saver {
     /// Takes a snapshot between two steps and starts to write it. All processes of a job call it after the same steps.
     ///
     /// # Errors
-    /// If the session or the saver's thread has failed. The result of the write is reported later.
+    /// Returns an error if the session or the saver's thread has failed. The result of the write is reported later.
     pub fn save(&mut self, session: &Session, cursor: Cursor) -> Result<SaveStart, SessionError> {
         if self.must_skip() {
             return Ok(SaveStart::Skipped);
@@ -53,7 +53,7 @@ impl Session {
         let number = (nanoseconds & !0xffff) | u64::from(member.process & 0xffff);
         let probed = saver.and_then(|saver| {
             if member.process == 0 {
-                // Two folders and a manifest, and for each process a shard and its description.
+                // A checkpoint has two folders, a manifest and, for each process, a shard and its description.
                 let files = 3 + 2 * u64::from(member.processes);
                 let entries = (1 + u64::from(member.processes)) * self.residents().count() as u64;
                 let tensors = self.checkpoint_bytes();
@@ -129,7 +129,7 @@ fn is_with(store: &Store, path: &Path) -> bool {
     store.local.as_deref().is_some_and(|folder| device(folder) == device(folder_of(path)))
 }
 
-/// Checks that known free space suffices for `more` bytes and for checkpoints that do not exist yet (at least one).
+/// If the free space is known, checks that it suffices for `more` bytes and the checkpoints to come (at least one).
 fn check_free_space(store: &Store, bytes: u64, files: u64, checkpoints: u64, more: u64) -> Result<(), CheckpointError> {
     // The folder exists, because taking the lock has created it.
     let Some(folder) = store.local.as_deref() else { return Ok(()) };

@@ -72,7 +72,8 @@ impl Session {
         self.snapshot_of(self.process_map.own(), spare)
     }
 
-    /// [`Session::snapshot`] of these devices. If several devices of a placement hold a part, the first provides it.
+    /// Like [`Session::snapshot`], for these devices. If several devices of a placement hold a part, the first gives
+    /// it.
     pub fn snapshot_of(&self, devices: Range<usize>, spare: Option<Snapshot>) -> Result<Snapshot, SessionError> {
         self.check_not_failed()?;
         let mut spare = spare.map(|s| s.pieces).unwrap_or_default().into_iter();
@@ -178,7 +179,8 @@ impl Session {
     /// reports damaged checkpoints; later saves at their steps replace them. If all are damaged, it returns an error.
     ///
     /// # Errors
-    /// A process cannot read the store, all checkpoints are damaged, or the newest good one does not fit the program.
+    /// Returns an error if a process cannot read the store, if all checkpoints are damaged, or if the newest good one
+    /// does not fit the program.
     pub fn restore_newest(&mut self, store: &Store) -> Result<Restored, SessionError> {
         let (mut before, mut all) = (None, Vec::new());
         loop {
@@ -220,7 +222,8 @@ impl Session {
                 (Err(SessionError::Checkpoint(error)), Outcome::Damaged) => all.push(error),
                 (Err(error), _) => return Err(error),
                 (Ok((parts, reader)), Outcome::Good(_)) => {
-                    // The productive time of process 0 counts, because the launchers of other nodes started later.
+                    // The productive time of process 0 counts for all, because the launchers of other nodes started
+                    // later.
                     let notes = self.load_parts(Ok(parts), &reader, outcomes.first)?;
                     return Ok(Restored { found: Some((step, reader.manifest().cursor.clone())), damaged: all, notes });
                 }

@@ -75,7 +75,8 @@ impl Session {
     /// Joins the processes, allocates arenas, creates weights, starts actors. All processes call it with the same plan.
     ///
     /// # Errors
-    /// Memory, threads or peers are unavailable. [`crate::plan::error::PlanError::NodeMemory`] comes before allocation.
+    /// Returns an error if memory, threads or peers are unavailable. [`crate::plan::error::PlanError::NodeMemory`]
+    /// comes before any allocation.
     pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
         if plan_files::write_requested(&plan).map_err(|(path, source)| SessionError::PlanFile { path, source })? {
             return Err(SessionError::PlanWritten);
@@ -269,7 +270,7 @@ fn declared(plan: &Instance, options: &SessionOptions) -> Declarations {
     declared.declare(OPTIMIZER, adamw, OnResume::Warn).declare(MAX_NORM, adamw.max_norm, OnResume::Warn)
 }
 
-/// Values other than the build that must be equal on all processes. The plan depends on most of them, so it is last.
+/// Values besides the build that must be equal on all processes. The plan depends on most others, so the plan is last.
 fn facts(plan: &Instance, options: &SessionOptions) -> Result<Vec<Fact>, ClusterError> {
     let cluster = &options.cluster.options;
     let kernels = match plan.device {

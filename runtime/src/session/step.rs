@@ -219,7 +219,7 @@ impl Session {
     /// This rank's part of a whole batch, for [`Batch::Local`].
     ///
     /// # Errors
-    /// Those of [`Session::step`] for a wrong input.
+    /// Returns the errors of [`Session::step`] for a wrong input.
     pub fn local_batch<'a>(&self, whole: &[(&'a str, HostTensor)]) -> Result<Vec<(&'a str, HostTensor)>, SessionError> {
         self.check_inputs(Batch::Whole(whole))?;
         let inputs = Inputs::from(Batch::Whole(whole));

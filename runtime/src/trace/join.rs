@@ -88,7 +88,7 @@ pub(super) struct Args {
 #[derive(Debug)]
 pub struct JoinedTrace {
     pub(super) events: Vec<Event>,
-    /// Shift of each file's times, microseconds.
+    /// Shift of each file's times, in microseconds.
     shifts_us: Vec<f64>,
 }
 
@@ -158,7 +158,7 @@ fn check_actors_unique(files: &[Vec<Event>]) -> Result<(), JoinError> {
     Ok(())
 }
 
-/// The shift of each file, in microseconds, to the clock of the file that began first.
+/// The number of microseconds by which each file's times are shifted to the clock of the file that began first.
 fn shifts(files: &[Vec<Event>]) -> Result<Vec<f64>, JoinError> {
     let clock = |(index, events): (usize, &Vec<Event>)| {
         let unix_ns = events.iter().find(|event| event.name == CLOCK).and_then(|event| event.args.unix_ns);
@@ -171,7 +171,8 @@ fn shifts(files: &[Vec<Event>]) -> Result<Vec<f64>, JoinError> {
     for (index, events) in files.iter().enumerate() {
         written.extend(events.iter().filter(|e| e.ph == "s").map(|e| (e.id.as_str(), (index, e.ts))));
     }
-    // Per writing and reading file: the smallest time from a piece's write to its read, each by the file's own clock.
+    // For each pair of a writing and a reading file: the smallest time from a piece's write to its read, where each
+    // time comes from its own file's clock.
     let mut smallest: BTreeMap<(usize, usize), f64> = BTreeMap::new();
     for (index, events) in files.iter().enumerate() {
         for event in events.iter().filter(|e| e.ph == "f") {
@@ -181,7 +182,7 @@ fn shifts(files: &[Vec<Event>]) -> Result<Vec<f64>, JoinError> {
             }
         }
     }
-    // The shift of a file may require the shift of another, through a chain of all files.
+    // Shifting one file may require shifting another one. The longest such chain contains all files.
     for _ in 0..files.len() {
         for ((from, to), delay) in &smallest {
             shifts[*to] = shifts[*to].max(shifts[*from] - delay);

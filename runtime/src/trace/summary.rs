@@ -1,4 +1,4 @@
-//! Summary of a trace: how busy actors were, what they waited for, the critical path, and step time and prediction.
+//! Summary of a trace: how busy actors were, what they waited for, the critical path, the step time and its prediction.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
@@ -20,19 +20,21 @@ pub struct SummaryError;
 pub struct ActorShare {
     /// Name of the actor.
     pub name: String,
-    /// Share with a firing in flight.
+    /// Share of the time in which a firing was in flight.
     pub busy: f64,
-    /// Share idle because the program had not sent the step's inputs, or its learning rate.
+    /// Share of the time in which the actor was idle because the program had not sent the inputs or the learning rate.
     pub host: f64,
-    /// Share idle because the readers of one of its outputs held all slots.
+    /// Share of the time in which the actor was idle because the readers of one of its outputs held all slots.
     pub credit: f64,
-    /// Share idle because a piece was written but had not arrived: messages or scheduling.
+    /// Share of the time in which the actor was idle because a written piece had not arrived: messages or scheduling.
     pub link: f64,
-    /// Share idle because a piece was not yet written, up to the idle time in the simulator's run.
+    /// Share of the time in which the actor was idle because a piece was not yet written. Limited to the idle time in
+    /// the simulator's run.
     pub bubble: f64,
-    /// Share idle because a piece was not yet written, beyond `bubble`: firings took longer than their mean time.
+    /// Share of the time beyond `bubble` in which the actor was idle because a piece was not yet written. The reason is
+    /// that firings took longer than their mean time.
     pub imbalance: f64,
-    /// The rest, such as handling of the actor's messages.
+    /// The remaining share of the time, such as the handling of the actor's messages.
     pub other: f64,
 }
 
@@ -49,15 +51,15 @@ pub struct TraceSummary {
     pub steps: u64,
     /// Number of passes over the plan for these steps; a repeated step has several passes.
     pub passes: u64,
-    /// Mean time from a pass's first launch to its last end, seconds.
+    /// Mean time from a pass's first launch to its last end, in seconds.
     pub step_seconds: f64,
     /// The simulator's prediction of `step_seconds`.
     pub predicted_seconds: Option<f64>,
     /// Use of time by actor.
     pub actors: Vec<ActorShare>,
-    /// Waits: `input` or `credit`, the register, and the time per step over all actors, seconds.
+    /// For each wait: `input` or `credit`, the register, and the seconds per step, summed over all actors.
     pub edges: Vec<(String, String, f64)>,
-    /// The last step's critical path: seconds of each action on the path, the largest first.
+    /// The last step's critical path: seconds of each action on the path. The largest value comes first.
     pub path: Vec<(String, f64)>,
 }
 
@@ -69,11 +71,11 @@ struct TraceIndex {
     of_actor: BTreeMap<u32, Vec<usize>>,
     /// Time of each pass's first launch and of its last end.
     spans: BTreeMap<u64, (f64, f64)>,
-    /// By arrow id: the slice in which the arrow starts, and the time.
+    /// For each arrow id: the slice in which the arrow starts, and its start time.
     starts: HashMap<String, (usize, f64)>,
-    /// By slice: register and id of each arrow that ends in the slice.
+    /// For each slice: register and id of each arrow that ends in the slice.
     ends: HashMap<usize, Vec<(String, String)>>,
-    /// By register: slices that read the register, in the order of their starts.
+    /// For each register: slices that read the register, in the order of their starts.
     readers: HashMap<String, Vec<usize>>,
     predicted: Option<(f64, BTreeMap<String, f64>)>,
 }
@@ -155,7 +157,7 @@ impl TraceIndex {
         count.checked_sub(1).map(|place| own[place])
     }
 
-    /// For a slice that waited for a piece: the slice that wrote the piece, and the time of the write.
+    /// If the slice waited for a piece, returns the slice that wrote the piece, and the time of the write.
     fn writer_of(&self, index: usize) -> Option<(usize, f64)> {
         let register = &self.slices[index].args.register;
         let (_, id) = self.ends.get(&index)?.iter().find(|(name, _)| name == register)?;
@@ -192,7 +194,8 @@ impl TraceIndex {
         ActorShare { name: share.name, busy, host, credit, link, bubble, imbalance, other }
     }
 
-    /// Seconds of each action on the critical path: a step's last firing, the firing that enabled it, and so on back.
+    /// Returns the seconds of each action on the critical path. The path runs from the step's last firing back to the
+    /// firing that enabled it, and so on.
     fn critical_path(&self, pass: u64) -> Vec<(String, f64)> {
         let of_step = (0..self.slices.len()).filter(|index| self.slices[*index].args.pass == pass);
         let mut at = self.last_ended(of_step, f64::INFINITY);

@@ -86,7 +86,8 @@ pub(super) struct Prediction {
 }
 
 impl Prediction {
-    /// `None` until each action has fired, or if other processes host a part of the plan: its durations are unknown.
+    /// `None` until each action has fired. Also `None` if other processes host a part of the plan, whose durations are
+    /// unknown.
     pub(super) fn of(observer: &Observer) -> Option<Self> {
         if observer.process_map().processes > 1 {
             return None;

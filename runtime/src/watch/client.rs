@@ -47,7 +47,7 @@ pub struct HangReport {
     pub cause: Option<String>,
     /// Other processes that may have the cause.
     pub elsewhere: Vec<u32>,
-    /// Chain of waits down to the cause: the waiting action, and what it waits for.
+    /// Chain of waits down to the cause. Each entry has the waiting action, and what this action waits for.
     pub chain: Vec<(String, String)>,
 }
 
@@ -99,9 +99,9 @@ pub fn status(address: SocketAddr) -> Result<Status, ClientError> {
 /// Hang reports of all processes that may have the cause.
 #[derive(Debug)]
 pub struct HangExplanation {
-    /// In the order of queries: the first process, then those that may have the cause.
+    /// The reports in the order of the queries: the first process, then those that may have the cause.
     pub reports: Vec<HangReport>,
-    /// Processes that cannot be queried although others wait for them, with the errors.
+    /// Processes that cannot be queried although others wait for them, with the errors of the queries.
     pub unreachable: Vec<(u32, ClientError)>,
 }
 

@@ -25,7 +25,7 @@ const FIRING_FIELDS: usize = 7;
 const BLOCKED_MAX: usize = 200;
 /// An edge counts as blocked if it holds up an actor for this time while a step is running.
 const BLOCKED_NS: u64 = 1_000_000_000;
-/// Maximum length of a text, bytes; longer texts are truncated.
+/// Maximum length of a text, in bytes; longer texts are truncated.
 const TEXT_MAX: usize = 2_000;
 
 /// A step: its number, loss, gradient norm, learning rate and seconds.
@@ -46,10 +46,11 @@ pub(super) struct Event {
     /// `running`, `failed`, `ended` or `none`.
     pub health: &'static str,
     pub now_us: u64,
-    /// Time since a firing began or ended.
+    /// Time since a firing last began or ended, in microseconds.
     pub idle_us: u64,
     pub steps: u64,
-    /// Passes over the plan at which the step number jumps, each with the steps done before that. Firings count passes.
+    /// Passes over the plan at which the step number jumps, and the number of steps done before each pass. The numbers
+    /// of firings count passes, not steps.
     pub passes: Vec<(u64, u64)>,
     /// Total number of steps that the program plans.
     pub steps_planned: Option<u64>,
@@ -58,29 +59,29 @@ pub(super) struct Event {
     /// Median duration of the newest steps.
     pub step_seconds: Option<f64>,
     pub tokens_per_second: Option<f64>,
-    /// Per new step: number of steps done including this one, loss, gradient norm, learning rate, seconds.
+    /// For each new step: number of steps done including this one, loss, gradient norm, learning rate, seconds.
     pub points: Vec<Point>,
-    /// Per newly ended firing: actor, action, firing, launch (us), duration (us), the condition that became true last
-    /// (0 input, 1 credit, 2 host, 3 itself), and its register.
+    /// For each newly ended firing: actor, action, firing, launch (us), duration (us), the condition that became true
+    /// last (0 input, 1 credit, 2 host, 3 itself), and the register of that condition.
     pub firings: Vec<u64>,
     /// Number of new firings that this event leaves out.
     pub firings_left_out: u64,
-    /// Per actor with changes: the actor, us in firings without collectives, us in collectives, and us of waits for
-    /// inputs, credits, the host and itself, all since the start.
+    /// For each actor with changes: the actor, and times (us) since the start: in firings without collectives, in
+    /// collectives, and in waits for inputs, for credits, for the host and for itself.
     pub busy: Vec<[u64; 7]>,
-    /// Per changed register: the register, slots held, pieces published, and pieces released by each reader.
+    /// For each changed register: the register, slots held, pieces published, and pieces released by each reader.
     pub registers: Vec<Vec<u64>>,
-    /// Per device: the device, bytes planned, peak bytes in use, bytes allocated.
+    /// For each device: the device, bytes planned, peak bytes in use, bytes allocated.
     pub memory: Vec<[usize; 4]>,
     pub bubble: Option<f64>,
-    /// Per edge that holds up an actor: the register, the reading actor, 0 if that actor waits for a piece or 1 if the
-    /// producer waits for a slot, and the time (us).
+    /// For each edge that holds up an actor: the register, the reading actor, 0 if that actor waits for a piece or 1 if
+    /// the producer waits for a slot, and the time (us).
     pub blocked: Vec<[u64; 4]>,
-    /// Per actor with a long wait: the actor, and what it waits for.
+    /// For each actor with a long wait: the actor, and what it waits for.
     pub waits: Vec<(u32, String)>,
-    /// Per other process: its rank, and us since its last heartbeat, `None` after it has ended.
+    /// For each other process: its rank, and the time (us) since its last heartbeat, or `None` if it has ended.
     pub peers: Vec<(u32, Option<u64>)>,
-    /// In the order of time: time (us), kind, description.
+    /// For each incident, in the order of time: time (us), kind, description.
     pub incidents: Vec<(u64, &'static str, String)>,
 }
 
@@ -216,7 +217,7 @@ fn limit_firings(spec: &Spec, fired: &mut Vec<(ActorId, FiringRecord)>) {
     if fired.len() <= FIRINGS_MAX {
         return;
     }
-    // The newest step may still be running, but the one before it has ended.
+    // The newest step may still be running, but the step before it has ended.
     let step = |(actor, record): &(ActorId, FiringRecord)| pass_of(spec, *actor, record);
     let newest = fired.iter().map(step).max().unwrap_or_default();
     let kept = fired.iter().map(step).filter(|step| *step < newest).max().unwrap_or(newest);

@@ -14,15 +14,15 @@ use super::under_way::RunningStep;
 use crate::session::metrics::DeviceMetrics;
 use crate::session::observer::{Observer, SessionHealth, cause_of};
 
-/// Shares of time refer to this window before now.
+/// Shares of time refer to the last ten seconds. This is the window's length in nanoseconds.
 const WINDOW_NS: u64 = 10_000_000_000;
-/// Number of reported waits, and the smallest share that is reported.
+/// Maximum number of reported waits. `WAIT_MIN` is the smallest share of a wait that is reported.
 const WAITS_MAX: usize = 5;
 const WAIT_MIN: f64 = 5e-4;
-/// A step without progress for this time is reported.
+/// A step that makes no progress for this time is reported.
 const IDLE_SECONDS_REPORTED: f64 = 1.0;
 
-/// Status of a session. Shares refer to the last ten seconds, or to the time since the session's start if shorter.
+/// Status of a session. Shares refer to the last ten seconds, or to the session's whole time if it is shorter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     /// Mesh of the session.
@@ -61,14 +61,14 @@ pub struct Status {
     pub waits: Vec<WaitStatus>,
 }
 
-/// Memory of one device, bytes.
+/// Memory of one device, in bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DeviceStatus {
-    /// Rank of the device.
+    /// Rank of the device in the mesh.
     pub device: usize,
-    /// Peak according to the plan.
+    /// Peak memory according to the plan.
     pub planned_bytes: usize,
-    /// Peak in use so far.
+    /// Peak memory in use so far.
     pub peak_bytes: usize,
 }
 
@@ -155,7 +155,7 @@ impl Status {
     }
 }
 
-/// Share of the time that actors waited for a register, by reason and register.
+/// Share of the time for which actors waited for a register, by reason and register.
 type Waits = BTreeMap<(&'static str, RegisterId), f64>;
 
 impl ActorStatus {

@@ -46,7 +46,7 @@ impl Job {
         self.folder.path()
     }
 
-    /// `shardflow launch FLAGS -- sh -c SCRIPT`.
+    /// Starts `shardflow launch FLAGS -- sh -c SCRIPT`.
     pub fn sh(&self, flags: &[&str], script: &str) -> Running {
         self.sh_with(&[], flags, script)
     }
@@ -65,7 +65,7 @@ impl Job {
         Running::start(command)
     }
 
-    /// `shardflow ARGS`.
+    /// Starts `shardflow ARGS`.
     pub fn run(&self, args: &[&str]) -> Running {
         self.run_with(&[], args)
     }
@@ -83,7 +83,7 @@ impl Job {
         Unread { child: command.spawn().unwrap() }
     }
 
-    /// `shardflow ARGS` as process 1 of a namespace of its own; needs root.
+    /// Starts `shardflow ARGS` as process 1 of a namespace of its own; needs root.
     pub fn as_process_1(&self, args: &[&str]) -> Running {
         let mut command = self.command("unshare");
         command.args(["-pf", "--kill-child", env!("CARGO_BIN_EXE_shardflow")]).args(args);
@@ -271,7 +271,7 @@ pub fn wait_for_a_handler(process: i32, signal: u32) {
     }
 }
 
-/// The guard of a launcher: its child with the command `guard`.
+/// The guard of a launcher, which is its child with the command `guard`.
 pub fn guard_of(launcher: Pid) -> i32 {
     let launcher = launcher.as_raw_pid();
     let children = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap();

@@ -10,7 +10,8 @@ use super::names::{Variables, get};
 use super::secret_source::SecretSource;
 use super::slurm::{first_host, tasks_per_node};
 
-/// Ports derived from a job's name. They are below Linux's ephemeral ports (from 32768) and Kubernetes's (from 30000).
+/// Ports derived from a job's name. They are below Linux's ephemeral ports (from 32768) and Kubernetes's node ports
+/// (from 30000).
 pub const DERIVED_PORTS: Range<u16> = 20000..30000;
 
 /// Detects how a process with these variables was started.
@@ -66,7 +67,7 @@ const OPENMPI: [&str; 4] =
 struct Names {
     /// If any of these variables is set, this launcher may have started the process.
     markers: &'static [&'static str],
-    /// The variable with the number of restarts. `mpirun` does not restart; a pod does not get its restart count.
+    /// The variable with the number of restarts. `mpirun` never restarts, and a pod does not get its restart count.
     restart: Option<&'static str>,
     /// The variables whose values make up the job's name.
     run_id: &'static [&'static str],
@@ -165,7 +166,8 @@ fn place(source: LaunchedBy, vars: &Reader) -> Result<Place, EnvError> {
     }
 }
 
-/// True in a PyTorchJob: it starts one process per pod, and sets torchrun's variables except the local rank and size.
+/// True in a PyTorchJob. It starts one process per pod, and sets torchrun's variables except those for the local rank
+/// and the local world size.
 fn is_pod(vars: &Reader) -> bool {
     vars.get("LOCAL_RANK").is_none() && vars.get("LOCAL_WORLD_SIZE").is_none()
 }
@@ -223,7 +225,7 @@ fn slurm_place(vars: &Reader) -> Result<Place, EnvError> {
     Ok(Place { process, processes, processes_name, local_process, local_processes, node: Some(node) })
 }
 
-/// One process per pod: to run several processes in a pod, start them with `shardflow launch`.
+/// Reads the place of a pod's single process. To run several processes in a pod, start them with `shardflow launch`.
 fn kubernetes_place(vars: &Reader) -> Result<Place, EnvError> {
     let process = vars.number("JOB_COMPLETION_INDEX", "the number of this pod")?;
     let meaning = "the number of pods of the job (or to 1, if each pod trains on its own)";

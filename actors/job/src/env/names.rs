@@ -8,7 +8,7 @@ pub const TRANSPORT: &str = "SHARDFLOW_TRANSPORT";
 pub const COLLECTIVES: &str = "SHARDFLOW_COLLECTIVES";
 /// Variable for the encryption of tensors over TCP: `on` or `off`; the same for all processes.
 pub const ENCRYPT: &str = "SHARDFLOW_ENCRYPT";
-/// Variable with the exit codes that led to the launcher's restarts of the job so far, comma-separated.
+/// Variable with the exit codes that led to the launcher's restarts of the job so far, separated by commas.
 pub const RESTART_CAUSES: &str = "SHARDFLOW_RESTART_CAUSES";
 /// Variable with the time at which the launcher started the job: Unix time in milliseconds.
 pub const JOB_BEGAN_MS: &str = "SHARDFLOW_JOB_BEGAN_MS";
@@ -18,11 +18,12 @@ pub const INTERFACE: &str = "SHARDFLOW_INTERFACE";
 pub const ADVERTISE: &str = "SHARDFLOW_ADVERTISE";
 /// Variable with the milliseconds between heartbeats; the same for all processes.
 pub const HEARTBEAT_MS: &str = "SHARDFLOW_HEARTBEAT_MS";
-/// Variable with the heartbeat deadline: milliseconds of silence until a process counts as failed; the same for all.
+/// Variable with the heartbeat deadline: the milliseconds of silence after which a process counts as failed; the same
+/// for all processes.
 pub const HEARTBEAT_DEADLINE_MS: &str = "SHARDFLOW_HEARTBEAT_DEADLINE_MS";
 /// Variable with the milliseconds that a process waits at startup until all processes have joined.
 pub const MEET_MS: &str = "SHARDFLOW_MEET_MS";
-/// Variable with the milliseconds for which a process reports a failure before the rendezvous to the other processes.
+/// Variable with the milliseconds for which a process that fails before the rendezvous reports this to the others.
 pub const REPORT_WAIT_MS: &str = "SHARDFLOW_REPORT_WAIT_MS";
 
 /// Environment variables: values by name.

@@ -156,7 +156,7 @@ fn a_single_process_is_local() {
     }
 }
 
-/// Any subset of a launcher's variables gives a local process, the whole world, or an error that names a missing one.
+/// Any subset of a launcher's variables gives a local process, the whole world, or an error naming a missing variable.
 #[test]
 fn incomplete_variables_are_refused() {
     for (whole, extras) in [

@@ -19,11 +19,11 @@ use super::options::LaunchError;
 use crate::exit::{Exit, Report};
 use crate::output;
 
-/// Time until SIGKILL when the ended processes blame all remaining ones. The blamed processes are usually frozen.
+/// Time until SIGKILL once the ended processes blame all remaining processes. The blamed processes are usually frozen.
 const BLAMED_WAIT: Duration = Duration::from_secs(2);
-/// Failure wait if others wait in vain for the failed process. Other processes with the same cause report it meanwhile.
+/// Maximum failure wait if others wait in vain for the failed process. Meanwhile, others with the same cause report it.
 const UNJOINED_WAIT: Duration = Duration::from_millis(500);
-/// Interval of the check whether processes wait in vain for another one.
+/// Interval of the check whether processes wait in vain for another process.
 const ABSENCE_POLL: Duration = Duration::from_millis(500);
 /// Time after SIGKILL until the launcher abandons a process that still runs. Only the kernel can delay its end.
 const KILL_WAIT: Duration = Duration::from_secs(10);
@@ -152,7 +152,8 @@ impl Attempt<'_, '_> {
         self.settle(local);
     }
 
-    /// Processes that exit with 0 without joining may run any program, but have failed if other nodes wait for them.
+    /// If all processes exited with 0 without joining and other nodes wait for them, marks the first one as failed. If
+    /// no other node waits, the processes may have run any program, so this is no failure.
     fn fail_if_missed(&mut self) {
         if self.phase == Phase::Running
             && self.children.iter().all(Child::is_absent)

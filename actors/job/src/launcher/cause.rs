@@ -74,14 +74,15 @@ impl Ended {
     }
 }
 
-/// The process in which the failure began: the earliest failure of its own, or else the earliest that blames another.
+/// The process in which the failure began: the earliest one that reports its own failure, or else the earliest one that
+/// blames another process.
 pub(super) fn first_cause(ended: &[Ended]) -> Option<&Ended> {
     ended.iter().filter(|e| e.exit != Exit::Done).min_by_key(|e| (e.class(), e.time(), e.rank))
 }
 
 /// The launcher's exit after `signal`, and the failed process that determines it, if any.
 pub(super) fn exit_after_signal(ended: &[Ended], signal: u8) -> (Exit, Option<&Ended>) {
-    // Not failures: a process ended by this signal or the launcher's own, or because other processes ended.
+    // It is no failure if this signal or the launcher's own ended a process, or if it ended because others ended.
     let is_expected = |e: &&Ended| match e.exit {
         Exit::Done => true,
         Exit::Signal(by) => e.signaled || by == signal || by == 15,

@@ -22,7 +22,7 @@ use crate::exit::{ERROR_FILE, Exit, PROGRESS_FILE, Report, joining_file, unix_ns
 use crate::output::{self, OutputQueue};
 use crate::requests::signal_mask;
 
-/// Timeout for reading a process's remaining output. Only another process that holds the pipes can cause such a delay.
+/// Timeout for reading a process's remaining output. Reading takes this long only if another process holds the pipes.
 const PUMPS_WAIT: Duration = Duration::from_secs(2);
 
 pub(super) struct AttemptConfig {
@@ -122,7 +122,8 @@ impl Child {
         }
     }
 
-    /// Handles the process's end: kills the rest of its group and records the end. `signaled` means: by the launcher.
+    /// Handles the process's end: kills the rest of its group and records the end. `signaled` is true if the launcher
+    /// had sent the process a signal to end.
     pub(super) fn finish(&mut self, job: &mut Job, signaled: bool) {
         // Until the process is reaped, neither its id nor its group's id can be reused.
         let _ = kill_process_group(self.pid, Signal::KILL);

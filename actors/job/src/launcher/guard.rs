@@ -2,8 +2,9 @@
 //!
 //! A launcher that is killed by SIGKILL cannot end its processes. So each child sets its parent-death signal before it
 //! executes the program ([`become_program`]). The child's own children do not inherit this signal. So a guard process
-//! reads all process groups from a pipe, and kills the remaining groups when the launcher's end closes ([`guard`]). The
-//! signal works without the guard. The guard reaches every process that has not left its group by `setsid`.
+//! reads all process groups from a pipe, and kills the remaining groups when the launcher's end of the pipe closes
+//! ([`guard`]). The signal works without the guard. The guard reaches every process that has not left its group by
+//! `setsid`.
 
 use std::collections::HashSet;
 use std::ffi::OsString;

@@ -17,7 +17,7 @@ const ERROR_CHARS_MAX: usize = 500;
 /// The log of one process in one attempt.
 pub(super) struct Log {
     pub(super) path: PathBuf,
-    /// Open for appending.
+    /// The log file, open for appending.
     pub(super) file: File,
     /// Size of the content that an earlier job of the same name wrote.
     before_bytes: u64,

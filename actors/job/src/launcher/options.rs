@@ -27,7 +27,7 @@ pub struct LaunchOptions {
     pub nodes: u32,
     /// Number of this node, below `nodes`.
     pub node: u32,
-    /// The address of process 0. By default, on one node, a Unix socket in a private folder.
+    /// The address of process 0. On one node, the default is a Unix socket in a private folder.
     pub endpoint: Option<Endpoint>,
     /// Name of the job: letters, digits, `.`, `-` and `_`. Generated if not set.
     pub run_id: Option<String>,
@@ -41,7 +41,8 @@ pub struct LaunchOptions {
     pub failure_wait: Duration,
     /// Pause before the second restart. It doubles with each later restart.
     pub restart_wait: Duration,
-    /// Environment variables of the processes that the launcher also reads, such as [`crate::env::HEARTBEAT_MS`].
+    /// Environment variables that the launcher sets for the processes and also reads, such as
+    /// [`crate::env::HEARTBEAT_MS`].
     pub variables: Vec<(&'static str, String)>,
 }
 
@@ -87,7 +88,7 @@ impl LaunchError {
     }
 }
 
-/// How to reach the other nodes. `None` if flags or variables are incomplete; other code reports that.
+/// How to reach the other nodes. `None` if flags or variables are incomplete; other code reports this error.
 pub(super) fn departure(options: &LaunchOptions) -> Option<Departure> {
     let endpoint = options.endpoint.as_ref().filter(|_| options.nodes > 1)?;
     let variables = variables(options);
@@ -105,12 +106,12 @@ pub(super) fn departed(options: &LaunchOptions, exit: Exit, cause: &str) -> Repo
     Report { rank, exit, time_unix_ns, cause, first_cause_rank, joined: false, departed: true }
 }
 
-/// The total number of processes on all nodes. `None` if a job may not have that many.
+/// The total number of processes on all nodes. `None` if the total exceeds the maximum of a job.
 pub(super) fn processes(options: &LaunchOptions) -> Option<u32> {
     options.local_processes.checked_mul(options.nodes).filter(|processes| *processes <= PROCESSES_MAX)
 }
 
-/// The environment variables of this process, with those that flags override.
+/// The environment variables of this process. Flags override their values.
 pub(super) fn variables(options: &LaunchOptions) -> Variables {
     let given = options.variables.iter().map(|(name, value)| ((*name).to_owned(), value.clone()));
     process_variables().into_iter().chain(given).collect()

@@ -9,7 +9,8 @@ use crate::transport::{Address, first_success, resolve};
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Targets {
     pub(crate) addresses: Vec<SocketAddr>,
-    /// True if other nodes cannot use the addresses: the node's own name resolves to loopback, or one is unspecified.
+    /// True if other nodes cannot use the addresses: the node's own name resolves to loopback, or an address is
+    /// unspecified.
     pub(crate) is_hidden: bool,
 }
 
@@ -33,8 +34,9 @@ fn targets(name: &str, addresses: Vec<SocketAddr>, spans_nodes: bool) -> Targets
     Targets { addresses: if is_hidden { addresses } else { external }, is_hidden }
 }
 
-/// The local address, at port 0, from which this node reaches `HOST:PORT`. If the host is this node's own name and the
-/// job spans nodes, an address that other nodes may reach. Fails if the name has no address yet or no route.
+/// Returns the local address, at port 0, from which this node reaches `HOST:PORT`. If the host is this node's own name
+/// and the job spans nodes, returns an address that other nodes may reach. Fails if the name has no address yet or
+/// there is no route to it.
 pub(crate) fn address_towards(name: &str, spans_nodes: bool) -> io::Result<SocketAddr> {
     let Targets { addresses, is_hidden } = Targets::of(name, spans_nodes)?;
     if let Some(outward) = outward_address().filter(|_| is_hidden) {
@@ -70,7 +72,7 @@ pub fn parse_ip(text: &str) -> Option<SocketAddr> {
     resolve(&with_port).ok()?.first().copied()
 }
 
-/// An address that other nodes may reach: the default route's source address, or else the first that is not loopback.
+/// An address that other nodes may reach: the default route's source address, or else the first non-loopback address.
 fn outward_address() -> Option<SocketAddr> {
     // Addresses reserved for documentation (RFC 5737, RFC 3849): packets to them would take the default route.
     let remote = [(Ipv4Addr::new(192, 0, 2, 1), 9).into(), (Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1), 9).into()];

@@ -26,8 +26,8 @@ fn cores_of(mask: &[u64]) -> impl Iterator<Item = usize> {
 }
 
 /// Returns the threads per device of process `own`, at least 1. `node` lists each process's affinity mask and device
-/// count. A core in several masks is divided among the devices of these processes. An empty mask is unknown and
-/// overlaps all others. `quota` is how many cores a cgroup grants to the processes that share cores with `own`.
+/// count. A core in several masks is divided among the devices of these processes. An empty mask is unknown and counts
+/// as overlapping all others. `quota` is how many cores a cgroup grants to the processes that share cores with `own`.
 pub fn threads_per_device(node: &[(&[u64], usize)], own: usize, quota: usize) -> usize {
     let own: Vec<usize> = cores_of(node[own].0).collect();
     let has = |mask: &[u64], core: usize| {

@@ -38,7 +38,7 @@ impl MemoryBound {
     }
 }
 
-/// A process's cgroups, and the memory it needs in addition to the plan.
+/// A process's cgroups, and the memory that the process needs in addition to the plan.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryClaim {
     /// The limited cgroups that count the process's memory, at most [`CGROUPS_MAX`].
@@ -80,7 +80,7 @@ fn memory_bounds_by(read: &dyn Fn(&Path) -> Option<String>) -> Vec<FreeMemory> {
     bounds
 }
 
-/// Larger limits count as none: version 1 reports a limit near 2^63 for an unlimited cgroup.
+/// A larger limit counts as no limit: version 1 reports a limit near 2^63 for an unlimited cgroup.
 const UNLIMITED_BYTES: u64 = 1 << 60;
 
 /// Returns a value of `/proc/meminfo` in bytes.
@@ -122,7 +122,7 @@ fn cgroups(cgroups: &str, mounts: &str, read: &dyn Fn(&Path) -> Option<String>) 
     out
 }
 
-/// If this line of `mountinfo` mounts a hierarchy with memory limits: the mounted root and the mount point.
+/// Returns the mounted root and the mount point, if this line of `mountinfo` mounts a hierarchy with memory limits.
 fn mount_of(line: &str, kind: &str) -> Option<(PathBuf, PathBuf)> {
     let (mount, filesystem) = line.split_once(" - ")?;
     let mut filesystem = filesystem.split(' ');

@@ -7,7 +7,8 @@
 //! 1. this process's own failure, unless this process already knew of a peer's own failure;
 //! 2. a peer's own failure, unless that peer already knew of another process's own failure;
 //! 3. secondary failures: the reporter already knew of another process's failure;
-//! 4. symptoms (lost connection, missing heartbeats): the process with most first-hand accusers, then most accusers.
+//! 4. symptoms (lost connection, missing heartbeats): the process with the most first-hand accusers wins, then the one
+//!    with the most accusers.
 //!
 //! The lower process number wins a tie. After the first report, a grace window allows better reports to arrive. So
 //! processes that receive the same reports in any order decide on the same cause. Only an own failure is final at once.
@@ -74,7 +75,7 @@ pub(crate) struct Arbiter {
     grace: Duration,
     /// When the grace window ends.
     decide_at: Option<Duration>,
-    /// By reporter, accused process and kind, so the number of reports is bounded.
+    /// Reports by reporter, accused process and kind. This key bounds the number of reports.
     reports: BTreeMap<(u32, u32, Kind), Report>,
     closed: bool,
     /// The reports that this process has passed on, and whether they contained a cause.
@@ -104,7 +105,8 @@ impl Arbiter {
         Report { by: self.own, about, kind: Kind::Lost, follows, cause, exit }
     }
 
-    /// The process that this one has lost before it knew of another report. If there are several, the lowest number.
+    /// The process that this process lost before it knew of another report. If there are several, the one with the
+    /// lowest number.
     pub(crate) fn lost_by_own(&self) -> Option<u32> {
         let lost = self.reports.values().find(|r| r.by == self.own && r.kind == Kind::Lost && !r.follows);
         lost.map(|r| r.about)
@@ -121,7 +123,7 @@ impl Arbiter {
     }
 
     /// True if this process must pass the report on, even after its own decision. It passes each report on once. A
-    /// report that ranks below a relayed one cannot be the first cause, so it is dropped.
+    /// report that ranks below an already relayed report cannot be the first cause, so it is dropped.
     pub(crate) fn relays(&mut self, report: &Report) -> bool {
         let rank = match report.kind {
             Kind::Failed if !report.follows => 0,
@@ -189,7 +191,7 @@ impl Arbiter {
             let same = self.reports.values().filter(|r| r.kind == report.kind && r.about == report.about);
             Reverse(same.filter(|r| !(first_hand && r.follows)).count())
         };
-        // The text names one accuser: this process if it is among them, or else the one with the lowest number.
+        // The text names one accuser: this process if it is an accuser, or else the accuser with the lowest number.
         (class, accusers(true), accusers(false), report.about, report.follows, report.by != self.own, report.by)
     }
 }

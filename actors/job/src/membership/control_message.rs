@@ -1,13 +1,13 @@
-//! Control messages as bytes with limits: `header (bincode) | payload`. The payload is raw: bincode copies bytewise.
+//! Encodes control messages with limits: `header (bincode) | payload`. The payload is raw: bincode copies it bytewise.
 
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use serde::{Deserialize, Serialize};
 
 use super::cause::Report;
 
-/// Maximum bytes of an application's message.
+/// Maximum size of an application's message in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 256 << 10;
-/// Maximum bytes of a cause's text; longer texts are truncated.
+/// Maximum size of a cause's text in bytes; longer texts are truncated.
 pub(crate) const CAUSE_BYTES_MAX: usize = 4 << 10;
 pub(crate) const CONTROL_BYTES_MAX: usize = HEADER_BYTES_MAX + MESSAGE_BYTES_MAX;
 
@@ -42,14 +42,14 @@ pub(crate) enum Body {
     Leaving { processes: Vec<u32> },
     /// How many urgent control messages the sender has received since the start.
     Received { urgent: u64 },
-    /// Numbers of a topic's round. The payload combines the sender's subtree (upwards) or all processes (downwards).
+    /// Numbers of a topic's round. Upwards, the payload combines the sender's subtree; downwards, all processes.
     Round { topic: u16, round: u64 },
     /// The topic's round waits for this process.
     Missing { topic: u16, round: u64, process: u32 },
 }
 
 impl Body {
-    /// Maximum bytes of the payload.
+    /// Maximum size of the payload in bytes.
     fn payload_bytes_max(&self) -> usize {
         if matches!(self, Self::Message { .. } | Self::Round { .. }) { MESSAGE_BYTES_MAX } else { 0 }
     }

@@ -79,7 +79,7 @@ pub(crate) struct Core {
     pub(super) left: bool,
     /// Other processes that have left.
     departed: BTreeSet<u32>,
-    /// Number of messages that no process with the same program sends.
+    /// Number of received messages that no process with the same program would send.
     pub(super) garbled: u64,
     pub(super) effects: VecDeque<Effect>,
 }
@@ -150,7 +150,8 @@ impl Core {
     }
 
     /// The next heartbeats, one to each neighbour: the process that this one has lost, and the most silent process on
-    /// this side of the edge. Empty if the session has ended for another cause; neighbours then detect silence.
+    /// this side of the edge. Empty if the session has ended and this process lost nobody; neighbours then detect
+    /// silence.
     pub(crate) fn heartbeats(&self, now: Duration) -> Vec<(u32, Option<u32>, Option<MostSilent>)> {
         let lost = self.arbiter.lost_by_own();
         if self.first.is_some() && lost.is_none() {
@@ -170,8 +171,8 @@ impl Core {
         let by = heartbeat.process;
         let Some(peer) = self.peers.get_mut(&by) else { return };
         if let Some(about) = heartbeat.lost {
-            // No sign of life: the sender is ending. TCP needs both directions, so the sender's control message may be
-            // lost.
+            // This is not a sign of life, because the sender is ending. TCP needs both directions, so the sender's
+            // control message may be lost.
             let (cause, exit) = (String::new(), Exit::PeerUnavailable.code());
             let report = Report { by, about, kind: Kind::Lost, follows: false, cause, exit };
             if !peer.left {
@@ -309,7 +310,7 @@ impl Core {
         self.decide(now);
     }
 
-    /// Acknowledgements are not acknowledged, so their number is at most that of urgent messages.
+    /// Acknowledges an urgent message. Acknowledgements are not acknowledged, so they never outnumber urgent messages.
     fn acknowledge(&mut self, by: u32) {
         let Some(peer) = self.peers.get_mut(&by) else { return };
         peer.urgent_received += 1;
@@ -359,7 +360,7 @@ impl Core {
         pending.into_iter().for_each(|(to, processes)| self.send_urgent(to, Body::Leaving { processes }));
     }
 
-    /// The next hop for an own message to `to`; `None` if `to` has left or cannot be reached.
+    /// The next hop for a message from this process to `to`; `None` if `to` has left or cannot be reached.
     pub(super) fn route(&self, to: u32) -> Option<u32> {
         let hop = self.tree.next_hop(self.own, to)?;
         let peer = self.peers.get(&hop)?;

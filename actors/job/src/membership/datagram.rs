@@ -23,7 +23,7 @@ const NO_PROCESS: u32 = u32::MAX;
 pub(crate) struct Heartbeat {
     pub(crate) epoch: u64,
     pub(crate) process: u32,
-    /// Counts up from 1 within an epoch.
+    /// The sequence number, which counts up from 1 within an epoch.
     pub(crate) sequence: u64,
     /// The process that the sender has lost. The sender ends because of this loss.
     pub(crate) lost: Option<u32>,
@@ -31,7 +31,7 @@ pub(crate) struct Heartbeat {
     pub(crate) most_silent: Option<MostSilent>,
 }
 
-/// The process of a group whose last heartbeat is the oldest.
+/// In a group of processes, the one whose last heartbeat is the oldest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MostSilent {
     pub(crate) process: u32,
@@ -41,17 +41,17 @@ pub(crate) struct MostSilent {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rejection {
-    /// Wrong size, magic or version, or a process that is not in this world.
+    /// The size, magic or version is wrong, or the process is not in this world.
     Format,
-    /// Wrong MAC: signed without the job's key.
+    /// The MAC is wrong: the datagram was signed without the job's key.
     Mac,
-    /// From an older incarnation.
+    /// The datagram is from an older incarnation.
     OldEpoch,
-    /// From a newer incarnation: this process belongs to an old one.
+    /// The datagram is from a newer incarnation: this process belongs to an old one.
     NewerEpoch,
-    /// From another run with the same key.
+    /// The datagram is from another run with the same key.
     Session,
-    /// A duplicate, or older than the newest datagram.
+    /// The datagram is a duplicate, or older than the newest datagram.
     Replay,
 }
 

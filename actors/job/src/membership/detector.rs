@@ -11,7 +11,7 @@ pub(crate) enum Event {
     Returned { process: u32 },
     /// The peer was silent for the whole deadline. Reported once; the peer stays lost.
     Lost { process: u32, silent: Duration },
-    /// This process itself did not run (stopped or starved) and received no heartbeats: all peers get a new deadline.
+    /// This process did not run (stopped or starved) and received no heartbeats, so all peers get a new deadline.
     Paused { pause: Duration },
 }
 

@@ -66,7 +66,7 @@ pub fn check_datagram(bytes: &[u8]) {
 /// as numbers of a round: they have one encoding, and combining them with a process's own numbers terminates.
 ///
 /// # Panics
-/// If one of these checks fails.
+/// Panics if one of these checks fails.
 pub fn check_control_message(bytes: &[u8]) {
     if let Ok(message) = ControlMessage::read(bytes) {
         assert!(message.payload.len() <= MESSAGE_BYTES_MAX);

@@ -18,7 +18,7 @@ const CONFIG: Configuration<LittleEndian, Fixint, Limit<MESSAGE_BYTES_MAX>> =
 /// How the words of a field combine. All processes use the same rules for a topic's round.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MergeRule {
-    /// The largest words of all processes, in lexicographic order.
+    /// The largest of the processes' word lists, compared lexicographically.
     Max {
         /// Number of words.
         words: usize,
@@ -28,15 +28,15 @@ pub enum MergeRule {
         /// Number of words.
         words: usize,
     },
-    /// One word that must be equal on these processes (ascending), or on all processes without a list. Other processes
-    /// supply no word. The word travels up only until the words of all these processes have been compared.
+    /// One word that must be equal on the listed processes (in ascending order), or on all if there is no list. Other
+    /// processes supply no word. The word travels up only until the words of all these processes have been compared.
     Same(Option<Arc<[u32]>>),
 }
 
 /// The combined numbers of all processes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reduced {
-    /// By field: the combined words; none for [`MergeRule::Same`].
+    /// For each field: the combined words; none for [`MergeRule::Same`].
     pub words: Vec<Vec<u64>>,
     /// The first field whose words differ, although its rule is [`MergeRule::Same`].
     pub difference: Option<Difference>,
@@ -51,7 +51,7 @@ pub struct Difference {
     pub values: Vec<(u32, u64)>,
 }
 
-/// The numbers of a process and those below it.
+/// The combined numbers of a process and of the processes below it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Partial {
     /// The words of all [`MergeRule::Max`] fields, in order.
@@ -79,7 +79,7 @@ fn decode<T: for<'a> Deserialize<'a>>(bytes: &[u8]) -> Option<T> {
     (read == bytes.len()).then_some(value)
 }
 
-/// Maximum bytes of a message with numbers for these rules, in a world of this number of processes.
+/// Maximum size in bytes of a message with numbers for these rules, in a world with this number of processes.
 pub(crate) fn bytes_max(rules: &[MergeRule], processes: u32) -> usize {
     let words = |rule: &MergeRule| match rule {
         MergeRule::Max { words } | MergeRule::First { words } => 8 * words,
@@ -345,7 +345,7 @@ mod tests {
     fn a_message_does_not_grow_with_the_number_of_processes() {
         let bytes = [8u32, 64, 3072].map(|processes| {
             let tree = ControlTree::new(&(0..processes).map(|process| process / 8).collect::<Vec<_>>());
-            // A step of a mesh with 8 tensor ranks on each node: a digest of each data rank's batch.
+            // In each step of a mesh with 8 tensor ranks on each node, each data rank compares a digest of its batch.
             let mut rules = vec![MergeRule::Max { words: 1 }, MergeRule::Same(None)];
             let data_ranks = (0..processes / 8).map(|data| (8 * data..8 * data + 8).collect::<Vec<u32>>());
             rules.extend(data_ranks.map(|processes| MergeRule::Same(Some(processes.into()))));

@@ -1,4 +1,5 @@
-//! Rounds that combine numbers of all processes: up the control tree to process 0, then the result down the tree. Pure.
+//! Rounds that combine numbers of all processes. The numbers travel up the control tree to process 0, and the result
+//! travels down. Pure.
 //!
 //! - **GR-1**: a topic's rounds run one after another. A child is at most one round ahead of the results that it has
 //!   received. So a process keeps at most one message per child and topic.
@@ -11,7 +12,7 @@ use super::control_message::{Body, ControlMessage};
 use super::reduce::{MergeRule, Partial, Reduced};
 use super::tree::ControlTree;
 
-/// How long a round waits before processes report to each other which one is missing.
+/// How long a round waits before processes report to each other which process is missing.
 const NAME_AFTER: Duration = Duration::from_millis(200);
 /// Maximum number of topics with rounds, so that a peer cannot use up memory.
 pub(crate) const TOPICS_MAX: u16 = 64;
@@ -32,7 +33,7 @@ type Supplied = (Arc<[MergeRule]>, Vec<Vec<u64>>);
 struct Topic {
     /// Numbers that this process has supplied to rounds that are not combined yet.
     own: VecDeque<Supplied>,
-    /// By child: the child's numbers of the next round.
+    /// For each child: the child's numbers of the next round.
     below: BTreeMap<u32, Partial>,
     /// Rules of the round that was sent to the parent and still waits for its result.
     sent_rules: Option<Arc<[MergeRule]>>,
@@ -41,9 +42,9 @@ struct Topic {
     received: u64,
     /// When the round's first numbers arrived. After their combination: when they were combined.
     since: Option<Duration>,
-    /// By neighbour: the process that the neighbour waits for in the current round.
+    /// For each neighbour: the process that the neighbour waits for in the current round.
     named: BTreeMap<u32, u32>,
-    /// By neighbour: the missing process that this process has last reported to it in the current round.
+    /// For each neighbour: the missing process that this process has last reported to it in the current round.
     reported: BTreeMap<u32, u32>,
 }
 

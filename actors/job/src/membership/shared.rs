@@ -39,7 +39,7 @@ struct State {
     core: Core,
     /// Outboxes of the neighbours that have joined.
     outboxes: BTreeMap<u32, Outbox>,
-    /// By topic: both ends of the channel of results.
+    /// For each topic: both ends of the channel of results.
     results: BTreeMap<u16, (Sender<Reduced>, Receiver<Reduced>)>,
 }
 
@@ -56,14 +56,14 @@ pub(crate) struct Shared {
     pub(crate) epoch: u64,
     start: Instant,
     state: Mutex<State>,
-    /// Notified about connections, acknowledgements and the end.
+    /// Notified about connections, acknowledgements and the session's end.
     changed: Condvar,
     notices: Sender<MembershipEvent>,
     counters: Mutex<Counters>,
 }
 
 impl Shared {
-    /// `limits`: the deadline of heartbeats, and the grace window.
+    /// `limits` contains the heartbeat deadline and the grace window.
     pub(crate) fn new(
         own: u32,
         tree: Arc<ControlTree>,
@@ -124,7 +124,7 @@ impl Shared {
         // If the connection has just ended, `disconnected` reports it.
         let Some(outbox) = state.outboxes.get(&to) else { return };
         if let Err(Unsent::Full(Count { messages, bytes })) = outbox.send(message) {
-            // The message comes from another process, and waiting here would also delay reports.
+            // Never waits for room: the message comes from another process, and waiting would also delay reports.
             let cause = format!("it reads no messages: {messages} ({bytes} bytes) are queued for it");
             state.core.suspect(to, cause, self.now());
         }

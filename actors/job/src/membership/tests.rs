@@ -14,7 +14,7 @@ use super::*;
 const KEY: [u8; 32] = [5; 32];
 const SESSION: [u8; 16] = [6; 16];
 const EPOCH: u64 = 3;
-/// Timeout for events that normally happen at once, on a busy machine.
+/// Timeout on a busy machine for events that normally happen at once.
 const SOON: Duration = Duration::from_secs(20);
 
 pub(super) fn ms(ms: u64) -> Duration {

@@ -1,5 +1,5 @@
-//! The control tree determines which processes exchange control messages and heartbeats. It follows nodes, so that most
-//! edges stay within a node. Pure: every process builds the same tree from the roster.
+//! The control tree determines which processes exchange control messages and heartbeats. It follows the grouping into
+//! nodes, so that most edges stay within a node. Pure: every process builds the same tree from the roster.
 //!
 //! - **CT-1**: the processes of a node are leaves below the node's first process, its leader.
 //! - **CT-2**: leaders form a tree with at most [`FAN_OUT`] children each, in order of rank. Process 0 is the root, and
@@ -14,7 +14,7 @@ pub const FAN_OUT: usize = 8;
 pub struct ControlTree {
     /// All processes in preorder.
     order: Vec<u32>,
-    /// By process: its index in the preorder, and the index after the last process below it.
+    /// For each process: its index in the preorder, and the index after the last process below it.
     spans: Vec<(u32, u32)>,
     parents: Vec<Option<u32>>,
 }
@@ -37,7 +37,8 @@ impl ControlTree {
         tree
     }
 
-    /// Adds these nodes below `parent`: the first node, and below its leader the others, in up to [`FAN_OUT`] parts.
+    /// Adds the first node below `parent`, and the other nodes below the first node's leader, in up to [`FAN_OUT`]
+    /// parts.
     fn place(&mut self, nodes: &[Vec<u32>], parent: Option<u32>) {
         let Some((first, rest)) = nodes.split_first() else { return };
         let leader = first[0];

@@ -37,17 +37,18 @@ pub struct RendezvousConfig {
     pub spans_nodes: bool,
     /// Local address to listen on, with port 0. By default, the result of [`local_address`].
     pub interface: Option<SocketAddr>,
-    /// How others reach this process. By default, at the addresses on which it listens.
+    /// How others reach this process. By default, they use the addresses on which it listens.
     pub advertise: Option<Arc<dyn Advertise>>,
-    /// How long to wait until all have joined, and after that, again, until all are ready.
+    /// How long to wait until all processes have joined. The same time applies again until all processes are ready.
     pub timeout: Duration,
     /// Interval between reports of the ranks that are missing.
     pub report_every: Duration,
-    /// How long to retry if the world is already running: a failure may be about to end it.
+    /// How long to retry if the world is already running, because a failure may be about to end that world.
     pub late_grace: Duration,
-    /// How long to accept more processes after a conflict, so that these are refused too.
+    /// How long to accept more processes after a conflict, so that they are also refused.
     pub conflict_grace: Duration,
-    /// How long to report a failure before the start. Rank 0 refuses the other processes; other ranks report to rank 0.
+    /// How long to report a failure that happened before the start. Rank 0 refuses the other processes; each other rank
+    /// reports to rank 0.
     pub report_within: Duration,
 }
 
@@ -77,7 +78,7 @@ impl RendezvousConfig {
 }
 
 /// The local address to listen on, with port 0: `interface`, or the address from which the coordinator is reached. For
-/// a Unix socket, loopback. Retries until the deadline, because the name may be registered later.
+/// a Unix socket, it is loopback. Retries until the deadline, because the name may be registered later.
 pub fn local_address(
     coordinator: &Address,
     interface: Option<SocketAddr>,

@@ -22,7 +22,7 @@ use crate::machine::Targets;
 
 /// Timeout for each message to or from a connected process.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
-/// If the address is in use: how long to wait for it, and then for its holder to authenticate as a process of this job.
+/// How long to wait for an address that is in use, and then for its holder to authenticate as a process of this job.
 const IN_USE_WAIT: Duration = Duration::from_millis(1500);
 const CONFLICTS_MAX: usize = 64;
 
@@ -33,7 +33,7 @@ struct Joined {
 
 struct JoinState {
     own: JoinInfo,
-    /// Indexed by rank, starting at rank 1.
+    /// The joined processes by rank, starting at rank 1.
     joined: Vec<Option<Joined>>,
     conflicts: Vec<Conflict>,
     /// RV-4: the ranks that will not join, and the report about them.
@@ -76,7 +76,7 @@ pub(super) fn run(config: &RendezvousConfig, deadline: Instant, on_waiting: &mut
     }
 }
 
-/// RV-4 for `ranks`, which include 0: refuses every caller within `report_within`. True if a caller tried to join.
+/// RV-4 for `ranks`, which include 0: for `report_within`, refuses every caller. True if a caller tried to join.
 pub(crate) fn refuse_callers(
     config: &RendezvousConfig,
     ranks: Range<u32>,
@@ -88,7 +88,8 @@ pub(crate) fn refuse_callers(
     Ok(refuse_missing(&listener, missing, report, deadline))
 }
 
-/// Refuses every process that connects, until `missing` is empty or the deadline passes. True if one tried to join.
+/// Refuses every process that connects, until `missing` is empty or the deadline passes. True if a caller tried to
+/// join.
 fn refuse_missing(listener: &Listener, mut missing: BTreeSet<u32>, report: &Report, deadline: Instant) -> bool {
     let mut joins = false;
     while !missing.is_empty() {
@@ -164,7 +165,7 @@ fn open_tcp(
             return open(&any);
         }
         match open(&[ListenAddress::Tcp(address), ListenAddress::PrivateUnix]) {
-            // The name resolves to an address in front of this node, such as a service's: listens on all addresses.
+            // The name resolves to an address in front of this node, such as a service's. Listens on all addresses.
             Err(TransportError::Listen { cause, .. })
                 if cause.kind() == io::ErrorKind::AddrNotAvailable && !target.ip().is_loopback() =>
             {

@@ -41,7 +41,7 @@ pub fn samples() -> Vec<Vec<u8>> {
 /// Checks that a decoded message does not change when it is encoded and decoded, and that it can be displayed.
 ///
 /// # Panics
-/// If one of these properties does not hold.
+/// Panics if one of these properties does not hold.
 pub fn check(bytes: &[u8]) {
     if let Some(info) = check_round_trip::<JoinInfo>(bytes)
         && info.check().is_ok()

@@ -17,7 +17,7 @@ use crate::machine::{CGROUPS_MAX, MemoryClaim, affinity};
 pub(super) const REQUEST_BYTES_MAX: usize = 16 << 10;
 const NAME_BYTES_MAX: usize = 256;
 const FACTS_MAX: usize = 96;
-/// Maximum total length of the names and values of all facts.
+/// Maximum total length of the names and values of all facts, in bytes.
 const FACTS_BYTES_MAX: usize = 9 << 10;
 const ADDRESSES_MAX: usize = 8;
 const ADDRESS_BYTES_MAX: usize = 512;
@@ -179,7 +179,7 @@ pub struct Roster {
     pub session: SessionId,
     /// The largest restart count of all members.
     pub epoch: u64,
-    /// Sorted by rank.
+    /// The members, sorted by rank.
     pub members: Vec<Member>,
 }
 
@@ -210,7 +210,7 @@ pub(super) enum Answer {
     Refused(RendezvousRefusal),
 }
 
-/// The message to process 0 that the sender accepts connections from the session's members.
+/// Reports to process 0 that the sender accepts connections from the session's members.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Ready {
     pub session: SessionId,
@@ -252,7 +252,7 @@ pub enum RendezvousRefusal {
         ranks(.missing), joined(.missing, *.processes), refused_connections(*.refused)
     )]
     Missing { missing: Vec<u32>, processes: u32, waited_ms: u64, refused: u64 },
-    /// A process ended before it joined, and no restart can fix the cause; or a node ended, which the cause names.
+    /// A process ended before it joined, and no restart can fix the cause. Or a node ended, and the cause names it.
     #[error("{}", failed(.0))]
     Failed(Report),
     #[error("{0} joined and was lost before the start; see its log")]

@@ -18,7 +18,7 @@ pub const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
 const KEEPALIVE_PROBES: u32 = 3;
-/// Timeout after an expired deadline. Zero would mean "no timeout" to the system.
+/// Socket timeout after a deadline has expired. Zero would mean "no timeout" to the system.
 const TIMEOUT_MIN: Duration = Duration::from_millis(1);
 
 /// A connected socket. By default it is blocking and has no read timeout. If the connection is encrypted, call
@@ -32,9 +32,9 @@ pub struct Connection {
 /// The socket of a [`Connection`].
 #[derive(Debug)]
 pub enum Socket {
-    /// Between nodes, or over loopback.
+    /// A connection between nodes, or over loopback.
     Tcp(TcpStream),
-    /// Within a node.
+    /// A connection within a node.
     Unix(UnixStream),
 }
 
@@ -87,7 +87,8 @@ impl Connection {
         self.seal.is_some()
     }
 
-    /// Writes as much of `first`, then of `second`, as possible without blocking. If encrypted, writes one record.
+    /// Writes as much of `first` and then `second` as possible without blocking. An encrypted connection writes one
+    /// record.
     pub fn write_both(&self, first: &[u8], second: &[u8]) -> io::Result<usize> {
         match &self.seal {
             Some(seal) => each!(self, stream => seal.write(stream, first, second)),
@@ -110,8 +111,9 @@ impl Connection {
         each!(self, stream => stream.set_read_timeout(timeout))
     }
 
-    /// A write without progress for this time fails with `WouldBlock`. TCP fails with `TimedOut`, even without a write,
-    /// if for this time the peer's machine acknowledges nothing or the peer does not read. So keep reading.
+    /// Sets the send timeout. A write without progress for this time fails with `WouldBlock`. TCP fails with
+    /// `TimedOut`, even without a write, if for this time the peer's machine acknowledges nothing or the peer does not
+    /// read. So the peer must keep reading.
     pub fn set_send_timeout(&self, timeout: Duration) -> io::Result<()> {
         let timeout = timeout.max(TIMEOUT_MIN);
         if let Socket::Tcp(stream) = &self.socket {

@@ -17,7 +17,7 @@
 //! - **HS-4**: the dialler proves first that it has the secret. Before that, the acceptor encrypts nothing for it.
 //! - **HS-5**: the hello names both processes, so a process refuses a hello meant for another one.
 //!
-//! On the wire, each message follows its length, a little-endian u16.
+//! On the wire, the length of each message precedes it as a little-endian u16.
 
 use serde::{Deserialize, Serialize};
 use snow::{Builder, HandshakeState, StatelessTransportState};

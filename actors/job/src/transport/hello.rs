@@ -9,7 +9,7 @@ use crate::secret::{RandomError, random};
 /// Maximum number of processes in a world.
 pub const PROCESSES_MAX: u32 = 4096;
 
-/// Random id of one incarnation of a world; all zero before the rendezvous.
+/// Random id of one incarnation of a world. All its bytes are zero before the rendezvous.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SessionId(pub [u8; 16]);
 

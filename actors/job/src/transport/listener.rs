@@ -1,7 +1,7 @@
 //! The accepting side: one thread polls sockets and runs handshakes. Authenticated connections wait until claimed.
 //!
-//! - **EP-1**: at most `unauthenticated_max` connections are unauthenticated; a further one replaces the oldest. Each
-//!   holds at most one handshake message in memory, for at most `handshake_timeout`.
+//! - **EP-1**: at most `unauthenticated_max` connections are unauthenticated; a further connection replaces the oldest.
+//!   Each unauthenticated connection holds at most one handshake message in memory, for at most `handshake_timeout`.
 //! - **EP-2**: an unauthenticated connection never blocks the thread, no matter what it sends.
 //! - **EP-3**: at most `unclaimed_max` connections are unclaimed. Further diallers must retry.
 
@@ -43,7 +43,7 @@ pub struct Listener {
     /// Closing this socket ends the thread.
     wake: UnixStream,
     thread: Option<JoinHandle<()>>,
-    /// Socket paths to unlink, and their inodes: a successor may have created a new socket at the same path.
+    /// Socket paths to unlink, and their inodes to compare: a successor may have created a new socket at the same path.
     paths: Vec<(PathBuf, u64)>,
     _folders: Vec<PrivateFolder>,
 }

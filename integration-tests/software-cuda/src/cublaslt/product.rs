@@ -26,7 +26,7 @@ pub mod epilogue {
     pub const BIAS_GRADIENT_A: u32 = 256;
     /// Writes the sums over k of op(B).
     pub const BIAS_GRADIENT_B: u32 = 512;
-    /// All supported combinations.
+    /// All supported combinations of these bits.
     pub const KNOWN: &[u32] = &[
         1,
         RELU,
@@ -77,17 +77,17 @@ pub(crate) struct Product {
     pub beta: f32,
     /// Bits of [`epilogue`].
     pub epilogue: u32,
-    /// Address and type of the bias, and elements from one bias of the batch to the next.
+    /// The bias: address, element type, and number of elements from one bias of the batch to the next.
     pub bias: (usize, cudaDataType, usize),
     /// Address of the auxiliary matrix.
     pub auxiliary: usize,
-    /// The layout of D with the auxiliary matrix's type and strides.
+    /// Layout of the auxiliary matrix: like D's, but with its own type and strides.
     pub auxiliary_layout: Layout,
-    /// Address and bytes of the algorithm's workspace.
+    /// Address of the algorithm's workspace, and its size in bytes.
     pub workspace: (usize, usize),
 }
 
-/// Bytes of an element, if its type is supported.
+/// Returns the bytes of an element, or `None` if its type is not supported.
 pub fn element_bytes(dtype: cudaDataType) -> Option<usize> {
     match dtype {
         cudaDataType::CUDA_R_32F => Some(4),
@@ -187,7 +187,7 @@ fn row_major(matrix: Vec<f32>, layout: &Layout, transposed: bool) -> Vec<f32> {
     out
 }
 
-/// Calls `f` with the address, the number and the length of each contiguous row or column.
+/// Calls `f` with the address, the index and the length of each contiguous row or column.
 fn lines(
     address: usize,
     layout: &Layout,
@@ -199,7 +199,7 @@ fn lines(
     (0..count).try_for_each(|line| f(address + (batch * layout.stride + line * layout.leading) * bytes, line, length))
 }
 
-/// Reads a matrix into row-major order.
+/// Reads a matrix and returns its elements in row-major order.
 fn load(accessor: &mut Accessor, address: usize, layout: &Layout, batch: usize) -> Option<Vec<f32>> {
     let bytes = element_bytes(layout.dtype)?;
     let mut out = vec![0.0f32; layout.rows * layout.cols];
@@ -229,7 +229,7 @@ fn store(accessor: &mut Accessor, address: usize, layout: &Layout, batch: usize,
         if !accessor.touch(at, length * bytes, Access::Write) {
             return None;
         }
-        // SAFETY: the line was checked above, and only operations, which run one at a time, access it.
+        // SAFETY: the line was checked above. Only operations access it, and operations run one at a time.
         let raw = unsafe { std::slice::from_raw_parts_mut(at as *mut u8, length * bytes) };
         for (i, element) in raw.chunks_exact_mut(bytes).enumerate() {
             let place = if layout.by_rows { line * layout.cols + i } else { i * layout.cols + line };

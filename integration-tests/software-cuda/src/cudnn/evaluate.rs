@@ -49,7 +49,7 @@ impl GraphExecution {
     }
 }
 
-/// Elements of a tensor at the offsets that its strides give.
+/// The elements of a tensor, each at the offset that the strides give.
 type Values = Vec<f32>;
 
 /// Executes the graph.
@@ -73,7 +73,7 @@ pub fn run(accessor: &mut Accessor, execution: &GraphExecution) {
         }
         let to = &execution.graph.tensors[&write];
         let mut made = evaluate(&execution.graph, node, &known);
-        // NVIDIA's engines add a product to the previous contents of its memory if a later operation reads the product.
+        // If a later operation reads a product, NVIDIA's engines add the product to what its memory held before.
         let is_read = || execution.graph.nodes.iter().any(|other| other.ids().0.contains(&write));
         if matches!(node, Node::Matmul { .. }) && !to.is_virtual && to.data == FLOAT && is_read() {
             let Some(before) = load(accessor, execution.addresses[&write], to) else { return };
@@ -193,7 +193,7 @@ fn pointwise(mode: i64, [x, b, t]: [f32; 3], index: usize) -> f32 {
     } else if is(Mode::CUDNN_POINTWISE_BINARY_SELECT) {
         if t != 0.0 { x } else { b }
     } else {
-        // The mode is not emulated. NaN makes a test that uses the result fail.
+        // The mode is not emulated. If a test uses the result, the NaN makes the test fail.
         f32::NAN
     }
 }
@@ -246,7 +246,7 @@ fn store(accessor: &mut Accessor, address: usize, tensor: &Tensor, values: &[f32
         if !accessor.touch(at, length * bytes, Access::Write) {
             return None;
         }
-        // SAFETY: the run was checked above. Only operations access it, and they run one at a time.
+        // SAFETY: the run was checked above. Only operations access it, and operations run one at a time.
         let raw = unsafe { std::slice::from_raw_parts_mut(at as *mut u8, length * bytes) };
         for (element, value) in raw.chunks_exact_mut(bytes).zip(&values[start..]) {
             match (bytes, tensor.data) {

@@ -1,5 +1,5 @@
-//! A graph of operations that is read from descriptors and checked: shapes match, ids are unique, and virtual tensors
-//! are written before they are read.
+//! Reads a graph of operations from descriptors. Checks that shapes match, ids are unique, and virtual tensors are
+//! written before they are read.
 
 use std::collections::{HashMap, HashSet};
 
@@ -45,7 +45,7 @@ pub(crate) enum Node {
     Pointwise { mode: i64, axis: Option<usize>, x: i64, b: Option<i64>, t: Option<i64>, y: i64 },
     /// A reduction over the dims that have size 1 in y.
     Reduction { is_max: bool, x: i64, y: i64 },
-    /// The same memory as x, with other dims and strides.
+    /// Gives y the memory of x, with other dims and strides.
     Reshape { x: i64, y: i64 },
 }
 
@@ -99,7 +99,7 @@ pub(super) fn check_tensor(descriptor: &Descriptor) -> Result<(), CudnnStatus> {
     if ![FLOAT, INT32, BFLOAT16, BOOLEAN].contains(&tensor.data) || (tensor.is_by_value && tensor.data != FLOAT) {
         return refuse(&format!("a tensor of type {}", tensor.data));
     }
-    // Each index needs its own element. Otherwise results would depend on the order of writes.
+    // Each index needs its own element in memory. Otherwise results would depend on the order of writes.
     let mut sides: Vec<(usize, usize)> = tensor.strides.iter().copied().zip(tensor.dims.iter().copied()).collect();
     sides.retain(|(_, extent)| *extent > 1);
     sides.sort_unstable();
@@ -114,7 +114,7 @@ pub(super) fn check_tensor(descriptor: &Descriptor) -> Result<(), CudnnStatus> {
 }
 
 impl Graph {
-    /// Adds an operation. Its descriptors may not be finalised yet.
+    /// Adds an operation. The descriptors of its tensors need not be finalised yet.
     pub(super) fn add(&mut self, all: &HashMap<u64, Descriptor>, operation: &Descriptor) -> Result<(), CudnnStatus> {
         use Attribute::*;
         let found = |name: Attribute| all.get(&(operation.long(name)? as u64));
@@ -228,7 +228,7 @@ impl Graph {
         if fits { Ok(()) } else { invalid(&format!("operands do not match: {node:?}")) }
     }
 
-    /// Checks that virtual tensors are written before they are read, and that each written tensor is written once.
+    /// Checks that virtual tensors are written before they are read, and that no tensor is written twice.
     pub(super) fn check(&self) -> Result<(), CudnnStatus> {
         let mut written = HashSet::new();
         for node in &self.nodes {

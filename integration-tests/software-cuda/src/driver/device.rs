@@ -13,7 +13,7 @@ use crate::world::{State, current_device, lock, machine, set_current_device};
 const DRIVER_VERSION: c_int = 13000;
 const NAME: &[u8] = b"software CUDA device\0";
 
-/// Returns an attribute of a device: the value of an H100, for all attributes that programs query.
+/// Returns an attribute of a device. Each attribute that programs query has the value of an H100.
 fn attribute(attribute: CUdevice_attribute, device: CUdevice) -> c_int {
     use CUdevice_attribute::*;
     match attribute {

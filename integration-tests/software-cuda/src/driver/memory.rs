@@ -28,7 +28,7 @@ fn allocate(place: Place, bytes: usize, unborn: bool) -> Result<usize, CUresult>
 ///
 /// # Safety
 ///
-/// Pageable memory must be readable or writable over the extent of `rows`.
+/// Over the extent of `rows`, a pageable source must be readable, and a pageable target must be writable.
 unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, name: &str) -> Result<(), CUresult> {
     let bytes = rows.width * rows.height;
     let mut state = machine().state();
@@ -90,7 +90,7 @@ fn check_devices(to: (CUdeviceptr, CUcontext), from: (CUdeviceptr, CUcontext)) -
     Ok(())
 }
 
-/// Records a finding if a copy between devices must go through host memory. Real drivers do this silently.
+/// Records a finding if a copy between devices must go through host memory. Real drivers make such a copy silently.
 fn find_staged_copy(to: usize, from: usize) {
     let registry = lock(&machine().registry);
     let (Some(target), Some(source)) = (registry.find(to), registry.find(from)) else { return };
@@ -270,7 +270,7 @@ exports! { driver;
     }
 
     fn cuStreamWriteValue32_v2(stream: CUstream, to: CUdeviceptr, value: c_uint, flags: c_uint) -> CUresult {
-        // `cuda.h`: this version of the call permits the flag that omits memory barriers only on devices without them.
+        // `cuda.h` permits the flag that omits memory barriers only on devices that have no such barriers.
         if flags != 0 {
             return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
         }

@@ -86,7 +86,7 @@ exports! { driver;
     fn cuStreamWaitEvent(stream: CUstream, awaited: CUevent, _flags: c_uint) -> CUresult {
         let mut state = machine().state();
         let handle = state.stream(stream as u64)?;
-        // A wait for an event that was never recorded has no effect. It is usually a bug.
+        // A wait for an event that was never recorded has no effect. Such a wait is usually a bug.
         let Some(signal) = event(&state, awaited)?.last.clone() else {
             let name = format!("event {:#x}", awaited as u64);
             let message = || format!("a stream waits for {name}, which was never recorded");

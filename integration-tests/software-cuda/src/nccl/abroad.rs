@@ -63,7 +63,7 @@ pub fn deliver(machine: &SoftwareMachine, clique: u64, event: HubEvent) {
 }
 
 /// Stores a result for the waiting parts. Reports a mismatch now, not at execution, because another rank may see the
-/// mismatch earlier and abort.
+/// mismatch before this rank's execution and abort.
 fn handle_result(
     machine: &SoftwareMachine,
     state: &mut State,
@@ -90,7 +90,7 @@ fn handle_result(
     state.last_progress = Instant::now();
 }
 
-/// How often a busy process notifies the processes with which it shares communicators.
+/// Interval at which a busy process notifies the processes with which it shares communicators.
 const BUSY_EVERY: Duration = Duration::from_millis(500);
 
 /// Notifies other processes that this process makes progress or compiles, so that they do not report a deadlock.

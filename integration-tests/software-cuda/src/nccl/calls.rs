@@ -70,7 +70,7 @@ fn issue(state: &mut State, pending: &mut Pending, calls: Vec<(u64, u64, Call)>)
     for (handle, stream, call) in calls {
         let (tag, broken) = state.comms.tag(handle, &call);
         if let Some((pair, broken)) = broken {
-            // Report each pair of communicators once, because all later calls are out of order, too.
+            // Report each pair of communicators once, because all later calls of the pair are also out of order.
             machine().report_finding("collective-order", &format!("{pair:?}"), || broken);
         }
         let (clique, rank) = (state.comms.comms[&handle].clique, state.comms.comms[&handle].rank);

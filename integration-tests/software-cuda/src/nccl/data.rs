@@ -9,7 +9,7 @@ use crate::run::{Running, accessor};
 use crate::shadow::Access;
 use crate::world::{SoftwareMachine, lock};
 
-/// Bytes of an element, indexed by NCCL's number of the type.
+/// Bytes of an element, indexed by NCCL's number of the element type.
 const ELEMENT_BYTES: [usize; 12] = [1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1];
 const AVERAGE: u32 = 4;
 
@@ -28,7 +28,7 @@ pub fn element_bytes(dtype: u32) -> Option<usize> {
     ELEMENT_BYTES.get(dtype as usize).copied()
 }
 
-/// Returns the indices of the members in this process whose data reaches other members.
+/// Returns the indices of those local members whose data reaches other members.
 pub fn sources(members: &[Member]) -> Vec<usize> {
     match members[0].call.kind {
         CallKind::Send | CallKind::Receive => vec![0],

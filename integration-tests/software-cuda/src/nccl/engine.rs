@@ -10,7 +10,7 @@
 //!
 //! If other processes have ranks, the first message between two ranks stays "in progress" until both ranks have called,
 //! because NCCL connects them only then. A part is posted to the hub when its local partners have started, and executes
-//! when the hub's result arrives. Clocks and addresses do not cross processes.
+//! when the hub's result arrives. Processes do not exchange clocks or addresses.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, MutexGuard};
@@ -64,7 +64,7 @@ pub(crate) struct Call {
     pub peer: i32,
 }
 
-/// Identifies a part among the partners that execute it together.
+/// Identifies a part. The tag determines the part's partners, that is, the parts of other ranks that execute with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tag {
     /// The n-th collective of the communicator.
@@ -109,7 +109,7 @@ pub(crate) struct Group {
     pub comm: u64,
     /// The calls.
     pub parts: Vec<Part>,
-    /// Set once the group is first in its stream.
+    /// The running operation, set when the group becomes first in its stream.
     pub started: Option<Running>,
 }
 
@@ -130,7 +130,8 @@ pub(crate) struct Comm {
     received: HashMap<usize, u64>,
     /// Asynchronous error.
     pub error: Option<ncclResult_t>,
-    /// Operations of calls in progress. They are submitted to their streams after the host has polled, or after a time.
+    /// Operations of calls in progress. They are submitted to their streams after the host has polled, or after
+    /// [`DEFERRED_FOR`] without a poll.
     pub deferred: Vec<Deferred>,
     /// Whether the host has polled since the last call.
     pub was_polled: bool,
@@ -151,7 +152,7 @@ const DEFERRED_FOR: Duration = Duration::from_millis(5);
 /// The ranks that share one unique id.
 #[derive(Default)]
 pub(crate) struct Clique {
-    /// Handles by rank. `None` for a rank that is missing or in another process.
+    /// Communicator handles by rank. `None` for a rank that is missing or in another process.
     pub ranks: Vec<Option<u64>>,
     /// Devices of the local ranks, in joining order.
     pub devices: Vec<usize>,
@@ -163,9 +164,9 @@ pub(crate) struct Clique {
     pub hub: Option<Arc<HubConnection>>,
     /// Whether all ranks have joined and some of them are in other processes.
     pub has_remote_ranks: bool,
-    /// The first messages that ranks of other processes have already called.
+    /// Ends of first messages for which a rank of another process has already made its call.
     pub called: HashSet<Direction>,
-    /// Whether the hub's process has released its ranks, so that it may end.
+    /// Whether the hub's process has closed its ranks and may therefore end.
     pub hub_has_left: bool,
     /// Number of issued collectives by device.
     issued: HashMap<usize, u64>,
@@ -277,8 +278,8 @@ impl Comms {
         (tag, self.check_order(own, device, number))
     }
 
-    /// Checks NC-2 when `device` issues the `number`-th collective of the clique `own`. Up to this call, `device` must
-    /// have issued as many collectives of each other clique as the first device that issued this collective.
+    /// Checks NC-2 when `device` issues the `number`-th collective of the clique `own`. Before this call, `device` must
+    /// have issued as many collectives of each other clique as the first device had when it issued this collective.
     fn check_order(&mut self, own: u64, device: usize, number: u64) -> Option<Disorder> {
         let before: BTreeMap<u64, u64> = self
             .cliques
@@ -316,7 +317,7 @@ impl Comms {
 
 /// A part whose local partners have all started.
 pub(crate) struct Transfer {
-    /// Streams and part indices of the members: in rank order, or the sender first.
+    /// Streams and part indices of the members: in rank order for a collective, the sender first for a message.
     pub members: Vec<(u64, usize)>,
     /// The next step.
     step: Step,
@@ -515,8 +516,8 @@ fn group_mut(state: &mut State, handle: u64) -> &mut Group {
     }
 }
 
-/// Defers an operation, as NCCL does on a non-blocking communicator. Work that the host submits to the stream before it
-/// has polled therefore runs before the operation.
+/// Defers an operation, as NCCL does on a non-blocking communicator. If the host submits other work to the stream
+/// before it polls, that work therefore runs before the operation.
 pub fn defer(machine: &SoftwareMachine, state: &mut State, stream: u64, group: Group, name: String) {
     let (host, comm) = (state.host_clock(machine.config.one_host), group.comm);
     let first: Vec<Direction> = first_remote_messages(state, comm, &group).collect();
@@ -551,7 +552,7 @@ fn first_remote_messages(state: &State, comm: u64, group: &Group) -> impl Iterat
     first.filter(|direction| ranks.get(direction.peer).is_some_and(Option::is_none))
 }
 
-/// Whether the remote ranks have also called the deferred first messages of this communicator.
+/// Whether the remote ranks have also made their calls for this communicator's deferred first messages.
 fn is_connected(state: &State, comm: u64) -> bool {
     let own = &state.comms.comms[&comm];
     let called = &state.comms.cliques[&own.clique].called;
@@ -566,7 +567,7 @@ fn submit_deferred(machine: &SoftwareMachine, state: &mut State, comm: u64) {
     }
 }
 
-/// Submits deferred calls that the host does not poll. Returns whether there were any such calls.
+/// Submits the calls that were deferred for [`DEFERRED_FOR`] without a poll. Returns whether there were any such calls.
 pub fn submit_old_deferred(machine: &SoftwareMachine, state: &mut State) -> bool {
     let is_old = |c: &Comm| c.deferred.iter().any(|d| d.since.elapsed() > DEFERRED_FOR);
     let is_left = |c: &Comm| c.deferred.iter().any(|d| d.since.elapsed() > machine.config.deadlock);

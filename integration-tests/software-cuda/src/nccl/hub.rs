@@ -111,7 +111,7 @@ fn serve(connection: u64, stream: UnixStream) {
 }
 
 impl HubGroup {
-    /// Sends a message to all processes except one. Ignores errors: the reader of a connection notices its end.
+    /// Sends a message to all processes except one. Ignores errors, because a connection's reader notices its end.
     fn send_to_others(&self, except: Option<u64>, message: &HubMessage) {
         for (_, other) in self.connections.iter().filter(|(number, _)| Some(**number) != except) {
             drop(write_message(&other.out, message, &[]));
@@ -176,7 +176,8 @@ impl HubGroup {
         let answer = HubMessage::ExchangeResult { exchange, mismatch };
         let takes_part = |number: &u64| posts.iter().any(|post| post.connection == *number);
         let mut receivers: Vec<_> = self.connections.iter().filter(|(number, _)| takes_part(number)).collect();
-        // Send to this process last. It may exit when it has its result, and the other processes need theirs first.
+        // Send to this process last. It may exit when it has its result, so the other processes must get their results
+        // first.
         receivers.sort_by_key(|(_, connection)| connection.is_own);
         receivers.into_iter().for_each(|(_, connection)| drop(write_message(&connection.out, &answer, &whole)));
     }

@@ -90,7 +90,7 @@ pub(crate) enum HubMessage {
         /// Rank, call, and number of bytes that the rank sends.
         calls: Vec<(usize, Call, usize)>,
     },
-    /// To the hub, which forwards it: a rank has called its first message to or from a peer.
+    /// To the hub, which forwards it: a rank has made the call for its first message to or from a peer.
     Call(Direction),
     /// To the hub: a rank was destroyed (`in_order`) or aborted.
     Leave { rank: usize, in_order: bool },
@@ -142,7 +142,7 @@ pub fn id_of(name: &str) -> ncclUniqueId {
     ncclUniqueId { internal }
 }
 
-/// Returns the address of a hub. It is an abstract socket, which leaves no file behind.
+/// Returns the socket address of a hub. The socket is abstract, so it leaves no file behind.
 pub fn address(clique: &str) -> io::Result<SocketAddr> {
     SocketAddr::from_abstract_name(clique.split('/').next().unwrap_or_default())
 }

@@ -25,7 +25,7 @@ pub fn control<F: Copy>(name: &str) -> F {
     unsafe { *sys::culib().get::<F>(name.as_bytes()).expect("the software device is loaded") }
 }
 
-/// Returns the findings after all submitted work.
+/// Waits for all submitted work, then returns the findings.
 pub fn findings() -> Vec<(String, String)> {
     let report = control::<extern "C" fn() -> *const std::ffi::c_char>("software_cuda_report")();
     // SAFETY: the text ends with NUL, and is never freed.
@@ -191,7 +191,7 @@ pub fn try_launch(f: CUfunction, dims: (u32, u32), shared: u32, stream: CUstream
         })
         .collect();
     let mut pointers: Vec<*mut c_void> = words.iter_mut().map(|w| std::ptr::from_mut(w).cast()).collect();
-    // SAFETY: there is a pointer for each argument, to a word at least as long as the argument.
+    // SAFETY: for each argument there is a pointer to a word that is at least as long as the argument.
     unsafe {
         let extra = std::ptr::null_mut();
         sys::cuLaunchKernel(f, dims.0, 1, 1, dims.1, 1, 1, shared, stream, pointers.as_mut_ptr(), extra)

@@ -109,8 +109,8 @@ fn write_after_write(loaded: &LoadedKernels, planted: bool) {
     d.close();
 }
 
-/// Only the last words of a buffer conflict. The kernel's quick checks then see the conflict, not the first check of a
-/// region.
+/// Only the last words of a buffer conflict. The kernel's quick checks must detect it, because the first check of the
+/// region does not.
 fn few_read(loaded: &LoadedKernels, planted: bool) {
     let d = Fixture::new();
     cuda!(cuMemsetD32Async(d.a + 4 * (N as u64 - 3), 0, 3, d.s[0]));
@@ -259,7 +259,7 @@ fn uninitialised(loaded: &LoadedKernels, planted: bool) {
 }
 
 /// A producer and a consumer each have their own thread and stream, and the producer sends a message to the consumer.
-/// It sends the message at launch or when its work has finished, with or without its clock.
+/// The producer sends the message at launch or when its work has finished, with or without its clock token.
 fn messages(loaded: &LoadedKernels, sends_at_launch: bool, carries_clock: bool) {
     let (d, out) = (Fixture::new(), alloc(N));
     let (add, start) = (loaded.kernel("add") as usize, api::capture());

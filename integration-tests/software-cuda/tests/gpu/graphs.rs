@@ -153,11 +153,11 @@ const BUFFER: u8 = 0;
 const VIRTUAL: u8 = 1;
 const NUMBER: u8 = 2;
 
-/// Number of rows of a and v, and of columns of b.
+/// Number of rows of a and of v, and number of columns of b.
 const N: usize = 2;
 const DEPTH: usize = 8;
 
-/// The buffers of the graph `o = mask(a b) v`. The shapes are a 2 x 8, b 8 x 2 and v 2 x 8.
+/// The buffers of the graph `o = mask(a b) v`. The matrix a is 2 x 8, b is 8 x 2, and v is 2 x 8.
 #[derive(Clone, Copy)]
 struct Buffers {
     a: u64,

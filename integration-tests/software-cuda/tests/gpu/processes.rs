@@ -136,7 +136,7 @@ pub fn check_together() {
     close(ranks);
 }
 
-/// In a child: the processes call with different lengths, so both get an error.
+/// In a child: the processes pass different lengths to a collective, so both processes get an error.
 pub fn check_lengths() {
     let ranks = join(process() * OWN);
     wait_for_all(&ranks);
@@ -160,7 +160,7 @@ pub fn check_gone() {
         let code = unsafe { cudarc::nccl::sys::ncclRecv(other as _, N, F32, 0, ranks[0].comm, s.cast()) };
         api::wait_for_call(ranks[0].comm, code);
         api::wait(s);
-        // Die without closing anything.
+        // Die without closing any rank.
         std::process::abort();
     }
     // SAFETY: the addresses are of device memory that is long enough; handles come from the libraries.

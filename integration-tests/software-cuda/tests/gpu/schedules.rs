@@ -13,7 +13,7 @@ unsafe extern "C" fn record(number: *mut c_void) {
     EXECUTED.lock().unwrap().push(number as usize);
 }
 
-/// Returns the execution order of operations on eight streams that were submitted while the device was blocked.
+/// Submits operations to eight streams while the device is blocked, and returns their execution order.
 fn order_of(policy: &str, seed: u64) -> Vec<usize> {
     api::begin(policy, seed);
     let (first, streams) = (stream(), [(); 8].map(|()| stream()));
@@ -36,7 +36,7 @@ pub fn check() {
     let up: Vec<usize> = (0..8).collect();
     assert_eq!(order_of("in-order", 1), up);
     assert_eq!(order_of("lazy", 1), up);
-    // The blocking operation may run before or after the first submission. After it, the latest submission runs first.
+    // The blocking operation may run before or after the first submission. Then the latest submission runs first.
     let down = order_of("adversarial", 1);
     assert!(down.starts_with(&[7, 6, 5, 4, 3, 2, 1]) || down.starts_with(&[0, 7, 6, 5, 4, 3, 2]), "{down:?}");
     for policy in ["random", "starve"] {

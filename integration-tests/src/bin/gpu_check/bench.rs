@@ -26,7 +26,7 @@ use crate::{Found, Result};
 const ROUND_MS: f64 = 20.0;
 const ROUNDS: usize = 5;
 const SERIES_MAX: usize = 200;
-/// Bytes of memory that a series of launches cycles through. This is larger than any GPU's cache.
+/// Total bytes of the buffers that a series of launches uses in turn. They exceed any GPU's cache.
 const ROUND_BYTES: usize = 256 << 20;
 const COPIES_MAX: usize = 8;
 /// Number of elements that the host writes at once.
@@ -78,7 +78,7 @@ impl Bench {
         self.device.counts()
     }
 
-    /// Returns the outputs of a launch. An output that the launch does not also read is NaN before the launch.
+    /// Returns the outputs of a launch. Before the launch, outputs that the launch does not also read hold NaN.
     pub fn outputs(&self, launch: &Launch) -> Result<Vec<HostTensor>> {
         let (packed, bytes) = self.pack(launch);
         let arena = self.device.arena(bytes)?;
@@ -99,8 +99,8 @@ impl Bench {
         Ok(writes.iter().map(read).collect::<std::result::Result<_, _>>()?)
     }
 
-    /// Packs the launch's buffers from offset 0 on, and adds the workspace that this device needs. Buffers that were
-    /// shared stay shared. Returns the new launch and its total bytes.
+    /// Packs the launch's buffers one after another, starting at offset 0, and adds the workspace that this device
+    /// needs. Buffers that were shared stay shared. Returns the new launch and its total bytes.
     fn pack(&self, launch: &Launch) -> (Launch, usize) {
         let mut packed = launch.clone();
         let bytes = self.device.kind().workspace_bytes(launch);
@@ -143,7 +143,7 @@ fn moved(launch: &Launch, by: usize) -> Launch {
 }
 
 /// Fills the buffers that a launch reads with numbers between 0.1 and 1.1, which every op accepts. Integer buffers get
-/// tokens. If `writes` is true, also fills the buffers that the launch writes.
+/// token ids. If `writes` is true, also fills the buffers that the launch writes.
 fn fill(arena: &Arena, by: usize, launch: &Launch, writes: bool) -> Result<()> {
     let vocabulary = match launch.op {
         Op::Embedding { vocab, .. } | Op::SumExpTarget { vocab, .. } => vocab,
@@ -185,7 +185,7 @@ pub struct CeilingArgs {
     matrix: usize,
 }
 
-/// Measures GB/s of a copy, counting bytes read and written, and TFLOP/s of matrix products.
+/// Measures a copy in GB/s (bytes read plus bytes written) and matrix products in TFLOP/s.
 pub fn ceilings(args: &CeilingArgs) -> Result<Found> {
     let bench = Bench::open(if args.device == On::Cpu { DeviceKind::Cpu } else { DeviceKind::Cuda })?;
     let buffer = |offset, shape: &[usize], dtype| Buffer { base: 0, offset, shape: shape.to_vec(), dtype };

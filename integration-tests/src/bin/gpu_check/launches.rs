@@ -14,7 +14,7 @@ use crate::bench::Bench;
 use crate::model::ModelArgs;
 use crate::{Found, Result};
 
-/// Tolerance for another order of sums, relative to an element's magnitude plus the mean magnitude.
+/// Tolerance for sums in a different order, relative to an element's magnitude plus the mean magnitude.
 const CLOSE: f64 = 1e-4;
 /// Tolerance with bf16 operands.
 const CLOSE_BF16: f64 = 2e-2;
@@ -45,7 +45,8 @@ fn distinct(plan: &Plan) -> Vec<(Launch, usize)> {
     found.into_values().collect()
 }
 
-/// Returns the floating-point operations of a launch, or 0 if it only moves memory. Attention counts its causal half.
+/// Returns the floating-point operations of a launch, or 0 if it only moves memory. For attention, counts only the
+/// causal half.
 fn flops(launch: &Launch) -> f64 {
     let products = match &launch.op {
         Op::Einsum(einsum) => {

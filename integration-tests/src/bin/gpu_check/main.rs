@@ -26,7 +26,7 @@ struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Print the driver, devices and libraries; fails if one is missing.
+    /// Print the driver, devices and libraries; fail if one is missing.
     Versions,
     /// Measure device copies and matrix products through cuBLASLt.
     Ceilings(bench::CeilingArgs),

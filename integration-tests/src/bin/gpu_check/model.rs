@@ -28,7 +28,7 @@ pub struct ModelArgs {
     /// Rows of the tables of the embedding and of the head: GPT-2's 50257 tokens, rounded up.
     #[arg(long, default_value_t = 50304)]
     pub vocabulary: usize,
-    /// Samples per step; 0 for the largest power of two, up to 16, whose plan fits into half of the GPU's free memory.
+    /// Samples per step; 0 selects the largest power of two, up to 16, whose plan fits into half the GPU's free memory.
     #[arg(long, default_value_t = 0)]
     pub batch: usize,
     #[arg(long, default_value_t = 1)]

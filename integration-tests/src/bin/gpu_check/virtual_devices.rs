@@ -1,5 +1,6 @@
-//! Trains on four mesh devices that share one GPU. Losses are bit-identical for any delays on its streams; in f32 they
-//! match the CPU backend within a tolerance. The environment sets the delays, so each training has its own process.
+//! Trains on four mesh devices that share one GPU. Losses are bit-identical for any delays on the GPU's streams. In
+//! f32, they match the CPU backend within a tolerance. The environment sets the delays, so each training has its own
+//! process.
 
 use std::process::Command;
 
@@ -9,7 +10,8 @@ use shardflow_kernels::cuda::test_delay::SPIN;
 
 use crate::{Found, Result};
 
-/// Relative difference of losses from the CPU backend, due to another order of sums and other roundings of exp and erf.
+/// Largest relative difference from the CPU backend's losses. The CPU backend adds in another order, and its exp and
+/// erf round differently.
 const CPU_MAX: f64 = 1e-4;
 
 /// Environment variable that selects the visible GPUs.
@@ -34,7 +36,7 @@ pub struct VirtualArgs {
     size: usize,
 }
 
-/// Trains in each precision. If a training fails, reports it together with the results of the others.
+/// Trains in each precision. If a training fails, reports the failure together with the results of the other trainings.
 pub fn run(args: &VirtualArgs) -> Result<Found> {
     let (mut runs, mut wrong) = (Vec::new(), Vec::new());
     for precision in ["f32", "bf16"] {
@@ -84,7 +86,7 @@ fn train(args: &VirtualArgs, precision: &str, device: &str, spin: Option<u64>) -
     ]);
     child.args(["--width", &size, "--context", &size, "--vocabulary", "509", "--batch", "8", "--micro-batches", "2"]);
     child.args(["--dropout", "0.1", "--timed", "0", "--steps", &args.steps.to_string()]);
-    // With several visible GPUs, each device would use its own.
+    // With several visible GPUs, each mesh device would use its own GPU.
     let visible = std::env::var(VISIBLE).ok().filter(|gpus| !gpus.is_empty());
     child.env(VISIBLE, visible.as_deref().unwrap_or("0").split(',').next().unwrap_or("0"));
     child.envs(spin.map(|seed| (SPIN, format!("{seed}:{}", args.cycles))));

@@ -16,7 +16,7 @@ fn a_streamed_copy_equals_its_source() {
     let (x, y) = (device.arena(4 * ALL).unwrap(), device.arena(4 * ALL).unwrap());
     x.write_host(0, &numbers).unwrap();
     let posted = |arena| Posted::checked(arena, 0, ALL).unwrap();
-    // Every alignment within a line, and runs with and without whole lines, below and above STREAM_RUN_MIN.
+    // Test every alignment within a cache line, and runs with and without whole lines, below and above STREAM_RUN_MIN.
     for (from, to) in (0..17).flat_map(|from| (0..17).map(move |to| (from, to))) {
         for len in [0, 1, 15, 16, 17, 31, 64, 100, STREAM_RUN_MIN, 500] {
             y.write_host(0, &zeros).unwrap();

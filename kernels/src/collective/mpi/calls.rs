@@ -32,15 +32,15 @@ const TESTS_PER_CHECK: u32 = 8;
 /// How long processes wait for each other before they finalize MPI.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Returns an error to end a wait early. Called regularly while a call waits.
+/// A function that is called regularly while a call waits. It returns an error to end the wait early.
 pub(super) type CheckInterrupt<'a> = dyn FnMut() -> Result<()> + 'a;
 
-/// MPI in this process: its rank and the number of processes. MPI is started once per process and finalized with the
-/// last clone. MPI is not finalized after an abort: it would wait for the transfers of peers that are gone.
+/// MPI in this process: its rank and the number of processes. MPI is started once per process and finalized when this
+/// is dropped, except after an abort: finalizing would wait for the transfers of peers that are gone.
 pub struct MpiWorld {
     universe: Option<Universe>,
     comm: Comm,
-    /// Used only for the barrier before MPI is finalized, which must not match any other barrier.
+    /// Used only for the barrier before MPI is finalized, so that no other barrier can match this one.
     end_comm: Comm,
     rank: u32,
     size: u32,
@@ -105,8 +105,9 @@ impl MpiWorld {
         unsafe { comm.run(Transfer::Barrier, &mut late) }.inspect_err(|_| self.abort())
     }
 
-    /// Creates one communicator per group, given as its processes and its tag. All members call this with the groups in
-    /// the same order. A separate thread waits for them inside MPI. This call waits at most `within`.
+    /// Creates one communicator per group; `groups` holds each group's processes and tag. All members call this with
+    /// the groups in the same order. A separate thread waits inside MPI for the other members. This call waits for that
+    /// thread for at most `within`.
     pub(super) fn comms(self: &Arc<Self>, groups: Vec<(Vec<c_int>, c_int)>, within: Duration) -> Result<Vec<Comm>> {
         let (sender, receiver) = bounded(1);
         let world = self.clone();
@@ -210,7 +211,7 @@ fn raw(op: ReduceOp) -> MPI_Op {
     unsafe { if op == ReduceOp::Sum { ffi::RSMPI_SUM } else { ffi::RSMPI_MAX } }
 }
 
-/// The MPI type of words that are only copied, whatever their bits.
+/// The MPI type of words that MPI only copies and does not interpret.
 fn words() -> MPI_Datatype {
     // SAFETY: the type is a constant of the library.
     unsafe { ffi::RSMPI_UINT32_T }

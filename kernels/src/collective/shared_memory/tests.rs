@@ -34,7 +34,7 @@ fn arenas(n: usize, bytes: usize) -> BTreeMap<usize, Arena> {
 
 const SUM: CollectiveKind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
 
-/// Calls as member 0 of group 1. The result arrives on the channel.
+/// Runs a call as member 0 of group 1 on a new thread. The returned channel receives the result.
 fn call(engine: &Arc<SharedMemory>, kind: CollectiveKind, elements: usize) -> Receiver<Result<()>> {
     let (sender, results) = channel();
     let engine = engine.clone();
@@ -84,7 +84,7 @@ fn memory_that_a_peer_sends_from_outside_its_arena_is_not_accessed() {
     }
 }
 
-/// A call returns whatever the board contains, at the latest after an abort.
+/// Whatever the board contains, a call returns, at the latest after an abort.
 #[test]
 fn calls_end_with_garbage_on_the_board() {
     let groups = [group(1, &[0, 1, 2])];
@@ -103,7 +103,7 @@ fn calls_end_with_garbage_on_the_board() {
                 engine.abort("the call still waits");
                 results.recv_timeout(DEADLINE)
             });
-            // Any result is accepted, even a sum of the buffers that the garbage seems to post.
+            // The test accepts any result, even a sum of whatever buffers the random words seem to post.
             assert!(result.is_ok(), "seed {seed}: {result:?}");
         }
     }
@@ -136,7 +136,7 @@ fn inconsistent_boards_groups_and_arenas_are_rejected() {
     let own = engine.arenas[&0].clone();
     assert!(run(group(3, &[0, 1]), &own).contains("a group of this node"));
     assert!(run(group(1, &[0, 2]), &own).contains("a group of this node"));
-    // Peers do not know other mappings of the shared arena. A read-only mapping cannot be written.
+    // Peers map only the arena that the engine knows, not another mapping of it. A read-only mapping cannot be written.
     assert!(run(group(1, &[0, 1]), &mapped(&own, Access::ReadWrite)).contains("the shared arena of rank 0"));
     assert!(run(group(2, &[1, 2]), &mapped(&own, Access::Read)).contains("writable memory"));
 }

@@ -8,24 +8,25 @@ use std::os::unix::net::UnixStream;
 
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg, sockopt};
 
-/// Socket send buffer within a node, in bytes (the kernel reserves twice as much). With the default sizes, the kernel
-/// wakes the receiver too often (Unix) or buffers more data than the caches hold (TCP). Each costs up to half of the
-/// throughput (measured). Between nodes the kernel adapts buffer sizes to the network.
+/// Size of the socket send buffer within a node, in bytes (the kernel reserves twice this size). With the default
+/// sizes, the kernel wakes the receiver too often (Unix) or buffers more data than the caches hold (TCP). Either effect
+/// costs up to half of the throughput (measured). Between nodes, the kernel adapts the buffer sizes to the network.
 const NODE_BUFFER_BYTES: usize = 512 << 10;
 
-/// An authenticated connection to another member, without bytes in flight. Members of one process use a socket pair.
+/// An authenticated connection to another member, on which no bytes are in flight yet. Members of one process use a
+/// socket pair.
 #[derive(Debug)]
 pub enum Channel {
-    /// Within a node.
+    /// A connection within a node.
     Unix(UnixStream),
-    /// Between nodes.
+    /// A connection between nodes.
     Tcp(TcpStream),
     /// A stream that transforms its bytes, for example by encryption.
     Sealed(Box<dyn SealedStream>),
 }
 
-/// A non-blocking stream that buffers bytes: accepted but not yet sent, or received but not yet returned. All methods
-/// except [`SealedStream::shutdown`] fail with [`io::ErrorKind::WouldBlock`] if they cannot proceed.
+/// A non-blocking stream. It buffers bytes that it has accepted but not yet sent, or received but not yet returned. All
+/// methods except [`SealedStream::shutdown`] fail with [`io::ErrorKind::WouldBlock`] if they cannot proceed.
 pub trait SealedStream: fmt::Debug + Send + Sync {
     /// Returns the socket, for setting its options and for waiting on it.
     fn socket(&self) -> BorrowedFd<'_>;
@@ -60,7 +61,7 @@ impl Channel {
     pub(super) fn prepare(&self) -> io::Result<()> {
         let socket = self.as_fd();
         rustix::io::ioctl_fionbio(socket, true)?;
-        // The peer is on this node: a Unix socket, or TCP over loopback.
+        // The peer is on this node if the socket is a Unix socket, or TCP over loopback.
         let peer = rustix::net::getpeername(socket)?.and_then(|peer| SocketAddr::try_from(peer).ok());
         if peer.is_none_or(|peer| peer.ip().is_loopback()) {
             // The size affects only speed, and the system may allow less.
@@ -126,7 +127,7 @@ impl AsFd for Channel {
     }
 }
 
-/// Calls `attempt`, and repeats it after an interrupt by a signal. Returns `None` when it would block.
+/// Calls `attempt`, and repeats it after an interrupt by a signal. Returns `None` when `attempt` would block.
 fn without_blocking(mut attempt: impl FnMut() -> io::Result<usize>) -> io::Result<Option<usize>> {
     loop {
         match attempt() {

@@ -5,8 +5,8 @@
 //!   only words that have been received can be sent.
 //! - FLOW-2: data in transit alternates between two slots. Incoming piece t may use its slot once outgoing pieces
 //!   `0..t` are sent: these include the slot's previous content, since incoming piece t-2 leaves as outgoing piece t-1.
-//!   Two slots keep a ring moving: the member that has sent least can send. Its next member has sent no less, and so
-//!   has a free slot.
+//!   Two slots are enough to keep a ring moving: the member that has sent the least can always send. The next member in
+//!   the ring has sent at least as much, and so has a free slot.
 
 use std::ops::Range;
 
@@ -43,7 +43,7 @@ pub(super) enum Source {
     X(Range<usize>),
     /// A contiguous range of y.
     Y(Range<usize>),
-    /// Scattered over x. The words are packed before they are sent.
+    /// A part that is scattered over x. Its words are packed before they are sent.
     Pack(Part),
     /// In the slot of the previous incoming piece.
     Slot,
@@ -62,7 +62,7 @@ pub(super) struct Out {
 pub(super) enum Target {
     /// Directly into a contiguous range of y.
     Y(Range<usize>),
-    /// Into a slot, combined there with this member's words of x.
+    /// Into a slot, where the words are combined with this member's words of x.
     Combine(Part),
     /// Into a slot. The words are combined with this member's words of x and written to y from this index on.
     Finish(Part, usize),
@@ -88,9 +88,9 @@ pub(super) struct Flow {
 struct Progress {
     /// Number of finished pieces.
     piece: usize,
-    /// Bytes of the next piece that have been transferred.
+    /// Number of bytes of the next piece that have been transferred.
     bytes: usize,
-    /// Words of the next piece that can be forwarded.
+    /// Number of words of the next piece that can be forwarded.
     words: usize,
 }
 
@@ -242,7 +242,7 @@ impl RunningFlow<'_> {
                 let (sum, y) = (&slot_words[at..][..len], &mut y[start + at..][..len]);
                 match x {
                     Some(x) => combine_two(op, sum, &x[place..][..len], y),
-                    // In place, y still holds x.
+                    // In an in-place call, y still holds x.
                     None => combine_onto(op, sum, y),
                 }
             }),

@@ -25,9 +25,10 @@ pub(super) enum Kind {
     Data = 1,
     /// The sender has waited for a while in the call that the text describes. No bytes follow.
     Waiting = 2,
-    /// The sender has failed: the member in `length` makes a different call. The text is `expected`, newline, `got`.
+    /// The sender has failed: the member in field `length` makes another call. The text is `expected`, newline, `got`.
     Mismatch = 3,
-    /// The sender has failed: the link from the rank in `digest` to the rank in `length` failed. The text is the cause.
+    /// The sender has failed: the link from the rank in field `digest` to the rank in field `length` broke. The text is
+    /// the cause.
     LinkLost = 4,
     /// The sender has failed for the reason in the text.
     Stopped = 5,

@@ -15,7 +15,7 @@ use super::frame::{HEADER_BYTES_MAX, Header, Kind, readable};
 use crate::collective::Group;
 use crate::error::{KernelError, Result};
 
-/// Bytes to read ahead while a header is expected. A small transfer arrives together with its header.
+/// Maximum number of bytes to read ahead while a header is expected. A small transfer arrives with its header.
 const INBOX_BYTES: usize = 16 << 10;
 
 /// A member and its current call.
@@ -146,7 +146,7 @@ impl Link {
         !self.ended && !matches!(self.incoming, Incoming::Body(_))
     }
 
-    /// Whether a header may come next from the peer, and none of it has been read.
+    /// Whether the next byte from the peer would be the first byte of a header.
     pub(super) fn awaits_header(&self) -> bool {
         self.can_receive_header() && self.unread.is_empty()
     }
@@ -181,7 +181,7 @@ impl Link {
         peer_error.unwrap_or_else(|| context.link_error(self.peer, format!("cannot write: {error}")))
     }
 
-    /// Reads the available bytes of the transfer into `into` and returns how many. Reads and checks the header first.
+    /// Reads and checks the header, then reads available bytes of the transfer into `into`. Returns their number.
     pub(super) fn receive(&mut self, context: &Context, into: &mut [u8]) -> Result<usize> {
         if let Incoming::Header(expected) = self.incoming {
             self.read_headers(context)?;
@@ -218,7 +218,7 @@ impl Link {
         context.link_error(self.peer, format!("closed by the peer during {}", context.text))
     }
 
-    /// Reads headers that arrived between transfers, up to that of a transfer. Fails with an error that they report.
+    /// Reads the headers that precede a transfer's header. If one of them reports an error, returns that error.
     pub(super) fn read_headers(&mut self, context: &Context) -> Result<()> {
         while self.can_receive_header() {
             if let Some((header, text)) = self.peek(context)? {
@@ -301,7 +301,7 @@ impl Link {
     }
 
     /// Notifies the peer, once per call and only between transfers, that this member waits in its call. Repeated calls
-    /// of this function send what the channel still holds.
+    /// of this function send the bytes that the channel still holds.
     pub(super) fn announce(&mut self, context: &Context) -> Result<()> {
         if self.channel.has_unsent() {
             self.send(context, &[])?;

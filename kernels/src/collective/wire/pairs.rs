@@ -9,7 +9,7 @@ use crate::memory::Words;
 use crate::region::{Runs, for_each_run};
 use crate::tensor::Region;
 
-/// Largest x, in bytes, sent before the receiver is known to be in its call. The kernel's buffers hold that much.
+/// Largest x, in bytes, that is sent before the receiver is known to be in its call. The kernel's buffers can hold it.
 const EAGER_BYTES_MAX: usize = 64 << 10;
 
 /// Member i contributes `sources[i]` and receives `targets[i]`.

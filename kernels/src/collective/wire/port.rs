@@ -2,7 +2,7 @@
 //!
 //! A disagreement is detected even if no call exchanges data between all members. A member that has waited for
 //! [`QUIET`] sends its call to all other members of that call, and reads the headers that they sent. When two members
-//! wait in different calls, the one that entered its call first receives the other one's header.
+//! wait in different calls, the one that entered its call first receives the other member's header.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,8 +21,8 @@ const TICK: Duration = Duration::from_millis(50);
 /// How long a member waits without progress before it sends its call to the other members.
 const QUIET: Duration = Duration::from_millis(200);
 
-/// How long a member whose link broke waits for other members to send the cause, which they often know first. Longer
-/// than [`QUIET`]: members that wait for other peers begin to read headers after that time.
+/// How long a member with a broken link waits for other members to send the cause, since they often know it earlier.
+/// This exceeds [`QUIET`], because a member that waits for another peer begins to read headers after [`QUIET`].
 const CAUSE_WAIT: Duration = Duration::from_millis(500);
 
 /// State that all members of a group in this process share.
@@ -33,7 +33,7 @@ pub(super) struct GroupStatus {
     /// The failure of this group, set by any of its members in this process.
     pub(super) failed: OnceLock<KernelError>,
     group: Arc<Group>,
-    /// By member: the member that it waits for, plus 1; 0 when it waits for none.
+    /// For each member: the member that it waits for, plus 1; 0 when it waits for none.
     waiting: Vec<AtomicUsize>,
 }
 
@@ -123,7 +123,7 @@ impl Port {
         link.receive(context, into)
     }
 
-    /// Sends all of `out` to a peer while it fills `into` from a peer. Both hold the next bytes of a transfer.
+    /// Sends all of `out` to one peer while it fills `into` from one peer. Each buffer is the next part of a transfer.
     pub(super) fn exchange(&mut self, out: Option<(usize, &[u8])>, into: Option<(usize, &mut [u8])>) -> Result<()> {
         let (to, data) = out.map_or((None, &[][..]), |(peer, data)| (Some(peer), data));
         let (from, into) = into.map_or((None, &mut [][..]), |(peer, into)| (Some(peer), into));
@@ -217,7 +217,8 @@ impl Port {
 
     /// Returns a cause of `error` that this process or another member already knows, else `error` itself.
     fn root_cause(&mut self, error: KernelError) -> KernelError {
-        // An error that a peer sent names another rank or is not a link failure. It already is the cause.
+        // An error that is not a failure of this member's own link is already the cause, for example one that a peer
+        // sent.
         let own_rank = self.context.group.ranks[self.context.member];
         if !matches!(error, KernelError::Link { rank, .. } if rank == own_rank) {
             return error;
@@ -229,7 +230,7 @@ impl Port {
             }
             for link in self.links.iter_mut().flatten() {
                 match link.read_headers(&self.context) {
-                    // The peer sent this error: the connection is not closed.
+                    // The connection is not closed, so this error came from the peer.
                     Err(peer_error) if link.can_receive_header() => return peer_error,
                     _ => {}
                 }

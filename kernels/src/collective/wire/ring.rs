@@ -2,7 +2,7 @@
 //! the ring, an all-reduce takes two.
 //!
 //! Data that member c owns is combined on its way from member c+1 to c: each member adds its own values. This is the
-//! order of [`crate::collective::Group`]. Rounds keep the data in transit within the cache and two slots.
+//! order of [`crate::collective::Group`]. Working in rounds keeps the data in transit within the cache and two slots.
 
 use super::flow::{Flow, In, Out, PIECE_WORDS, Part, Source, Target};
 use super::port::Port;

@@ -20,7 +20,8 @@ use crate::tensor::{HostTensor, split_range};
 const LONG_TIMEOUT: Duration = Duration::from_secs(30);
 const SHORT_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// Values of very different magnitudes, so that the order of additions affects the result. The same in every run.
+/// Returns values of very different magnitudes, so that the order of additions affects the result. The values are the
+/// same in every run.
 fn floats(random: &mut SplitMix64, len: usize) -> Vec<f32> {
     let float = |bits: u64| (bits as f32 / 1e9 - 1.0) * [1.0, 1e-4, 1e5, -0.0][bits as usize % 4];
     (0..len).map(|_| float(random.draw() >> 33)).collect()
@@ -142,7 +143,7 @@ fn trees_and_rings_return_the_bits_of_the_in_process_engine() {
     }
 }
 
-/// Parts along a dim: even, or with all but one element in the first part.
+/// Splits the shape along a dim: evenly, or with all but one element in the first part.
 fn split(shape: &[usize], n: usize, dim: usize, uneven: bool) -> Vec<Region> {
     let extent = shape[dim];
     let part = |i: usize| {
@@ -425,7 +426,7 @@ fn waits_lists_the_absent_member() {
     thread::scope(|scope| {
         let early = scope.spawn(|| run_case(&wires[0], 0, case));
         let deadline = Instant::now() + LONG_TIMEOUT;
-        // The member waits one tick at a time, and is listed only during a tick.
+        // The member waits one tick at a time, and `waits` lists it only during a tick.
         while wires[0].waits() != [MemberWait { group: 7, rank: 10, peer: 11 }] {
             assert!(Instant::now() < deadline && !early.is_finished());
             thread::yield_now();

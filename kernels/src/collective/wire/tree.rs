@@ -1,5 +1,6 @@
-//! Trees, for small tensors and broadcasts. Positions are counted from the root. A neighbour's position differs in one
-//! bit: one of the trailing zero bits for a child, the lowest one bit for the parent.
+//! Trees, for small tensors and broadcasts. Positions are counted from the root. A member and its neighbour have
+//! positions that differ in one bit: for a child, one of the member's trailing 0 bits; for the parent, the member's
+//! lowest 1 bit.
 
 use super::flow::PIECE_WORDS;
 use super::port::Port;
@@ -13,7 +14,7 @@ use crate::tensor::split_range;
 struct Tree {
     root: usize,
     members: usize,
-    /// Index counted from the root.
+    /// The member's index, counted from the root.
     position: usize,
 }
 

@@ -13,7 +13,7 @@ use crate::cuda::library::{Library, dotted_patch, dynamic_library};
 use crate::cuda::status::static_text;
 use crate::error::{KernelError, Result};
 
-/// The oldest tested version that accepts the graphs: `10000 * major + 100 * minor`.
+/// The oldest tested version that accepts the graphs, as `10000 * major + 100 * minor`.
 const VERSION_MIN: usize = 91_200;
 
 /// Buffer size for the library's error message, in bytes.

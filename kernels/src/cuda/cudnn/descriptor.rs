@@ -1,4 +1,4 @@
-//! cuDNN's descriptors. Each gets its attributes and is then finalized.
+//! cuDNN's descriptors. A descriptor first receives its attributes and is then finalized.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;

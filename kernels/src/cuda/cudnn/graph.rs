@@ -1,6 +1,6 @@
 //! Causal attention and its gradient as graphs of cuDNN operations: plain data, from which `plan` creates descriptors.
-//! cuDNN recognizes the patterns and runs each as one fused kernel (forward) or a few (backward). Scores are virtual
-//! tensors, so they are never stored. Dao 2023, <https://arxiv.org/abs/2307.08691>.
+//! cuDNN recognizes the patterns. It runs the forward pattern as one fused kernel and the backward pattern as a few.
+//! Scores are virtual tensors, so they are never stored. Dao 2023, <https://arxiv.org/abs/2307.08691>.
 
 use cudarc::cudnn::sys::cudnnDataType_t::{self as DataType, *};
 use cudarc::cudnn::sys::cudnnPointwiseMode_t::{self as PointwiseMode, *};
@@ -18,7 +18,7 @@ pub(super) enum Storage {
     Workspace(usize),
     /// On the host: one scalar, read when the graph is executed.
     HostScalar(f32),
-    /// Not stored: cuDNN never materializes it.
+    /// Not stored: cuDNN never writes the tensor to memory.
     Virtual,
 }
 
@@ -37,7 +37,8 @@ pub(super) type TensorId = usize;
 pub(super) enum Node {
     /// `c = a b`, over the last two dims.
     Matmul { a: TensorId, b: TensorId, c: TensorId },
-    /// Elementwise `mode`; broadcasts dims of 1. An index mode counts along `axis`. Select is `if t { x } else { b }`.
+    /// Applies `mode` to each element, and broadcasts dims of extent 1. An index mode returns the index along `axis`.
+    /// The select mode computes `if t { x } else { b }`.
     Pointwise {
         mode: PointwiseMode,
         axis: Option<i64>,
@@ -142,7 +143,7 @@ impl Builder {
         y
     }
 
-    /// Sets scores of keys after the query to minus infinity.
+    /// Sets the score of each key that comes after the query to minus infinity.
     fn masked(&mut self, x: TensorId) -> TensorId {
         let [row, column] = [2, 3].map(|axis| {
             let (mode, y) = (CUDNN_POINTWISE_GEN_INDEX, self.scores(CUDNN_DATA_INT32));
@@ -192,7 +193,8 @@ impl Builder {
         let [k, v] = [2, 3].map(|i| self.transposed(Place::read(i)));
         let lse = self.rows(Storage::Buffer(Place::read(5)));
         let [dq, dk, dv] = [0, 1, 2].map(|i| self.activation(Storage::Buffer(Place::write(i))));
-        // Kernels pass the row sums of do * o in memory. cuDNN's pattern scales these sums by a dropout factor.
+        // cuDNN's kernels share the row sums of do * o in memory. cuDNN's pattern scales these sums by a dropout
+        // factor.
         let product = self.tensor([b, h, t, d], [t * h * d, t * d, d, 1], F32, Storage::Virtual);
         self.pointwise(product, CUDNN_POINTWISE_MUL, d_o, Some(o));
         let sums = self.rows(Storage::Virtual);

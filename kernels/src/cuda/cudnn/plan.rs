@@ -23,7 +23,7 @@ const CONFIGURATIONS_MAX: usize = 8;
 #[derive(Clone, Copy)]
 pub(super) enum Target<'a> {
     Handle(Raw<cudnnHandle_t>),
-    /// A described device, which the machine may lack.
+    /// A device given by its description; the machine may lack such a device.
     #[cfg_attr(not(test), expect(dead_code, reason = "for a check without a GPU"))]
     Described([&'a Descriptor; 1]),
 }

@@ -1,4 +1,4 @@
-//! Checks the graphs that cuDNN receives. A test that is run by hand passes the graphs to NVIDIA's library.
+//! Checks the graphs that cuDNN receives. One test, which is run by hand, passes the graphs to NVIDIA's library.
 
 use cudarc::cudnn::sys::{
     cudnnBackendAttributeName_t as Attribute, cudnnBackendDescriptorType_t as Kind, cudnnDataType_t,
@@ -104,7 +104,7 @@ fn nvidias_library_creates_plans_for_our_graphs() {
         for (pass, pin) in pins.chain(ordered_engine(capability, api.number()).map(|pin| (Pass::Backward, Some(pin)))) {
             for shape in SHAPES {
                 let attention = attention_shape(pass, shape);
-                // The workspace limit is that of a launch.
+                // The workspace limit is the same as for a launch.
                 let (graph, bytes_max) = (Graph::of(&attention), attention.workspace_bytes());
                 let plan = Plan::new(api, Target::Described([&device]), graph, pin, bytes_max, "a plan");
                 plan.unwrap_or_else(|error| panic!("sm_{architecture}, {pass:?} {shape:?}: {error}"));

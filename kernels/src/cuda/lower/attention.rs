@@ -71,7 +71,7 @@ impl Dims {
     ) -> Steps {
         let [batch, time, heads, depth] = self.0;
         let time_blocks = time.div_ceil(BLOCK_ROWS);
-        // A tiled depth is at most 128, and no memory holds 2^31 heads.
+        // Both fit in 32 bits: a tiled depth is at most 128, and no memory holds 2^31 heads.
         let [heads_arg, depth] = [heads, depth].map(|extent| Arg::I32(extent as i32));
         arguments.extend([long(time), heads_arg, depth, long(time_blocks), Arg::F32(scale)]);
         blocks(function, batch * heads * time_blocks, threads, shared_bytes, arguments)
@@ -139,7 +139,7 @@ pub(super) fn workspace_floats(q: &[usize]) -> usize {
     }
 }
 
-/// On all architectures, cuDNN has engines for depths up to this maximum that are multiples of this step.
+/// On all architectures, cuDNN has engines for the multiples of `CUDNN_DEPTH_STEP` up to `CUDNN_DEPTH_MAX`.
 const CUDNN_DEPTH_MAX: usize = 128;
 const CUDNN_DEPTH_STEP: usize = 8;
 

@@ -1,5 +1,5 @@
-//! Building blocks of collectives on GPUs: contiguous regions, the messages between members and which of these are
-//! packed, and the workspace that the engines need. Pure functions.
+//! Building blocks of collectives on GPUs: contiguous regions, the messages between members, the choice of messages to
+//! pack, and the workspace that the engines need. Pure functions.
 //!
 //! - STAGE-1: an engine uses at most [`workspace_bytes`] of a launch's workspace. The plan does not know which engine
 //!   will run, so this is the maximum over all engines.
@@ -23,7 +23,7 @@ pub(crate) fn contiguous_start(shape: &[usize], region: &Region) -> Option<usize
     Runs::new(shape, region).contiguous(&whole).map(|range| range.start)
 }
 
-/// Whether the parts have one size and lie one after another in the whole, as NCCL requires.
+/// Whether all parts have the same size and lie one after another in the whole tensor, as NCCL requires.
 pub(crate) fn are_rows(parts: &[Region], whole: &[usize]) -> bool {
     let elements = parts.first().map_or(0, Region::element_count);
     let in_place = |(i, part): (usize, &Region)| {
@@ -47,7 +47,7 @@ pub(crate) struct Message {
     pub(crate) sends: bool,
     /// Boxes in the member's own x or y.
     pub(crate) boxes: Vec<Region>,
-    /// Element offset in x or y if the data is contiguous. Other data is packed.
+    /// Element offset in x or y if the data is contiguous. Data that is not contiguous is packed.
     pub(crate) direct: Option<usize>,
 }
 

@@ -21,7 +21,7 @@ pub(super) fn map(args: &Args<'_>, names: [&'static str; 3], more: &[Arg]) -> St
 pub(super) fn fill(args: &Args<'_>, value: f32) -> Steps {
     let words = args.written(0);
     if args.write_dtype(0) == DType::BF16 {
-        // Two bf16 make a word, but the buffer may begin in the middle of one.
+        // Two bf16 elements fill one word, but the buffer may begin in the middle of a word.
         return threads("fill_bf16", words.div_ceil(BF16_PACK), vec![write(0), long(words), Arg::F32(value)]);
     }
     let fill = Step::Fill { to: Place::write(0), word: value.to_bits(), words };

@@ -12,7 +12,7 @@ use crate::tensor::{DType, element_count};
 /// Two launches as one. Places in `steps` refer to `reads` and `writes`.
 #[derive(Clone, Debug)]
 pub struct FusedLaunches {
-    /// Buffers read from outside the pair.
+    /// Buffers that the pair reads and whose content comes from outside the pair.
     pub reads: Vec<Buffer>,
     /// All buffers that the two launches write.
     pub writes: Vec<Buffer>,
@@ -29,7 +29,7 @@ pub fn may_fuse(first: &Launch, second: &Launch) -> bool {
     has_kernel && !first.accumulate && !second.accumulate
 }
 
-/// Fuses two launches if possible. [`Arg::LaunchIndex`] is the second launch's index. No signal may be due in between.
+/// Fuses two launches if possible. [`Arg::LaunchIndex`] is the index of the second. No signal may be due between them.
 ///
 /// # Errors
 /// Those of [`lower`] for either launch.

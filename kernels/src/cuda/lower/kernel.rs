@@ -8,13 +8,13 @@ pub(super) type Steps = Result<Vec<Step>>;
 
 pub(super) const THREADS: usize = 256;
 
-/// Elements per thread of an elementwise kernel on f32: 16 bytes.
+/// Elements per thread of an elementwise kernel on f32, which are 16 bytes.
 pub(super) const PACK: usize = 4;
 
 /// Elements per thread of an elementwise kernel on bf16.
 pub(super) const BF16_PACK: usize = 8;
 
-/// Elements per thread for this type: 16 bytes.
+/// Elements per thread for this type, which are 16 bytes.
 pub(super) fn pack_of(dtype: DType) -> usize {
     if dtype == DType::BF16 { BF16_PACK } else { PACK }
 }

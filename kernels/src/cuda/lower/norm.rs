@@ -19,7 +19,7 @@ pub(super) fn layer_norm(args: &Args<'_>, eps: f32) -> Steps {
     warps(args.pick(0, 0, variants!("layer_norm")), rows, arguments)
 }
 
-/// Floats for the partial sums of dweight.
+/// Number of floats for the partial sums of dweight.
 pub(super) fn workspace_floats(dy: &[usize]) -> usize {
     let Some((&width, leading)) = dy.split_last() else { return 0 };
     ColumnSum::new(element_count(leading), width).workspace_floats(width)

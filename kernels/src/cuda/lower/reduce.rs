@@ -11,7 +11,7 @@ const BLOCKS: usize = 512;
 /// Threads of a block along a row. Together they process 512 bytes of the row.
 const COLUMN_THREADS: usize = 32;
 
-/// A sum is not split further if a thread would then have fewer rows.
+/// A sum is not split further if a thread would then have fewer rows than this.
 const ROWS_PER_THREAD: usize = 4;
 
 /// Minimum elements per block of a sum of squares: a 768 x 768 weight then occupies a GPU of 132 multiprocessors.
@@ -40,12 +40,13 @@ impl ColumnSum {
         Self { columns, parts: rows.div_ceil(rows_per_part).max(1), rows_per_part, threads: [x, y] }
     }
 
-    /// Floats of partial sums for the second pass.
+    /// Number of floats for the partial sums that the second pass reads.
     pub(super) fn workspace_floats(&self, width: usize) -> usize {
         if self.parts > 1 { self.parts * width } else { 0 }
     }
 
-    /// One pass with `arguments`, then output, rows, width, rows per part, and whether to add to the output.
+    /// Creates one pass. Kernel arguments: `arguments`, output, rows, width, rows per part, whether to add to the
+    /// output.
     fn pass(
         &self,
         function: &'static str,
@@ -68,7 +69,7 @@ impl ColumnSum {
     }
 }
 
-/// Sums columns into `out`: in one pass with the kernel `only`, or in two with `first` and `second`.
+/// Sums columns into `out`: in one pass with the kernel `only`, or in two passes with `first` and `second`.
 pub(super) fn sum_columns(
     [only, first, second]: [&'static str; 3],
     inputs: Vec<Arg>,
@@ -118,7 +119,7 @@ fn squares_parts(n: usize) -> (usize, usize) {
     (n.div_ceil(per_part).max(1), per_part)
 }
 
-/// Floats for the partial sums: two hold the bits of one f64.
+/// Number of floats for the partial sums. Two floats hold the bits of one f64.
 pub(super) fn squares_workspace_floats(n: usize) -> usize {
     let (parts, _) = squares_parts(n);
     if parts > 1 { 2 * parts } else { 0 }

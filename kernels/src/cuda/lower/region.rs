@@ -26,7 +26,7 @@ fn place(shape: &[usize], index: &[usize]) -> usize {
     steps(shape).iter().zip(index).map(|(step, index)| step * index).sum()
 }
 
-/// Dims of a region in two tensors, merged where contiguous in both. At least one dim; the last has adjacent elements.
+/// Dims of a region, merged where contiguous in both tensors. There is at least one; the last has adjacent elements.
 fn join_dims(size: &[usize], shapes: [&[usize]; 2]) -> Vec<Dim> {
     let [a, b] = shapes.map(steps);
     let mut dims: Vec<Dim> = Vec::new();

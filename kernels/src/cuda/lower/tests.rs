@@ -6,7 +6,7 @@ use crate::cuda::step::{Operand, SHARED_BYTES_DEFAULT};
 use crate::op::{Buffer, Einsum};
 use crate::tensor::Region;
 
-/// Shared memory per block on sm_80, less the driver's reserve.
+/// Shared memory per block on sm_80, in bytes, without the part that the driver reserves.
 const SHARED_MAX: usize = 163 * 1024;
 
 /// A launch on buffers of these shapes; reads listed in `ints` are integers.

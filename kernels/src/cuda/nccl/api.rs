@@ -26,7 +26,8 @@ pub(crate) const IN_PROGRESS: u32 = 7;
 
 type Stream = *mut c_void;
 
-/// The first fields of `ncclConfig_t`, as of version 2.17. From `size`, later versions see that the rest is missing.
+/// The first fields of `ncclConfig_t`, as of version 2.17. Later versions detect by `size` that other fields are
+/// missing.
 #[repr(C)]
 pub(crate) struct Config {
     size: usize,

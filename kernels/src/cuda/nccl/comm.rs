@@ -86,7 +86,7 @@ pub(super) enum NcclCall {
     AllReduce(ReduceOp),
     ReduceScatter(ReduceOp),
     AllGather,
-    /// From the member with this index.
+    /// A broadcast from the member with this index.
     Broadcast(usize),
 }
 
@@ -208,7 +208,8 @@ impl Comm {
         self.call_log.lock().open.iter().find(is_pending).map(|open| open.call)
     }
 
-    /// Whether the member's stream has reached the call. Without progress words (PROGRESS-1): whether it was made.
+    /// Whether the stream has reached the call. Without progress words (PROGRESS-1): whether the member has made the
+    /// call.
     pub(super) fn has_reached(&self, call: u64) -> bool {
         let call_log = self.call_log.lock();
         let is_ahead = |open: &Open| open.call == call && !open.stream.has_reached(open.number);
@@ -229,8 +230,8 @@ impl Comm {
         let Some(comm) = locked.map(|comm| comm.0) else { return Err(self.closed()) };
         let (api, dtype, handle) = (self.api, data_type(dtype), stream.handle.0.cast::<c_void>());
         let (x, y) = (x as *const c_void, y as *mut c_void);
-        // SAFETY: communicator and stream are live and of one context; `Bound` has checked that the memory has the
-        // right size and lives until the stream has run the call.
+        // SAFETY: communicator and stream are live and belong to one context; `Bound` has checked that the memory has
+        // the right size and lives until the stream has run the call.
         let (code, name) = unsafe {
             match kind {
                 NcclCall::AllReduce(op) => {
@@ -248,7 +249,8 @@ impl Comm {
         self.check(code, name)
     }
 
-    /// Enqueues messages as one NCCL group, so that only each pair's order matters. Elements without a dtype are bytes.
+    /// Enqueues messages as one NCCL group, so that order matters only within a pair of members. Elements without a
+    /// dtype are bytes.
     pub(super) fn transfer(&self, transfers: &[Transfer], dtype: Option<DType>, stream: &RawStream) -> Result<()> {
         let locked = self.handle.lock();
         let Some(comm) = locked.map(|comm| comm.0) else { return Ok(()) };

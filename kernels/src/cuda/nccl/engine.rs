@@ -1,5 +1,5 @@
 //! Collectives between GPUs by NCCL: non-blocking communicators, created within a deadline from a unique id that the
-//! caller distributes. Calls are enqueued on streams; pollers detect errors. One failed communicator aborts all.
+//! caller distributes. Calls are enqueued on streams; pollers detect errors. A failed communicator aborts all others.
 //!
 //! - NCCL-1: one thread at a time makes the calls of a communicator, in the order that the plan fixes for all members.
 //!   Over all communicators of a device, calls are in the order of the submissions (ORDER-1).
@@ -40,7 +40,7 @@ use crate::tensor::{Region, element_count};
 pub(super) const ISSUE_SPIN: Duration = Duration::from_micros(50);
 /// Poll interval of the stream's own thread.
 const ISSUE_STEP: Duration = Duration::from_micros(20);
-/// How long to wait for the report of the cause, if NCCL only passes on an error.
+/// How long to wait for a report of the cause, if NCCL's error is only the consequence of another error.
 const CAUSE_WITHIN: Duration = Duration::from_millis(500);
 /// How long members wait for each other at shutdown.
 const FINALIZE_WITHIN: Duration = Duration::from_secs(5);
@@ -53,7 +53,7 @@ pub struct Nccl(pub(super) Arc<Inner>);
 pub(super) struct Inner {
     /// Groups of several members, by id.
     groups: BTreeMap<u32, Arc<Group>>,
-    /// By group and member; groups of one have none.
+    /// By group id and member. A group of one member has none.
     pub(super) comms: HashMap<(u32, usize), Arc<Comm>>,
     received: ReceivedBytes,
     orders: Mutex<HashMap<usize, Arc<IssueOrder>>>,
@@ -107,8 +107,8 @@ impl Inner {
         }
     }
 
-    /// Aborts all communicators after one has failed, since other members would wait forever. If NCCL only passes on
-    /// the error of a device or of another process, first waits for a report of the cause.
+    /// Aborts all communicators after one has failed, since other members would wait forever. If the error is only the
+    /// consequence of an error of a device or of another process, first waits for a report of the cause.
     pub(super) fn abort_on_error(&self, error: KernelError) -> KernelError {
         let began = Instant::now();
         while is_passed_on(&error) && self.abort_status.aborted().is_none() && began.elapsed() < CAUSE_WITHIN {
@@ -233,7 +233,7 @@ impl MemberCall<'_> {
         }
     }
 
-    /// Reduce-scatters uneven or non-contiguous parts, each first copied to its own slot. Ignores the reduced padding.
+    /// Reduce-scatters uneven or non-contiguous parts, after copying each to its own slot. Ignores the reduced padding.
     fn reduce_parts(&self, op: ReduceOp, parts: &[Region]) -> Result<Vec<Unpack>> {
         let longest = parts.iter().map(Region::element_count).max().unwrap_or(0);
         let slot = longest * self.of.dtype.bytes();

@@ -2,8 +2,8 @@
 //! GPUs, and a dedicated stream on each side, so that a transfer waits only for earlier transfers.
 //!
 //! - PIPE-1: both ends make their calls in the order in which the sender announces its sends. A thread that waits for
-//!   nothing else calls each receive when the matching send is announced.
-//! - PIPE-2: a send is announced after its call and before any wait for it, since NCCL may need the other end's call.
+//!   nothing else makes each receive call when the matching send is announced.
+//! - PIPE-2: a send is announced after NCCL's send call and before any wait for it: NCCL may need the other end's call.
 //! - PIPE-3: the data is written before the send is called, and nobody reads the destination. The register protocol
 //!   guarantees both, so neither stream waits for another. The memory stays allocated until the stream has used it.
 //! - PIPE-4: the stream writes its progress around each call, as around collectives, to identify a hanging pipe.
@@ -22,7 +22,7 @@ use crate::error::{KernelError, Result};
 use crate::event::Event;
 use crate::memory::Arena;
 
-/// Poll interval for arrived bytes, after a spin.
+/// Poll interval of a wait for bytes to arrive, after a spin.
 const POLL_INTERVAL: Duration = Duration::from_micros(20);
 /// How long pending work may take at shutdown before the pipe is aborted, and again after the abort.
 const DRAIN_WITHIN: Duration = Duration::from_secs(2);
@@ -34,7 +34,7 @@ pub struct Pipe {
     comm: Arc<Comm>,
     peer: usize,
     stream: RawStream,
-    /// Memory of a call that has not settled; kept until the call settles or is aborted.
+    /// Memory of a call that NCCL has not put on its stream; kept until NCCL has done so, or until an abort.
     pending: Mutex<Option<Arena>>,
 }
 
@@ -64,7 +64,8 @@ impl Nccl {
 
 impl Pipe {
     /// Transfers a few bytes in the pipe's direction and waits for them, since NCCL connects on first use. All
-    /// processes connect the ends of all pipes in one common order, so each end waits only for an end that will come.
+    /// processes connect the ends of all pipes in one common order, so each end waits only for an end that will
+    /// connect.
     ///
     /// # Errors
     /// [`KernelError::Cuda`], also if the other end does not connect in time; [`KernelError::Aborted`].
@@ -86,8 +87,8 @@ impl Pipe {
         Ok(())
     }
 
-    /// Calls a send of these ranges of an arena (offset and length in bytes) as one message. After this, announce the
-    /// send to the other end (PIPE-2), then settle it.
+    /// Makes NCCL send these ranges of an arena (offset and length in bytes) as one message. After this, announce the
+    /// send to the other end (PIPE-2), then call [`Pipe::settle`].
     ///
     /// # Errors
     /// [`KernelError::Arguments`] for memory of another GPU or a range outside the arena; [`KernelError::Cuda`];

@@ -1,4 +1,4 @@
-//! Checks that results by device class, and results for one device, equal those from a pass over all devices.
+//! Checks that results for a device class or for one device equal the results of a pass over all devices.
 
 use shardflow_kernels::tensor::Region;
 
@@ -101,8 +101,8 @@ proptest! {
     }
 }
 
-/// The layout changes in a layer of a GPT and of its gradients. If two more axes besides `data` and `tensor` have
-/// several devices, the search evaluates no more edges.
+/// For the layout changes in a GPT layer and of its gradients, the search evaluates no more edges if two more axes
+/// besides `data` and `tensor` have several devices.
 #[test]
 fn more_axes_take_no_more_work() {
     let edges = |axes: &[(&str, usize)], layouts: &[(&str, &str)]| {
@@ -126,8 +126,8 @@ fn more_axes_take_no_more_work() {
     assert!(four <= two, "{four} edges with four axes on a placement, {two} with two");
 }
 
-/// On more than two axes the search omits layouts. Without a reduction, the plan is still the cheapest. With a
-/// reduction, it costs at most a third more.
+/// On more than two axes, the search omits layouts. Without a reduction, the plan is still the cheapest. With a
+/// reduction, it costs at most a third more than the cheapest plan.
 #[test]
 fn plans_on_three_axes_are_close_to_the_cheapest() {
     let cube = |first: usize| Placement::of((first..first + 8).collect(), &[("a", 2), ("b", 2), ("c", 2)]).unwrap();

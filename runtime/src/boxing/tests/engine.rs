@@ -39,8 +39,8 @@ impl Drop for AbortOnPanic<'_> {
     }
 }
 
-/// Runs a step on one thread per device, and returns the shards. Adds to `pulled` the bytes that each device receives
-/// outside collectives, by rank.
+/// Runs a step on one thread per device, and returns the shards. For each rank, adds to `pulled` the bytes that the
+/// device receives outside collectives.
 fn run_step(
     engine: &Arc<InProcess>,
     step: &BoxingStep,

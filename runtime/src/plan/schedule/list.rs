@@ -9,8 +9,8 @@ use super::work::WorkGraph;
 /// The priority and limit that a named schedule gives to each [`super::work::Work`], by index.
 #[derive(Clone, Debug)]
 pub struct Rules {
-    /// Ready work with the lowest value runs first. A tie goes to the work that is last in the program, because that
-    /// finishes micro-batches.
+    /// Ready work with the lowest value runs first. A tie goes to the work that is last in the program, because running
+    /// it finishes micro-batches.
     pub priorities: Vec<i32>,
     /// Maximum number of micro-batches that the work has begun and the work in `closed_by` has not ended.
     pub in_flight_max: Vec<u32>,
@@ -60,7 +60,7 @@ struct Player<'a> {
     events: BinaryHeap<Reverse<u64>>,
     /// The time at which each site becomes free.
     free_at: Vec<u64>,
-    /// Work whose next firing needs only firings that have begun, by priority. `ready_at` has its start time.
+    /// By priority: work whose next firing needs only firings that have begun. `ready_at` has its earliest start time.
     enabled: BTreeSet<(i32, Reverse<usize>)>,
     ready_at: Vec<u64>,
     lists: Vec<Vec<Entry>>,
@@ -116,7 +116,7 @@ impl<'a> Player<'a> {
         }
     }
 
-    /// Starts all work that can start now. Ready work reserves its sites against work of a later priority.
+    /// Starts all work that can start now. Ready work reserves its sites, so work of a later priority cannot take them.
     fn start_ready(&mut self) {
         let mut reserved: BTreeSet<usize> = BTreeSet::new();
         let candidates: Vec<usize> = self.enabled.iter().map(|(_, Reverse(index))| *index).collect();

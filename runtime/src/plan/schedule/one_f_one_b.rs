@@ -7,7 +7,8 @@ use shardflow_actors::label::Role;
 use super::list::Rules;
 use super::work::WorkGraph;
 
-/// `saves_memory`: as if messages took no time, so that stage `s` of `p` keeps `p - s` micro-batches.
+/// If `saves_memory` is set, computes the limits as if messages took no time. Stage `s` of `p` then keeps `p - s`
+/// micro-batches.
 pub(super) fn rules(graph: &WorkGraph, saves_memory: bool) -> Rules {
     let priorities = graph.work.iter().map(|work| match work.role {
         Role::Backward => 0,

@@ -11,7 +11,7 @@ use crate::plan::segments::SegmentId;
 fn chain(order: &[usize], micro_batches: u32, (forward, backward, hop_ticks): (u64, u64, u64)) -> WorkGraph {
     let chunks = order.len();
     let work = |index: usize| {
-        // Forward chunks, then backward chunks from the last to the first.
+        // The chain has the forward chunks, then the backward chunks from the last to the first.
         let (is_forward, chunk) = if index < chunks { (true, index) } else { (false, 2 * chunks - 1 - index) };
         let mut needs: Vec<(usize, bool)> = Vec::new();
         if let Some(previous) = index.checked_sub(1) {
@@ -38,7 +38,7 @@ fn makespan(plan: &StepPlan) -> u64 {
     plan.times.iter().flatten().map(|time| time.1).max().unwrap_or(0)
 }
 
-/// Checks that each work fires as often as it must, after all that it needs, and that lists are in order of time.
+/// Checks that each work fires as often as required, after all work that it needs, and that lists are in order of time.
 fn check(graph: &WorkGraph, plan: &StepPlan) {
     for (index, work) in graph.work.iter().enumerate() {
         assert_eq!(plan.times[index].len(), work.firings as usize, "work {index}");

@@ -26,9 +26,9 @@ pub struct WorkGraph {
 pub struct Work {
     /// The segment.
     pub segment: SegmentId,
-    /// Its role.
+    /// The segment's role.
     pub role: Role,
-    /// The sites that run it.
+    /// The sites that run the segment.
     pub sites: Vec<usize>,
     /// Number of firings in a step: 1, or one for each micro-batch.
     pub firings: u32,

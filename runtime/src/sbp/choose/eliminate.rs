@@ -9,14 +9,15 @@ use std::collections::BTreeSet;
 use std::ops::AddAssign;
 use std::rc::Rc;
 
-/// Maximum number of sums to eliminate one variable. If all variables need more, a neighbour of one is fixed instead.
+/// Maximum number of sums computed to eliminate one variable. If every variable needs more, a neighbour of one is
+/// fixed.
 pub(super) const ENTRIES_MAX: usize = 1 << 16;
 
-/// Sums that differ by less than this fraction of the tables' largest costs together count as equal: the order of a sum
-/// changes its rounding.
+/// Two sums count as equal if they differ by less than this fraction of the total of the tables' largest costs, because
+/// the order of a sum changes its rounding.
 const TIE: f64 = 1e-12;
 
-/// What is minimised: the time, and among equal times the number of layout changes.
+/// The cost to minimise: the time and, among equal times, the number of layout changes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Cost {
     pub seconds: f64,
@@ -48,7 +49,7 @@ impl Table {
 /// A value for each variable.
 pub(super) struct Minimum {
     pub values: Vec<usize>,
-    /// False if a variable was fixed.
+    /// False if a variable was fixed at a value.
     pub is_exact: bool,
 }
 
@@ -87,7 +88,7 @@ struct Elimination<'a> {
     /// The undecided variables, as `(number of sums to eliminate it, variable)`.
     queue: BTreeSet<(usize, usize)>,
     decisions: Vec<Decision>,
-    /// Costs that differ by this or less are equal.
+    /// Costs that differ by this amount or less count as equal.
     tie_seconds: f64,
 }
 
@@ -205,7 +206,7 @@ impl<'a> Elimination<'a> {
         best
     }
 
-    /// Returns the values, computed from the last decision to the first, because a decision depends on later ones.
+    /// Returns the values. Computes them from the last decision to the first, because a decision depends on later ones.
     fn values(&self) -> Vec<usize> {
         let mut values = vec![0; self.sizes.len()];
         for Decision { variable, neighbours, best } in self.decisions.iter().rev() {

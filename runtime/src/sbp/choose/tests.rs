@@ -59,7 +59,7 @@ impl Builder {
         self.op(name, Rule::parse("btc,btc->btc").unwrap().linear(&[&[0, 1]]).unwrap(), &[a, b], 1)
     }
 
-    /// Two products with new weights of these layouts, and a GELU between them.
+    /// Adds two products with new weights of these layouts, and a GELU between the products.
     fn mlp(&mut self, x: usize, width: usize, hidden: usize, [up, down]: [&str; 2]) -> usize {
         let up = self.tensor("up", &[hidden, width], Some(up));
         let down = self.tensor("down", &[width, hidden], Some(down));
@@ -260,7 +260,7 @@ fn malformed_problems_are_refused() {
 #[test]
 fn wide_problems_are_eliminated_within_bounds() {
     let size = 6;
-    // Every two variables share a table. Equal values cost 1 ms, and a first value other than 3 costs 1 s.
+    // Every two variables share a table. Equal values cost 1 ms. A first value other than 3 costs 1 s.
     let pair = |a: usize, b: usize| {
         let cost = |i: usize| f64::from(u8::from(i / size == i % size)) * 1e-3 + f64::from(u8::from(i / size != 3));
         let costs = (0..size * size).map(|i| Cost { seconds: cost(i), conversions: 0 }).collect();

@@ -24,25 +24,25 @@ enum Travelling {
     Closed,
 }
 
-/// (time, order of sending, sender, receiver, index of the content)
+/// (time, order of sending, sender, receiver). The order of sending is also the key of the content.
 type Arrival = Reverse<(u64, u64, u32, u32)>;
 
 struct World {
     tree: Arc<ControlTree>,
-    /// `None`: killed or ended.
+    /// The processes. `None` for a process that was killed or has ended.
     cores: Vec<Option<Core>>,
     frozen: BTreeSet<u32>,
     arrivals: BinaryHeap<Arrival>,
     contents: BTreeMap<u64, Travelling>,
-    /// By sender and receiver: the time of the last arrival. Connections keep the order of messages.
+    /// For each sender and receiver: the time of the last arrival. Connections keep the order of messages.
     last: BTreeMap<(u32, u32), u64>,
     sent: u64,
     now: u64,
     delays: Vec<u64>,
-    /// By process: the events that the application received, with their times.
+    /// For each process: the events that the application received, with their times.
     notices: Vec<Vec<(u64, MembershipEvent)>>,
     results: Vec<Vec<(u16, Reduced)>>,
-    /// By process: datagrams sent, and control messages sent.
+    /// For each process: datagrams sent, and control messages sent.
     datagrams: Vec<u64>,
     messages: Vec<u64>,
 }
@@ -456,7 +456,7 @@ proptest! {
         }
     }
 
-    /// Rounds end everywhere with the same results, whenever each process supplies its numbers.
+    /// Rounds end everywhere with the same results, no matter when each process supplies its numbers.
     #[test]
     fn rounds_end_in_order((nodes, delays) in worlds(), times in prop::collection::vec(0u64..300, 1..50)) {
         let mut world = World::new(&nodes, &delays);

@@ -215,7 +215,7 @@ impl Server {
         }
         let Hello { from, purpose, .. } = hello;
         if purpose != Purpose::Rendezvous {
-            // The new connection replaces that of a dialler that retried. At rendezvous, both are reported.
+            // The new connection replaces that of a dialler that retried. At rendezvous, both are kept and reported.
             state.unclaimed.retain(|u| (u.from, u.purpose) != (from, purpose));
         }
         state.unclaimed.push_back(Unclaimed { from, purpose, connection });
