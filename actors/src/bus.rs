@@ -1,7 +1,7 @@
 //! Delivers messages: maps an actor's id to the actor's mailbox, or to the peer that hosts the actor.
 //!
-//! ractor's mailboxes are unbounded, so the bus counts each mailbox's entries and checks the count. Credits bound the
-//! count: one entry per slot of each input (CR-3), one per slot and reader of each output, and one firing's events.
+//! ractor's mailboxes are unbounded, so the bus counts each mailbox's entries and checks the count. Credits bound it: at
+//! most one entry per slot of each input (CR-3), plus one per slot and reader of each output, plus one firing's events.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};

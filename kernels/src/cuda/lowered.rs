@@ -53,7 +53,8 @@ pub(crate) struct LoweredLaunch {
     pub(crate) uses_record: bool,
 }
 
-/// Two launches fused into one, and the buffers that places in its steps refer to. Each launch can still run alone.
+/// Two launches fused into one, with the buffers to which a place in the fused steps refers. Each launch can still run
+/// alone.
 #[derive(Debug)]
 pub(crate) struct FusedPair {
     pub(crate) reads: Vec<Buffer>,

@@ -65,7 +65,7 @@ pub struct PeerState {
 
 /// Control-plane topic on which neighbours in the control tree report the busy processes on their side.
 const ACTIVITY_TOPIC: u16 = 3;
-/// Longest interval between two such reports while activities change.
+/// Longest interval between two activity reports while activities change.
 const ACTIVITY_EVERY: Duration = Duration::from_millis(250);
 /// The activity of a process that waits for others.
 pub(crate) const WAITING: &str = "";

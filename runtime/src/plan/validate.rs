@@ -38,7 +38,7 @@ pub(crate) fn check_quotient(quotient: &Quotient) -> Result<(), PlanError> {
     check_collective_order(&quotient.spec)?;
     let spec = Arc::new(quotient.spec.clone());
     let liveness = |e: SimulationError| PlanError::Liveness(e.to_string());
-    // `simulate` refuses a longer period.
+    // `simulate` refuses a period above the maximum.
     let steps = spec.period_steps().min(PERIOD_STEPS_MAX) as u32;
     simulate(&spec, &Timing::uniform(&spec, 1, 0), &SimulationOptions::steps(steps.max(STEPS))).map_err(liveness)?;
     Ok(())

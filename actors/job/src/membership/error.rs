@@ -29,7 +29,9 @@ pub enum MembershipError {
     Backlog { process: u32, messages: u64, bytes: u64 },
     #[error("process {process} is not a peer: the world has {processes} processes, including this one")]
     NoPeer { process: u32, processes: u32 },
-    #[error("topic {topic}: each field must have the length that its merge rule requires, and the topic must be below 64")]
+    #[error(
+        "topic {topic}: each field must have the length that its merge rule requires, and the topic must be below 64"
+    )]
     Numbers { topic: u16 },
     #[error("process {process} has left or is disconnected")]
     Gone { process: u32 },

@@ -111,9 +111,9 @@ impl Connection {
         each!(self, stream => stream.set_read_timeout(timeout))
     }
 
-    /// Sets the send timeout. A write without progress for this time fails with `WouldBlock`. TCP fails with
-    /// `TimedOut`, even without a write, if for this time the peer's machine acknowledges nothing or the peer does not
-    /// read. So the peer must keep reading.
+    /// Sets the send timeout. A write without progress for this long fails with `WouldBlock`. A TCP connection also
+    /// fails, with `TimedOut`, when for this long the peer's machine acknowledges nothing or the peer reads nothing.
+    /// This can happen while nothing is being written, so the peer must keep reading.
     pub fn set_send_timeout(&self, timeout: Duration) -> io::Result<()> {
         let timeout = timeout.max(TIMEOUT_MIN);
         if let Socket::Tcp(stream) = &self.socket {
