@@ -218,7 +218,7 @@ fn wrong_slots_and_pieces_are_rejected() {
     check(&[valid_piece(0, 0)], data(IN, 0, 0, 4), &due(0, 0, 1));
     check(&[], filled(IN, 0, 0, 0), "piece 0 of register 'in' without its bytes");
     check(&[valid_piece(0, 0)], filled(IN, 0, 1, 1), "piece 1 of register 'in' without its bytes");
-    let twice = "CR-4 register 'in': filled carries piece 0, expected 1";
+    let twice = "CR-4 register 'in': the filled message carries piece 0, expected 1";
     check(&[valid_piece(0, 0)], filled(IN, 0, 0, 0), twice);
     let early = "CR-1 register 'out': sink work released piece 0 from slot 0, which is free";
     check(&[], released(OUT, 0, 0, 0), early);

@@ -495,5 +495,5 @@ fn an_endpoint_without_an_address_is_reported() {
     assert_eq!(run.end(TIMEOUT), Some(143), "{}", run.text());
     let mut run = start_at("fe80::1%no-such");
     assert_eq!(run.end(TIMEOUT), Some(78), "{}", run.text());
-    assert!(run.text().contains("MASTER_ADDR=fe80::1%no-such: must be "), "{}", run.text());
+    assert!(run.text().contains("MASTER_ADDR=fe80::1%no-such: expected "), "{}", run.text());
 }

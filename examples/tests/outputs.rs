@@ -159,7 +159,7 @@ fn the_space_of_a_checkpoint_and_of_saved_parameters_is_counted_together() {
         let gpt = format!("$WIDE --steps 1 --sample 0 {flags}");
         let (code, text) = script(&folder, &format!("exec unshare --mount sh -c '{mount} && exec {gpt}'"));
         assert_eq!(code, Some(expected), "{flags}: {text}");
-        let refused = text.contains("for 1 checkpoint of ") && text.contains("for the file with all parameters");
+        let refused = text.contains(": 1 checkpoint of ") && text.contains("for the file with all parameters");
         assert_eq!((refused, text.contains("loss")), (expected == 73, expected == 0), "{flags}: {text}");
     }
 }

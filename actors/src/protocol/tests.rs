@@ -94,11 +94,14 @@ fn credits_limit_the_pieces_in_flight() {
 #[test]
 fn invalid_messages_are_rejected() {
     let (_, mut sink) = source_and_sink();
-    let text = "CR-4 register 'wire': filled carries piece 1, expected 0";
+    let text = "CR-4 register 'wire': the filled message carries piece 1, expected 0";
     assert_eq!(reject(&mut sink.clone(), filled(1, 1)), text);
     assert_eq!(reject(&mut sink.clone(), filled(0, 1)), "CR-4 register 'wire': piece 0 arrived in slot 1, expected 0");
     handle(&mut sink, filled(0, 0));
-    assert_eq!(reject(&mut sink.clone(), filled(0, 0)), "CR-4 register 'wire': filled carries piece 0, expected 1");
+    assert_eq!(
+        reject(&mut sink.clone(), filled(0, 0)),
+        "CR-4 register 'wire': the filled message carries piece 0, expected 1"
+    );
     handle(&mut sink, filled(1, 1));
     let text = "CR-3 register 'wire': reader sink read received piece 2 in slot 0, where piece 0 is unread";
     assert_eq!(reject(&mut sink.clone(), filled(2, 0)), text);
@@ -242,7 +245,7 @@ fn a_reader_gets_only_the_pieces_of_its_table() {
     assert_eq!(handle(&mut source, released(0, 0)), launch(0, 1));
     assert_eq!(handle(&mut source, DONE), launch(0, 2));
     handle(&mut sink, filled(0, 0));
-    let text = "CR-4 register 'wire': filled carries piece 1, expected 2";
+    let text = "CR-4 register 'wire': the filled message carries piece 1, expected 2";
     assert_eq!(reject(&mut sink, filled(1, 0)), text);
 }
 

@@ -290,7 +290,11 @@ fn the_first_cause_names_its_actor_and_action() {
         (fails, None, [&failed, ""]),
         (act(|| panic!("boom")), None, ["a1 on device 1, action work: kernel", "panicked: boom"]),
         (idle(), Some(Cast::Panic), ["a1 on device 1 panicked: ", "requested by a test"]),
-        (idle(), Some(stray), ["a1 on device 1: CR-4 register 'wire1': filled carries piece 1, expected 0", ""]),
+        (
+            idle(),
+            Some(stray),
+            ["a1 on device 1: CR-4 register 'wire1': the filled message carries piece 1, expected 0", ""],
+        ),
     ];
     for (op, cast, [start, part]) in cases {
         let running = started(chain(vec![idle(), op, idle()]));
