@@ -326,15 +326,14 @@ fn a_killed_device_ends_the_session_with_its_cause() {
         println!("{mesh}: {took:?}, {code}: {text}");
         assert!(took <= LATE_MAX, "{mesh}: {took:?}: {text}");
         assert_eq!(code, 70, "{mesh}: {text}");
-        let actor = format!("device {device} compute");
-        let parts = [
-            format!("{actor} on device {device}, action "),
-            format!(": stream {actor} of device {device} on cuda device {device} "),
-            "CUDA_ERROR_LAUNCH_FAILED".to_owned(),
-        ];
-        for part in parts {
-            assert!(text.contains(&part), "{mesh}: {part:?} is missing in: {text}");
-        }
+        // After a fault, CUDA returns its error to the next call of any stream of the device.
+        let is_named = |stream: &str| {
+            let actor = format!("device {device} {stream}");
+            text.contains(&format!("{actor} on device {device}, action "))
+                && text.contains(&format!(": stream {actor} of device {device} on cuda device {device} "))
+        };
+        assert!(["compute", "copy"].into_iter().any(is_named), "{mesh}: {text}");
+        assert!(text.contains("CUDA_ERROR_LAUNCH_FAILED"), "{mesh}: {text}");
     }
 }
 
