@@ -45,12 +45,14 @@ fn layer(g: &mut Graph, name: &str, x: Var) -> Var {
     g.add(x, h)
 }
 
-/// One table is the embedding on the first stage and the head on the last stage.
-fn tied(g: &mut Graph) -> Var {
+/// One table is the embedding on the first stage and the head on the last stage. The stage of `owner` holds it.
+fn tied_on(g: &mut Graph, owner: usize) -> Var {
     place(g, 0);
     let ids = input(g, "ids");
+    place(g, owner);
     let layout = split_rows(g);
     let table = g.parameter("table", &[TOKENS, WIDTH], WEIGHTS, layout);
+    place(g, 0);
     let mut x = g.embedding(ids, table);
     for quarter in 0..STAGES {
         place(g, quarter);
@@ -61,21 +63,12 @@ fn tied(g: &mut Graph) -> Var {
     g.cross_entropy(logits, targets)
 }
 
-/// As [`tied`], but the last stage owns the table.
+fn tied(g: &mut Graph) -> Var {
+    tied_on(g, 0)
+}
+
 fn tied_late(g: &mut Graph) -> Var {
-    place(g, STAGES - 1);
-    let layout = split_rows(g);
-    let table = g.parameter("table", &[TOKENS, WIDTH], WEIGHTS, layout);
-    place(g, 0);
-    let ids = input(g, "ids");
-    let mut x = g.embedding(ids, table);
-    for quarter in 0..STAGES {
-        place(g, quarter);
-        x = layer(g, &format!("layer {quarter}"), x);
-    }
-    let logits = g.einsum("btc,vc->btv", x, table);
-    let targets = input(g, "targets");
-    g.cross_entropy(logits, targets)
+    tied_on(g, STAGES - 1)
 }
 
 /// All stages use one matrix, which the third quarter owns.

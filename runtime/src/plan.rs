@@ -90,6 +90,11 @@ impl Plan {
         &self.class_plans[self.classes.of[device].index()]
     }
 
+    /// True if each of these devices needs no more than the plan's memory limit.
+    pub(crate) fn fits<'a>(&self, mut memories: impl Iterator<Item = &'a DeviceMemory>) -> bool {
+        memories.all(|memory| memory.total_bytes() <= self.memory_bytes.unwrap_or(usize::MAX))
+    }
+
     /// Number of devices.
     pub fn device_count(&self) -> usize {
         self.classes.of.len()
@@ -116,17 +121,29 @@ impl Plan {
         self.threads_per_device = threads_per_device;
         let (segments, device) = (&self.segments, self.device);
         for class in &mut self.class_plans {
-            let mut scratch: BTreeMap<StreamKind, usize> = BTreeMap::new();
-            for action in &class.actions {
-                let stream = segments.get(action.plan.segment).stream;
+            let scratch = most_by_stream(segments, &class.actions, |stream, action| {
                 let threads = threads_of(stream, threads_per_device);
                 let bytes = action.plan.launches.iter().map(|launch| device.scratch_bytes(launch, threads)).max();
-                let most = scratch.entry(stream).or_default();
-                *most = bytes.unwrap_or(0).max(*most);
-            }
+                bytes.unwrap_or(0)
+            });
             class.arena.memory.stream_bytes = scratch.values().map(|bytes| device.stream_bytes() + bytes).sum();
         }
     }
+}
+
+/// For each stream, the most bytes that one of its actions needs. The actions of a stream do not run at the same time.
+fn most_by_stream(
+    segments: &Segments,
+    actions: &[EmittedAction],
+    bytes: impl Fn(StreamKind, &EmittedAction) -> usize,
+) -> BTreeMap<StreamKind, usize> {
+    let mut most: BTreeMap<StreamKind, usize> = BTreeMap::new();
+    for action in actions {
+        let stream = segments.get(action.plan.segment).stream;
+        let of_stream = most.entry(stream).or_default();
+        *of_stream = bytes(stream, action).max(*of_stream);
+    }
+    most
 }
 
 #[cfg(test)]

@@ -215,7 +215,7 @@ fn insert_casts(graph: &mut Graph) {
                     let cast = if has_copy {
                         bf16_copy(graph, input, producer.clone())
                     } else {
-                        cast(graph, input, &at.clone(), &node)
+                        cast(graph, input, at, &node)
                     };
                     let out = cast.outputs[0];
                     casts.insert(key, out);

@@ -64,10 +64,7 @@ impl Instance {
     /// # Errors
     /// [`PlanError::Memory`].
     pub(crate) fn check_memory(&self) -> Result<(), PlanError> {
-        let Some(budget) = self.memory_bytes else { return Ok(()) };
-        if self.memory.iter().all(|memory| memory.total_bytes() <= budget) {
-            return Ok(());
-        }
+        let Some(budget) = self.memory_bytes.filter(|_| !self.fits(self.memory.iter())) else { return Ok(()) };
         let table = self.memory.iter().enumerate().map(|(device, memory)| memory.row(device)).collect();
         Err(PlanError::Memory { budget, table })
     }

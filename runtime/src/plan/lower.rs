@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use shardflow_actors::label::Role;
-use shardflow_actors::spec::StreamKind;
 use shardflow_kernels::device::DeviceKind;
 
 use crate::graph::{Graph, Node, NodeOp, Rate, Var};
@@ -18,7 +17,7 @@ use crate::plan::schedule::list::{Entry, StepPlan};
 use crate::plan::schedule::work::{WorkGraph, work_graph};
 use crate::plan::segments::{Segments, divide};
 use crate::plan::slots::Times;
-use crate::plan::{ClassPlan, Plan};
+use crate::plan::{ClassPlan, Plan, most_by_stream};
 
 /// Lowers a graph on which the layout, boxing and bucket passes have run. A schedule that needs more than `memory_bytes`
 /// on a device is planned again to save memory.
@@ -56,8 +55,7 @@ pub fn lower(
         memory_bytes,
     };
     schedule_step(&mut plan, &work, false);
-    let fits = |plan: &Plan| plan.memories().all(|memory| memory.total_bytes() <= memory_bytes.unwrap_or(usize::MAX));
-    if !fits(&plan) {
+    if !plan.fits(plan.memories()) {
         schedule_step(&mut plan, &work, true);
     }
     plan
@@ -86,11 +84,7 @@ fn emit_classes(plan: &mut Plan) {
         let device = plan.classes.representative(class);
         let ids = plan.class_plan(device).storage.segments.iter();
         let actions: Vec<EmittedAction> = ids.map(|id| emit(plan, device, *id)).collect();
-        let mut scratch: BTreeMap<StreamKind, usize> = BTreeMap::new();
-        for action in &actions {
-            let most = scratch.entry(plan.segments.get(action.plan.segment).stream).or_default();
-            *most = action.scratch_bytes.max(*most);
-        }
+        let scratch = most_by_stream(&plan.segments, &actions, |_, action| action.scratch_bytes);
         let own = &mut plan.class_plans[class.index()];
         for (stream, bytes) in scratch {
             let memory = &mut own.arena.memory;

@@ -123,10 +123,7 @@ fn check_decisions(plan: &Plan) -> Result<(), PlanError> {
 }
 
 fn check_memory(plan: &Plan) -> Result<(), PlanError> {
-    let Some(budget) = plan.memory_bytes else { return Ok(()) };
-    if plan.class_plans.iter().all(|class| class.arena.memory.total_bytes() <= budget) {
-        return Ok(());
-    }
+    let Some(budget) = plan.memory_bytes.filter(|_| !plan.fits(plan.memories())) else { return Ok(()) };
     Err(PlanError::Memory { budget, table: plan.classes.ids().map(|class| plan.memory_row(class, " bytes")).collect() })
 }
 

@@ -22,7 +22,7 @@ use shardflow_kernels::tensor::element_count;
 use crate::model::{On, token};
 use crate::{Found, Result};
 
-/// Duration of a series of launches. It is so long that the cost of submission is negligible.
+/// Duration of a series of launches, long enough to make the cost of submission negligible.
 const ROUND_MS: f64 = 20.0;
 const ROUNDS: usize = 5;
 const SERIES_MAX: usize = 200;
