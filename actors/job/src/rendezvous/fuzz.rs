@@ -33,8 +33,10 @@ pub fn samples() -> Vec<Vec<u8>> {
     ];
     let answers = answers.iter().map(wire::encode);
     let report = Report { rank: 3, exit: 2, cause: "no such flag".into(), ..Report::default() };
+    let departed = Report { cause: String::new(), departed: true, ..report.clone() };
+    let departed = wire::encode(&Answer::Refused(RendezvousRefusal::Failed(departed)));
     let failed = wire::encode(&Request::Failed { ranks: 2..4, report });
-    let all = answers.chain([wire::encode(&info), wire::encode(&Ready { session }), failed]);
+    let all = answers.chain([wire::encode(&info), wire::encode(&Ready { session }), failed, departed]);
     all.map(Result::unwrap_or_default).collect()
 }
 
@@ -77,12 +79,15 @@ mod tests {
         assert!(samples()[..5].iter().all(|bytes| wire::decode::<Answer>(bytes).is_ok()));
         assert!(wire::decode::<JoinInfo>(&samples()[5]).is_ok() && wire::decode::<Ready>(&samples()[6]).is_ok());
         assert!(wire::decode::<Request>(&samples()[7]).is_ok());
+        for sample in samples() {
+            check(&sample);
+        }
     }
 
     proptest! {
         #[test]
         fn changed_samples_pass_the_check(
-            index in 0usize..8, at in any::<prop::sample::Index>(), bytes in prop::collection::vec(any::<u8>(), 0..8),
+            index in 0usize..9, at in any::<prop::sample::Index>(), bytes in prop::collection::vec(any::<u8>(), 0..8),
         ) {
             let mut changed = samples().swap_remove(index);
             let at = at.index(changed.len());

@@ -260,8 +260,11 @@ pub enum RendezvousRefusal {
 }
 
 fn failed(Report { rank, cause, exit, departed, .. }: &Report) -> String {
-    let ended = || format!("rank {rank} ended before it joined: {}", Exit::from_code(*exit).after(cause));
-    if *departed { cause.clone() } else { ended() }
+    // The report comes from the network, so the cause may be empty.
+    if *departed && !cause.is_empty() {
+        return cause.clone();
+    }
+    format!("rank {rank} ended before it joined: {}", Exit::from_code(*exit).after(cause))
 }
 
 pub(super) fn joined(missing: &[u32], processes: u32) -> usize {
