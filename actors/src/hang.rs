@@ -5,7 +5,7 @@ use std::{fmt, iter};
 
 use crate::protocol::{ActorWaits, Missing};
 use crate::snapshot::ActorSnapshot;
-use crate::spec::{ActionRef, ActorId, RegisterId, Spec};
+use crate::spec::{ActionRef, ActorId, RegisterId, Spec, StreamKind, actor_name};
 
 /// Maximum number of further roots of equal rank that a text names. A stuck device causes only a few such roots.
 const NAMED_MAX: usize = 4;
@@ -50,6 +50,12 @@ pub(crate) enum Root {
         process: u32,
         actor: ActorId,
     },
+    /// A member of a group in another process, outside this process's part of the plan.
+    Member {
+        process: u32,
+        device: usize,
+        stream: StreamKind,
+    },
     Cycle,
     /// A token that the host has not added.
     Token(ActionRef),
@@ -63,7 +69,7 @@ impl Root {
             Self::Firing(_) => 1,
             Self::Collective(_) => 2,
             Self::Unresponsive(_) => 3,
-            Self::Process { .. } => 4,
+            Self::Process { .. } | Self::Member { .. } => 4,
             // In an acyclic plan, a cycle is only apparent: a member may join a group through any of several actions.
             Self::Cycle if is_acyclic => 7,
             Self::Cycle => 5,
@@ -73,7 +79,7 @@ impl Root {
 
     fn process(&self) -> Option<u32> {
         match self {
-            Self::Process { process, .. } => Some(*process),
+            Self::Process { process, .. } | Self::Member { process, .. } => Some(*process),
             _ => None,
         }
     }
@@ -103,6 +109,9 @@ impl Root {
             Self::Process { process, actor } => {
                 format!("waiting for rank {process}, actor {}", spec.actor(*actor).name)
             }
+            Self::Member { process, device, stream } => {
+                format!("waiting for rank {process}, actor {}", actor_name(*device, *stream))
+            }
             Self::Cycle => "actions wait for each other".into(),
             Self::Token(at) => format!("{} waits for a token from the host", name(at)),
         }
@@ -121,6 +130,8 @@ pub(crate) enum WaitReason {
     Missing(Missing),
     /// The action is in flight, and another member of a group has not begun or is in an earlier round.
     Group { group: u32, member: ActorId },
+    /// Like `Group`, for a member outside this process's part of the plan.
+    Member { group: u32, device: usize, stream: StreamKind },
     /// The action's actor has another firing in flight.
     Busy { action: u32 },
 }
@@ -131,6 +142,9 @@ impl WaitReason {
             WaitReason::Missing(missing) => missing.describe(spec, actor),
             WaitReason::Group { group, member } => {
                 format!("{} to join group {group}", spec.actor(*member).name)
+            }
+            WaitReason::Member { group, device, stream } => {
+                format!("{} to join group {group}", actor_name(*device, *stream))
             }
             WaitReason::Busy { action } => format!("{}, which is in flight", spec.action_name(actor, *action)),
         }
@@ -186,14 +200,23 @@ pub(crate) struct HangSnapshot<'a> {
     pub host_waits_for: Option<u32>,
     /// Returns the process that hosts an actor; `None` for this process.
     pub process_of: &'a dyn Fn(ActorId) -> Option<u32>,
+    /// Returns the process that hosts a device; `None` for this process.
+    pub process_of_device: &'a dyn Fn(usize) -> Option<u32>,
 }
 
 impl<'a> HangSnapshot<'a> {
     /// Creates the input for a process that hosts a whole acyclic plan and has no reports from collective engines.
     pub(crate) fn of_one_process(spec: &'a Spec, snapshots: &'a [ActorSnapshot]) -> Self {
-        let (collectives, process_of) = (&[], &|_| None);
-        let (knows_collectives, is_acyclic, host_waits_for) = (false, true, None);
-        Self { spec, snapshots, collectives, knows_collectives, is_acyclic, host_waits_for, process_of }
+        Self {
+            spec,
+            snapshots,
+            collectives: &[],
+            knows_collectives: false,
+            is_acyclic: true,
+            host_waits_for: None,
+            process_of: &|_| None,
+            process_of_device: &|_| None,
+        }
     }
 }
 
@@ -369,12 +392,28 @@ impl<'a> Search<'a> {
                 waits.extend(next.map(|next| (WaitReason::Group { group, member }, self.target(next))));
             }
         }
+        waits.extend(groups.iter().flat_map(|group| self.absent_members(*group, actor.stream, &peers)));
         if waits.is_empty() {
             let is_alone = groups.is_empty() || knows_collectives;
             let root = if is_alone { Root::Firing(at) } else { Root::Collective(at) };
             waits.push((WaitReason::Busy { action: at.action }, Next::Root(root)));
         }
         waits
+    }
+
+    /// The members of a group outside this process's part of the plan that a firing in flight may wait for. `peers` are
+    /// the firing's waits: communicators and devices.
+    fn absent_members(&self, group: u32, stream: StreamKind, peers: &[(u32, usize)]) -> Vec<(WaitReason, Next)> {
+        let HangSnapshot { spec, knows_collectives, process_of_device, .. } = self.input;
+        let Some(all) = spec.groups.get(&group) else { return Vec::new() };
+        let known: HashSet<usize> = self.members(group).into_keys().map(|actor| spec.actor(actor).device).collect();
+        let absent = all.ranks.iter().copied().filter(|device| !known.contains(device));
+        let waited_for = absent.filter(|device| !knows_collectives || peers.contains(&(all.id, *device)));
+        let wait = |device| {
+            let root = Root::Member { process: process_of_device(device)?, device, stream };
+            Some((WaitReason::Member { group, device, stream }, Next::Root(root)))
+        };
+        waited_for.filter_map(wait).collect()
     }
 
     /// Number of firings that an actor has begun in actions of a group.

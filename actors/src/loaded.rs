@@ -78,18 +78,13 @@ pub struct LoadedPlan {
 pub(crate) fn check_loaded(loaded: &LoadedPlan) -> Result<(), ActorError> {
     let spec = &loaded.spec;
     check(spec)?;
-    let mut hosts = loaded.peers.distant.keys().map(|actor| (*actor, 1)).collect::<BTreeMap<ActorId, usize>>();
-    for actor in loaded.peers.peers.iter().flat_map(|peer| &peer.actors) {
-        *hosts.entry(*actor).or_default() += 1;
-    }
-    for (a, actor) in spec.actors.iter().enumerate() {
-        let id = ActorId(a as u32);
-        let hosts = hosts.get(&id).copied().unwrap_or(0);
+    for (id, actor) in spec.actors.iter() {
+        let others = usize::from(loaded.peers.directory.process_of(actor.device).is_some());
         let Some(own) = loaded.hosted.get(&id) else {
-            expect_count(&actor.name, "processes that host it", 1, hosts)?;
+            expect_count(&actor.name, "processes that host it", 1, others)?;
             continue;
         };
-        expect_count(&actor.name, "peers that also host it", 0, hosts)?;
+        expect_count(&actor.name, "other processes that host it", 0, others)?;
         expect_count(&actor.name, "actions with programs", actor.actions.len(), own.programs.len())?;
         for (x, (action, program)) in actor.actions.iter().zip(&own.programs).enumerate() {
             let at = spec.action_name(id, x as u32);
@@ -101,7 +96,7 @@ pub(crate) fn check_loaded(loaded: &LoadedPlan) -> Result<(), ActorError> {
         }
     }
     for (id, memory) in &loaded.memory {
-        let Some(register) = spec.registers.get(id.0 as usize) else {
+        let Some(register) = spec.registers.get(*id) else {
             return mismatch("the session", "register with memory", format!("below {}", spec.registers.len()), id.0);
         };
         // A single slot needs no stride.

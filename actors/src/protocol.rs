@@ -50,7 +50,7 @@ impl Message {
     /// Returns the sender and the receiver, or `None` for a register or reader that the plan does not have.
     pub fn route(&self, spec: &Spec) -> Option<(ActorId, ActorId)> {
         let (Self::Filled { register, reader, .. } | Self::Released { register, reader, .. }) = self;
-        let register = spec.registers.get(register.0 as usize)?;
+        let register = spec.registers.get(*register)?;
         let reader = register.readers.get(*reader as usize)?.actor;
         Some(match self {
             Self::Filled { .. } => (register.producer, reader),

@@ -24,8 +24,8 @@ pub(crate) fn sample(
     snapshots: &[ActorSnapshot],
     collectives: &[CollectiveWait],
     process_of: impl Fn(ActorId) -> Option<u32>,
+    process_of_device: impl Fn(usize) -> Option<u32>,
 ) -> Sample {
-    let host = |rank: usize| spec.actors.iter().position(|a| a.device == rank).map(|a| ActorId(a as u32));
     let mut sample = Sample::new();
     for snapshot in snapshots {
         let actor = spec.actor(snapshot.actor);
@@ -37,7 +37,7 @@ pub(crate) fn sample(
                 return Sample::new();
             }
             let name = spec.action_name(snapshot.actor, action);
-            for process in peers.into_iter().filter_map(host).filter_map(&process_of) {
+            for process in peers.into_iter().filter_map(&process_of_device) {
                 sample.entry(process).or_insert_with(|| format!("a collective of {name}"));
             }
         }
@@ -128,7 +128,7 @@ mod tests {
         };
         let elsewhere = |actor: ActorId| (actor == ActorId(1)).then_some(7);
         let found =
-            |snapshot: ActorSnapshot| sample(&spec, &[snapshot], &[], elsewhere).into_keys().collect::<Vec<_>>();
+            |snapshot: ActorSnapshot| sample(&spec, &[snapshot], &[], elsewhere, |_| None).into_keys().collect::<Vec<_>>();
         assert_eq!(found(snapshot(None, vec![missing.clone()])), [7]);
         assert_eq!(found(snapshot(Some(0), vec![missing.clone()])), [0; 0], "a stream works");
         assert_eq!(found(snapshot(None, vec![missing, Missing::Token])), [0; 0], "the action has no token");

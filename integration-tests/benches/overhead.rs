@@ -21,7 +21,7 @@ const ROUNDS: usize = 60;
 /// Returns the programs of the compute actor with their base addresses. Every register has one slot.
 fn bound_programs(plan: &Instance, arena: &Arena) -> Vec<(Arc<Program>, Vec<Base>)> {
     let mut out = Vec::new();
-    for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
+    for (actor, actions) in plan.spec.actors.values().zip(&plan.actions) {
         let is_compute = actor.stream == StreamKind::Compute;
         for (action, spec) in actions.iter().zip(&actor.actions).filter(|_| is_compute) {
             let scratch = plan.memory[0].scratch.get(&actor.stream).map_or(0, |scratch| scratch.0);

@@ -64,7 +64,7 @@ fn pipelines_and_repetitions_give_the_same_bits() {
 
 /// Returns the bytes of all registers: stashed activations, stage transfers, and weights that other actions read.
 fn register_bytes(plan: &Plan) -> u64 {
-    plan.clone().instance().spec.registers.iter().map(|r| u64::from(r.slots) * r.slot_bytes as u64).sum()
+    plan.clone().instance().spec.registers.values().map(|r| u64::from(r.slots) * r.slot_bytes as u64).sum()
 }
 
 /// Returns the bytes of all devices, without scratch memory.

@@ -117,7 +117,7 @@ fn gpu_engine(
     for rank in gpus.keys() {
         let pipes = pairs.keys().filter(|(from, to)| from == rank || to == rank).count();
         // The copies for the host need one more stream.
-        let streams = plan.spec.actors.iter().filter(|actor| actor.device == *rank).count() + 1;
+        let streams = plan.spec.actors.values().filter(|actor| actor.device == *rank).count() + 1;
         check_queues(*rank, streams, pipes, queues.as_deref())?;
     }
     // The ids of the pipes' groups follow those of the plan's groups. The order is the same in all processes.

@@ -95,13 +95,13 @@ impl ProcessMap {
 
     pub fn actors_of(&self, plan: &Instance, process: u32) -> Vec<ActorId> {
         let devices = self.devices_of(process);
-        let actors = plan.spec.actors.iter().enumerate().filter(|(_, actor)| devices.contains(&actor.device));
+        let actors = plan.spec.actors.values().filter(|(_, actor)| devices.contains(&actor.device));
         actors.map(|(index, _)| ActorId(index as u32)).collect()
     }
 
     /// The process of each actor.
     pub fn hosts(&self, plan: &Instance) -> impl Iterator<Item = (ActorId, u32)> {
-        let actors = plan.spec.actors.iter().enumerate();
+        let actors = plan.spec.actors.iter();
         actors.map(|(index, actor)| (ActorId(index as u32), self.process_of(actor.device)))
     }
 
@@ -109,7 +109,7 @@ impl ProcessMap {
     pub fn crossings(&self, plan: &Instance) -> Vec<Crossing> {
         let device = |actor: ActorId| plan.spec.actor(actor).device;
         let mut out = Vec::new();
-        for (index, register) in plan.spec.registers.iter().enumerate() {
+        for (index, register) in plan.spec.registers.iter() {
             let source = device(register.producer);
             let from = self.process_of(source);
             // By reading process: the device of its first reader, and all its readers.

@@ -93,7 +93,7 @@ impl TraceFile {
         let process = observer.process_map().process;
         for actor in observer.process_map().actors_of(session.plan(), process) {
             if !self.firings_read.contains_key(&actor) {
-                let ActorSpec { name, device, .. } = &spec.actors[actor.0 as usize];
+                let ActorSpec { name, device, .. } = &spec.actors[actor];
                 let args = json!({ "name": name });
                 self.write_event(
                     &json!({ "name": "thread_name", "ph": "M", "pid": device, "tid": actor.0, "args": args }),
@@ -142,12 +142,12 @@ impl TraceFile {
             ns / count.max(1)
         };
         let actions = |(a, actor): (usize, &ActorSpec)| (0..actor.actions.len()).map(|x| mean(a, x)).collect();
-        let timing = Timing::measured(&spec, spec.actors.iter().enumerate().map(actions).collect());
+        let timing = Timing::measured(&spec, spec.actors.values().map(actions).collect());
         // The simulation of a plan that ran cannot deadlock.
         let Ok(run) = simulate(&spec, &timing, &SimulationOptions::steps(1)) else { return Ok(()) };
         let mut busy: BTreeMap<&str, u64> = BTreeMap::new();
         for fired in &run.timeline {
-            *busy.entry(&spec.actors[fired.actor.0 as usize].name).or_default() += fired.end - fired.start;
+            *busy.entry(&spec.actors[fired.actor].name).or_default() += fired.end - fired.start;
         }
         let idle = busy.into_iter().map(|(name, ns)| (name, micros(run.makespan - ns)));
         let idle: serde_json::Map<String, serde_json::Value> = idle.map(|(n, us)| (n.to_owned(), us.into())).collect();
@@ -185,7 +185,7 @@ impl TraceFile {
         fired: &FiringRecord,
         (pass, steps): (u64, u64),
     ) -> Result<(), TraceError> {
-        let own = &spec.actors[actor.0 as usize];
+        let own = &spec.actors[actor];
         let action = &own.actions[fired.action as usize];
         let spent = self.spent.entry((actor, fired.action)).or_default();
         // The first step is a warm-up: discard its counts when the second step begins.
@@ -207,7 +207,7 @@ impl TraceFile {
             },
         }))?;
         for input in &action.inputs {
-            let register = &spec.registers[input.register.0 as usize];
+            let register = &spec.registers[input.register];
             let (piece, is_first, _) = input.pieces.of_firing(fired.firing, register.pieces_per_step);
             if register.producer == actor || !is_first {
                 continue;
@@ -221,7 +221,7 @@ impl TraceFile {
             }
         }
         for output in &action.outputs {
-            let register = &spec.registers[output.register.0 as usize];
+            let register = &spec.registers[output.register];
             let (piece, _, is_last) = output.pieces.of_firing(fired.firing, register.pieces_per_step);
             if !is_last {
                 continue;

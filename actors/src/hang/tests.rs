@@ -22,7 +22,7 @@ fn hang(spec: &Arc<Spec>, steps: u32, fault: Fault) -> Option<Hang> {
 /// contains the register, the index of the reader, the reader, and the piece.
 pub(crate) fn pieces(spec: &Spec, steps: u32) -> Vec<(RegisterId, u32, ActionRef, u64)> {
     let mut found = Vec::new();
-    for (register, r) in spec.registers.iter().zip(0..) {
+    for (register, r) in spec.registers.values().zip(0..) {
         let id = RegisterId(r);
         for (&reader, index) in register.readers.iter().zip(0..).filter(|(r, _)| r.actor != register.producer) {
             let mut arrivals = Sequence::of_arrivals(spec, id, reader);
@@ -100,7 +100,7 @@ fn a_firing_that_does_not_end_is_the_root_cause() {
 fn members_in_flight() -> (Arc<Spec>, Vec<ActorSnapshot>) {
     let mut spec = plans::groups();
     // Communicator ids differ from group ids.
-    for action in spec.actors.iter_mut().flat_map(|actor| &mut actor.actions) {
+    for action in spec.actors.values_mut().flat_map(|actor| &mut actor.actions) {
         action.communicators = action.groups.iter().map(|group| group + 10).collect();
     }
     let spec = Arc::new(spec);
@@ -112,7 +112,7 @@ fn members_in_flight() -> (Arc<Spec>, Vec<ActorSnapshot>) {
             ..ActorSnapshot::of(&Protocol::new(&spec, ActorId(a)))
         }
     };
-    let snapshots = (0..).zip(&spec.actors).map(snapshot).collect();
+    let snapshots = (0..).zip(spec.actors.values()).map(snapshot).collect();
     (spec, snapshots)
 }
 
@@ -140,7 +140,7 @@ fn the_member_that_is_not_in_the_collective_is_the_root_cause() {
 #[test]
 fn a_hanging_pipe_is_reported_and_a_collective_is_not() {
     let (spec, _) = members_in_flight();
-    let of_plan = spec.actors.iter().flat_map(|actor| &actor.actions).flat_map(|action| &action.communicators).max();
+    let of_plan = spec.actors.values().flat_map(|actor| &actor.actions).flat_map(|action| &action.communicators).max();
     let of_pipe = of_plan.expect("a communicator") + 1;
     let texts = describe_pipe_waits(&spec, &[(of_pipe - 1, 0, 1), (of_pipe, 3, 2)]);
     assert_eq!(texts, ["device 3: a transfer of registers with device 2 is in progress on the GPU and does not end"]);

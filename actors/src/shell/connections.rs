@@ -168,7 +168,7 @@ impl Writer {
             self.write_slot(register, slot, piece)?;
         }
         let (Message::Filled { register, .. } | Message::Released { register, .. }) = message;
-        self.link.remote().sent[register.0 as usize].add();
+        self.link.remote().sent[register].add();
         self.write_frame(Frame::Message(message))
     }
 
@@ -190,7 +190,7 @@ impl Writer {
             self.sink.write_all(&frame.encode())?;
             runs.iter().try_for_each(|run| arena.write_to(start + run.offset, run.bytes, &mut self.sink))?;
         }
-        self.link.remote().sent[register.0 as usize].add();
+        self.link.remote().sent[register].add();
         Ok(())
     }
 
@@ -291,7 +291,7 @@ impl Reader {
         if let Message::Released { register, slot, .. } = message {
             self.wait_for_send(register, slot)?;
         }
-        remote.sent[register.0 as usize].join();
+        remote.sent[register].join();
         if self.link.session.bus.is_overfull(to) {
             return unexpected("more messages than credits allow".into());
         }
@@ -335,7 +335,7 @@ impl Reader {
             ));
         }
         let firings = if refresh { Some(self.wait_for_readers(register)?) } else { None };
-        self.link.remote().sent[register.0 as usize].join();
+        self.link.remote().sent[register].join();
         let arena = &memory.base.arena;
         let start = memory.offset(slot);
         if let Some(pipe) = self.link.pipes.get(&register) {
@@ -375,8 +375,8 @@ impl Reader {
 
     fn process_host_piece(&mut self, port: u32, bytes: u64) -> Result<(), PeerError> {
         let remote = self.link.remote();
-        let is_behind = |port: &&HostRoute| remote.is_behind(self.link.index, port.process);
-        let Some(own) = remote.host_ports.get(port as usize).filter(is_behind) else {
+        let is_behind = |port: &HostRoute| remote.is_behind(self.link.index, port.process);
+        let Some(own) = remote.directory.route(port).filter(is_behind) else {
             return unexpected(format!("tensors for port {port}, which belongs to another process"));
         };
         let expected: usize = own.tensors.iter().map(|(shape, dtype)| element_count(shape) * dtype.bytes()).sum();
@@ -394,7 +394,7 @@ impl Reader {
         }
         let piece = Arc::new(HostPiece { port, tensors });
         remote.send_host_piece(&piece, Some(self.link.index));
-        if remote.is_for_host(own) {
+        if remote.is_for_host(&own) {
             self.send_to_host(PeerMessage::Piece(piece));
         }
         Ok(())

@@ -59,14 +59,14 @@ struct Flight {
 
 impl Data {
     pub(super) fn new(spec: &Spec) -> Self {
-        let slots = spec.registers.iter().enumerate().map(|(r, register)| {
+        let slots = spec.registers.iter().map(|(id, register)| {
             let mut slots = vec![UNWRITTEN; register.slots as usize];
             for piece in 0..u64::from(register.initial) {
-                slots[register.slot(piece) as usize] = mix(1 + piece, r as u64);
+                slots[register.slot(piece) as usize] = mix(1 + piece, u64::from(id.0));
             }
             slots
         });
-        let history = spec.actors.iter().map(|a| vec![0; a.actions.len()]).collect();
+        let history = spec.actors.values().map(|a| vec![0; a.actions.len()]).collect();
         Self { slots: slots.collect(), flights: vec![Flight::default(); spec.actors.len()], history }
     }
 

@@ -55,7 +55,7 @@ impl Plan {
         self.write_actors(out, &spec, &actions)?;
         writeln!(out, "\nregisters (slots x bytes)")?;
         let reader = |r: &ActionRef| spec.action_name(r.actor, r.action);
-        for RegisterSpec { name, slots, slot_bytes, readers, .. } in &spec.registers {
+        for RegisterSpec { name, slots, slot_bytes, readers, .. } in spec.registers.values() {
             let readers: Vec<String> = readers.iter().map(reader).collect();
             writeln!(out, "  {name}: {slots} x {slot_bytes} -> {}", readers.join(", "))?;
         }
@@ -94,7 +94,7 @@ impl Plan {
         for devices in self.classes.devices.iter().filter(|devices| devices.len() > 1) {
             writeln!(out, "  device {} stands for {}", devices[0], listed(devices))?;
         }
-        for (actor, plans) in spec.actors.iter().zip(actions) {
+        for (actor, plans) in spec.actors.values().zip(actions) {
             let order = match &actor.firing {
                 Firing::Credit => "by credit".to_string(),
                 Firing::Ordered(list) => {

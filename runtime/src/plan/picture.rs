@@ -60,7 +60,7 @@ impl<'a> Picture<'a> {
     /// The arrows, by the actor indices of producer and reader.
     fn edges(&self) -> BTreeMap<(u32, u32), Edge> {
         let mut edges: BTreeMap<(u32, u32), Edge> = BTreeMap::new();
-        for (index, register) in self.spec.registers.iter().enumerate() {
+        for (index, register) in self.spec.registers.iter() {
             let mut readers: Vec<u32> = register.readers.iter().map(|r| r.actor.0).collect();
             readers.sort_unstable();
             readers.dedup();
@@ -85,7 +85,7 @@ impl<'a> Picture<'a> {
         for (device, title) in &self.columns {
             let bytes = size(self.plan.memory(*device).total_bytes() as u64);
             writeln!(out, "  subgraph cluster_{device} {{ label=\"{title}, {bytes}\";")?;
-            for (index, actor) in self.spec.actors.iter().enumerate().filter(|(_, actor)| actor.device == *device) {
+            for (index, actor) in self.spec.actors.values().filter(|(_, actor)| actor.device == *device) {
                 let actions: Vec<String> =
                     actor.actions.iter().map(|a| format!("{} x {}", a.per_step, quoted(&a.name))).collect();
                 writeln!(out, "    a{index} [label=\"{}\\n{}\"];", quoted(&actor.name), actions.join("\\n"))?;
@@ -175,7 +175,7 @@ impl<'a> Picture<'a> {
                 escaped(&edge.registers.join("; "))
             )?;
         }
-        for (actor, (x, y, lines)) in self.spec.actors.iter().zip(&boxes) {
+        for (actor, (x, y, lines)) in self.spec.actors.values().zip(&boxes) {
             let kind = actor.name.rsplit(' ').next().unwrap_or_default();
             let (w, h) = (BOX.0, BOX.1 + lines.len() * LINE);
             writeln!(out, "<g><rect x={x} y={y} width={w} height={h} rx=6 />")?;
@@ -269,14 +269,14 @@ mod tests {
             let plan = plan(mesh);
             let picture = Picture::of(&plan);
             let (dot, html) = (plan.to_dot(), plan.to_html());
-            for (index, actor) in picture.spec.actors.iter().enumerate() {
+            for (index, actor) in picture.spec.actors.iter() {
                 assert!(dot.contains(&format!("a{index} [label=\"{}", actor.name)), "{mesh}: {}", actor.name);
             }
             assert_eq!(html.matches("<rect ").count(), picture.spec.actors.len(), "{mesh}");
             let edges = picture.edges();
             assert_eq!((dot.matches(" -> ").count(), html.matches("class=edge ").count()), (edges.len(), edges.len()));
             let crossing = |r: &&shardflow_actors::spec::RegisterSpec| r.readers.iter().any(|x| x.actor != r.producer);
-            for register in picture.spec.registers.iter().filter(crossing) {
+            for register in picture.spec.registers.values().filter(crossing) {
                 assert!(dot.contains(&register.name) && html.contains(&escaped(&register.name)), "{}", register.name);
             }
             for memory in picture.columns.iter().map(|(device, _)| plan.memory(*device)) {
@@ -292,7 +292,7 @@ mod tests {
     fn an_arrow_shows_the_bytes_of_a_step() {
         let plan = plan("stage=2");
         let picture = Picture::of(&plan);
-        let index = |name: &str| picture.spec.actors.iter().position(|a| a.name == name).unwrap() as u32;
+        let index = |name: &str| picture.spec.actors.values().position(|a| a.name == name).unwrap() as u32;
         let edge = &picture.edges()[&(index("device 0 compute"), index("device 1 copy"))];
         assert_eq!(edge.step_bytes, 2 * 4 * 3 * 8 * 4, "{:?}", edge.registers);
     }
@@ -307,7 +307,7 @@ mod tests {
             assert!(html.contains(head), "{mesh}");
             // The actions of an actor, joined from the lines of its box.
             let boxes: Vec<String> = html.split("<g><rect ").skip(1).map(box_text).collect();
-            for (actor, text) in Picture::of(&plan).spec.actors.iter().zip(&boxes) {
+            for (actor, text) in Picture::of(&plan).spec.actors.values().zip(&boxes) {
                 let actions = actor.actions.iter().map(|a| format!("{} x {}", a.per_step, a.name));
                 assert_eq!(*text, actions.collect::<String>(), "{}", actor.name);
             }

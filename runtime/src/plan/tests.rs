@@ -151,7 +151,7 @@ fn a_register_with_too_few_slots_is_refused_with_the_deadlock_cycle() {
 #[test]
 fn a_different_action_order_on_one_device_is_refused_with_the_group() {
     let mut quotient = gpt("tensor=2", 4, Schedule::GPipe).quotient();
-    let compute = quotient.spec.actors.iter_mut().find(|a| (a.device, a.stream) == (1, StreamKind::Compute));
+    let compute = quotient.spec.actors.values_mut().find(|a| (a.device, a.stream) == (1, StreamKind::Compute));
     let Some(Firing::Ordered(list)) = compute.map(|a| &mut a.firing) else { panic!("the actor must fire in order") };
     list.swap(3, 4);
     let error = check_quotient(&quotient).expect_err("the order differs").to_string();
@@ -210,13 +210,13 @@ fn timing(spec: &Spec, hop_ticks: u64) -> Timing {
         Role::Backward => BACKWARD,
         _ => 0,
     };
-    let action_ticks = spec.actors.iter().map(|actor| actor.actions.iter().map(ticks).collect()).collect();
+    let action_ticks = spec.actors.values().map(|actor| actor.actions.iter().map(ticks).collect()).collect();
     Timing { action_ticks, hop_ticks }
 }
 
 fn run(plan: &Plan, slots_max: u32, hop_ticks: u64, jitter: Option<Jitter>) -> SimulatedRun {
     let mut spec: Spec = plan.clone().instance().spec;
-    spec.registers.iter_mut().for_each(|r| r.slots = r.slots.min(slots_max));
+    spec.registers.values_mut().for_each(|r| r.slots = r.slots.min(slots_max));
     let options = SimulationOptions { jitter, ..SimulationOptions::steps(1) };
     let timing = timing(&spec, hop_ticks);
     simulate(&Arc::new(spec), &timing, &options).unwrap_or_else(|e| panic!("{e}"))

@@ -76,7 +76,7 @@ type Feeders = BTreeMap<(Vec<usize>, Vec<usize>), BTreeSet<u32>>;
 pub fn shared_inputs(plan: &Instance, process_map: &ProcessMap) -> Vec<SharedInput> {
     // By name: one input of this name, and the processes that feed each region.
     let mut fed: BTreeMap<&str, (Var, Feeders)> = BTreeMap::new();
-    for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
+    for (actor, actions) in plan.spec.actors.values().zip(&plan.actions) {
         for action in actions {
             let Some(host) = action.host.as_ref().filter(|host| host.transfer == HostTransfer::Feed) else { continue };
             for var in &host.vars {

@@ -68,7 +68,7 @@ impl<'a> From<Batch<'a>> for Inputs<'a> {
 /// of all devices of this process. Inputs that this process does not feed have no entry.
 pub(super) fn local_parts(plan: &Instance, process_map: &ProcessMap) -> BTreeMap<String, Region> {
     let mut parts: BTreeMap<String, Region> = BTreeMap::new();
-    for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
+    for (actor, actions) in plan.spec.actors.values().zip(&plan.actions) {
         let hosts = actions.iter().filter_map(|action| action.host.as_ref());
         let vars = hosts.filter(|host| host.transfer == HostTransfer::Feed).flat_map(|host| &host.vars);
         for var in vars.filter(|_| process_map.own().contains(&actor.device)) {

@@ -26,7 +26,7 @@ use crate::process_map::ProcessMap;
 pub(super) fn external_actions(plan: &Instance, actors: &[ActorId]) -> Vec<(ActorId, u32, u32)> {
     let mut out = Vec::new();
     for actor in actors {
-        let (spec, plans) = (&plan.spec.actors[actor.0 as usize], &plan.actions[actor.0 as usize]);
+        let (spec, plans) = (&plan.spec.actors[actor], &plan.actions[actor.0 as usize]);
         for (index, (action, plan)) in spec.actions.iter().zip(plans).enumerate() {
             let is_fed = plan.host.as_ref().is_some_and(|host| host.transfer != HostTransfer::Fetch);
             if action.external && !is_fed {
@@ -61,7 +61,7 @@ pub(super) fn load(
     let mut loader = Loader { plan, arenas, feeds: Vec::new(), sender };
     let mut hosted = BTreeMap::new();
     for id in process_map.actors_of(plan, process_map.process) {
-        let actor = &plan.spec.actors[id.0 as usize];
+        let actor = &plan.spec.actors[id];
         let device = &devices[actor.device - process_map.own().start];
         let threads = threads_of(actor.stream, plan.threads_per_device);
         let urgent = actor.stream == StreamKind::Communication;
@@ -113,7 +113,7 @@ pub(super) struct FeedPort {
 impl Loader<'_> {
     fn program(&mut self, actor: ActorId, index: usize) -> ActionProgram {
         let action = &self.plan.actions[actor.0 as usize][index];
-        let ActorSpec { name, device, stream, .. } = &self.plan.spec.actors[actor.0 as usize];
+        let ActorSpec { name, device, stream, .. } = &self.plan.spec.actors[actor];
         let mut launches = action.launches.clone();
         launches.extend(self.host_launch(actor, index, *device, action));
         let name = format!("{name} {}", action.name);

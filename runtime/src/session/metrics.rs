@@ -215,11 +215,11 @@ impl MetricsSource {
             let (name, slots, slot_bytes) = (name.clone(), *slots, *slot_bytes);
             RegisterMetrics { name, slots, slots_held: 0, slots_peak: 0, slot_bytes }
         };
-        let mut registers: Vec<RegisterMetrics> = spec.registers.iter().map(unused).collect();
+        let mut registers: Vec<RegisterMetrics> = spec.registers.values().map(unused).collect();
         let mut measured: Vec<usize> = plan.memory.iter().map(|m| m.fixed_bytes + m.stream_bytes).collect();
         let mut actors = Vec::new();
         for snapshot in snapshots {
-            let actor = &spec.actors[snapshot.actor.0 as usize];
+            let actor = &spec.actors[snapshot.actor];
             for used in &snapshot.registers {
                 let register = &mut registers[used.register.0 as usize];
                 (register.slots_held, register.slots_peak) = (used.slots_held, used.slots_peak);

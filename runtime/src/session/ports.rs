@@ -28,7 +28,7 @@ pub struct HostPorts {
 impl HostPorts {
     pub fn of(plan: &Instance, process_map: &ProcessMap, outputs: Outputs) -> Self {
         let mut out = Self::default();
-        for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
+        for (actor, actions) in plan.spec.actors.values().zip(&plan.actions) {
             for action in actions {
                 let fetch = action.host.as_ref().filter(|host| host.transfer == HostTransfer::Fetch);
                 if let Some(host) = fetch {

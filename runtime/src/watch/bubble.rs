@@ -37,14 +37,14 @@ pub(super) struct Bubble {
 
 impl Bubble {
     pub(super) fn new(spec: &Spec, is_here: impl Fn(usize) -> bool) -> Self {
-        let compute = spec.actors.iter().filter(|actor| actor.stream == StreamKind::Compute && is_here(actor.device));
+        let compute = spec.actors.values().filter(|actor| actor.stream == StreamKind::Compute && is_here(actor.device));
         let per_step = compute.map(|actor| actor.actions.iter().map(|action| u64::from(action.per_step)).sum::<u64>());
         let (actors, firings_per_step) = per_step.fold((0, 0), |(actors, firings), more| (actors + 1, firings + more));
         Self { actors, firings_per_step, open: BTreeMap::new(), complete: BTreeMap::new() }
     }
 
     pub(super) fn add(&mut self, spec: &Spec, actor: ActorId, (action, firing): (u32, u64), (from, to): (u64, u64)) {
-        let actor = &spec.actors[actor.0 as usize];
+        let actor = &spec.actors[actor];
         let per_step = u64::from(actor.actions[action as usize].per_step);
         if actor.stream != StreamKind::Compute || per_step == 0 {
             return;
@@ -124,7 +124,7 @@ fn durations_ns(observer: &Observer) -> Option<Vec<Vec<u64>>> {
         };
         actor.actions.iter().enumerate().map(mean).collect()
     };
-    spec.actors.iter().enumerate().map(mean_durations).collect()
+    spec.actors.values().map(mean_durations).collect()
 }
 
 #[cfg(test)]

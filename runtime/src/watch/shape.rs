@@ -62,7 +62,7 @@ pub(super) fn shape(observer: &Observer) -> Value {
         "processes": process_map.processes,
         "devices": devices(process_map.process),
         "peers": observer.peers().into_iter().map(peer).collect::<Value>(),
-        "actors": plan.spec.actors.iter().map(actor).collect::<Value>(),
-        "registers": plan.spec.registers.iter().enumerate().map(register).collect::<Value>(),
+        "actors": plan.spec.actors.values().map(actor).collect::<Value>(),
+        "registers": plan.spec.registers.values().map(register).collect::<Value>(),
     })
 }

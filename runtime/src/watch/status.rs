@@ -115,7 +115,7 @@ impl Status {
             actors.push(match snapshots.iter().find(|snapshot| snapshot.actor == actor) {
                 Some(snapshot) => ActorStatus::of(observer, snapshot, running_step.as_ref(), now_ns, &mut waits),
                 None => {
-                    let name = plan.spec.actors[actor.0 as usize].name.clone();
+                    let name = plan.spec.actors[actor].name.clone();
                     let now = format!("{name} does not respond");
                     ActorStatus { name, busy: 0.0, now, now_seconds: 0.0 }
                 }
@@ -198,7 +198,7 @@ impl ActorStatus {
             format!("{} waits for {}", spec.action_name(actor, action), missing.describe(spec, actor))
         };
         Self {
-            name: spec.actors[actor.0 as usize].name.clone(),
+            name: spec.actors[actor].name.clone(),
             busy: share(busy_ns).min(1.0),
             now: awaited.map_or_else(default, now),
             now_seconds: now_for_ns as f64 * 1e-9,
