@@ -2,7 +2,9 @@
 
 use std::collections::HashSet;
 
-use crate::spec::{ActionRef, ActionSpec, ActorId, ActorSpec, Firing, InputSpec, Pieces, RegisterId, RegisterSpec, Spec};
+use crate::spec::{
+    ActionRef, ActionSpec, ActorId, ActorSpec, Firing, InputSpec, Pieces, RegisterId, RegisterSpec, Spec,
+};
 use crate::table::{Id, Table};
 
 mod error;

@@ -198,8 +198,7 @@ impl Remote {
         let sent = spec.registers.map(|_| ReleaseClocks::default());
         let released = spec.registers.map(|(_, r)| r.readers.iter().map(|_| AtomicU64::new(0)).collect());
         let changed = Condvar::new();
-        let remote =
-            Self { hosts, directory, hops, carries_host, outboxes, host, ready, changed, sent, released };
+        let remote = Self { hosts, directory, hops, carries_host, outboxes, host, ready, changed, sent, released };
         (remote, ends)
     }
 

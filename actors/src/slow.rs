@@ -127,8 +127,9 @@ mod tests {
             ..ActorSnapshot::of(&Protocol::new(&spec, ActorId(0)))
         };
         let elsewhere = |actor: ActorId| (actor == ActorId(1)).then_some(7);
-        let found =
-            |snapshot: ActorSnapshot| sample(&spec, &[snapshot], &[], elsewhere, |_| None).into_keys().collect::<Vec<_>>();
+        let found = |snapshot: ActorSnapshot| {
+            sample(&spec, &[snapshot], &[], elsewhere, |_| None).into_keys().collect::<Vec<_>>()
+        };
         assert_eq!(found(snapshot(None, vec![missing.clone()])), [7]);
         assert_eq!(found(snapshot(Some(0), vec![missing.clone()])), [0; 0], "a stream works");
         assert_eq!(found(snapshot(None, vec![missing, Missing::Token])), [0; 0], "the action has no token");

@@ -251,9 +251,9 @@ impl Spec {
 
     /// All actions of all actors.
     pub fn all_actions(&self) -> impl Iterator<Item = (ActionRef, &ActionSpec)> {
-        self.actors.iter().flat_map(|(actor, spec)| {
-            (0..).zip(&spec.actions).map(move |(action, x)| (ActionRef { actor, action }, x))
-        })
+        self.actors
+            .iter()
+            .flat_map(|(actor, spec)| (0..).zip(&spec.actions).map(move |(action, x)| (ActionRef { actor, action }, x)))
     }
 
     /// A register of this plan.

@@ -216,7 +216,13 @@ impl Session {
     pub(crate) fn waits(&self) -> Sample {
         let remote = self.bus.remote();
         let of_device = |device| remote.directory.process_of(device);
-        slow::sample(&self.spec, &self.snapshot(), &self.collective_waits(), |actor| remote.process_of(actor), of_device)
+        slow::sample(
+            &self.spec,
+            &self.snapshot(),
+            &self.collective_waits(),
+            |actor| remote.process_of(actor),
+            of_device,
+        )
     }
 
     pub(crate) fn has_peers(&self) -> bool {

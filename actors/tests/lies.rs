@@ -115,8 +115,7 @@ fn running() -> (RunningSession, Connection, [Arena; 2]) {
         mirrors: BTreeMap::from([(IN, half()), (WEIGHTS, half()), (TURNED, half())]),
         pipes: BTreeMap::new(),
     };
-    let routes =
-        [PEER, 0].map(|process| HostRoute { process, to: None, tensors: vec![(vec![2], DType::F32)] }).into();
+    let routes = [PEER, 0].map(|process| HostRoute { process, to: None, tensors: vec![(vec![2], DType::F32)] }).into();
     let directory = Arc::new(Listed { processes: [(PEERS, PEER)].into(), routes });
     let peers = Peers { peers: vec![peer], directory, ..Peers::default() };
     peer_end.write_all(&Frame::Ready { round: 1 }.encode()).unwrap();

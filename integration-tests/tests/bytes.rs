@@ -38,7 +38,7 @@ fn predicted(plan: &Instance) -> Vec<u64> {
 /// `(n - 1) * own chunk + (all - own chunk)`.
 fn buckets(plan: &Instance) -> BTreeMap<usize, u64> {
     let mut bytes = BTreeMap::new();
-    for (actor, actions) in plan.spec.actors.values().zip(&plan.actions) {
+    for (actor, actions) in plan.spec.actors.values().zip(plan.actions.values()) {
         for (action, spec) in actions.iter().zip(&actor.actions).filter(|a| a.0.name.starts_with("all-reduce")) {
             assert_eq!(spec.per_step, 1);
             for launch in &action.launches {

@@ -163,7 +163,7 @@ fn collectives_move_f32_and_stages_bf16() {
     let plan =
         Model::default().plan("data=2,stage=2", &CompileOptions { boxing: Boxing::Automatic, ..bf16_options(2) });
     let (mut collectives, mut transfers) = (0, 0);
-    for launch in plan.clone().instance().actions.iter().flatten().flat_map(|action| &action.launches) {
+    for launch in plan.clone().instance().actions.values().flatten().flat_map(|action| &action.launches) {
         let has_bf16 = launch.reads.iter().chain(&launch.writes).any(|buffer| buffer.dtype == DType::BF16);
         match launch.op {
             Op::Collective(_) => {

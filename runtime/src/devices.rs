@@ -109,9 +109,9 @@ fn gpu_engine(
     if shares || process_map.devices == 1 {
         return Ok((Arc::new(SharedGpu::new()), Pipes::new()));
     }
-    let mut groups = groups(plan);
+    let mut groups = groups(plan, process_map.own());
     let pairs = if takes_pipes { process_map.crossing_pairs(plan) } else { BTreeMap::new() };
-    let first = groups.last().map_or(0, |group| group.id + 1);
+    let first = plan.patterns.count(&plan.graph);
     groups.retain(|group| group.ranks.len() > 1);
     let queues = env::var(QUEUES).ok();
     for rank in gpus.keys() {
@@ -120,9 +120,13 @@ fn gpu_engine(
         let streams = plan.spec.actors.values().filter(|actor| actor.device == *rank).count() + 1;
         check_queues(*rank, streams, pipes, queues.as_deref())?;
     }
-    // The ids of the pipes' groups follow those of the plan's groups. The order is the same in all processes.
-    let pair = |(id, (from, to)): (u32, &(usize, usize))| Arc::new(Group { id, ranks: vec![*from, *to] });
-    groups.extend((first..).zip(pairs.keys()).map(pair));
+    // The ids of the pipes' groups follow those of the plan's groups. A pair of devices has the same id in both
+    // processes.
+    let pair = |(from, to): &(usize, usize)| {
+        let id = first + (from * process_map.devices + to) as u32;
+        Arc::new(Group { id, ranks: vec![*from, *to] })
+    };
+    groups.extend(pairs.keys().map(pair));
     let mut members = Vec::new();
     for (group, id) in groups.iter().zip(ids(&groups)?) {
         for (index, rank) in group.ranks.iter().enumerate() {

@@ -90,8 +90,7 @@ impl TraceFile {
             self.write_header(observer)?;
         }
         let spec = self.spec.get_or_insert_with(|| Arc::new(session.plan().spec.clone())).clone();
-        let process = observer.process_map().process;
-        for actor in observer.process_map().actors_of(session.plan(), process) {
+        for actor in observer.process_map().own_actors(session.plan()) {
             if !self.firings_read.contains_key(&actor) {
                 let ActorSpec { name, device, .. } = &spec.actors[actor];
                 let args = json!({ "name": name });
@@ -134,15 +133,17 @@ impl TraceFile {
 
     /// If this process hosts all actors, writes the step time that the simulator computes from mean firing times.
     fn write_prediction(&mut self) -> Result<(), TraceError> {
-        let Some(spec) = self.spec.clone().filter(|spec| spec.actors.len() == self.firings_read.len()) else {
+        let Some(spec) =
+            self.spec.clone().filter(|spec| spec.actors.is_whole() && spec.actors.len() == self.firings_read.len())
+        else {
             return Ok(());
         };
-        let mean = |actor: usize, action: usize| {
-            let (count, ns) = self.spent.get(&(ActorId(actor as u32), action as u32)).copied().unwrap_or_default();
+        let mean = |actor: ActorId, action: usize| {
+            let (count, ns) = self.spent.get(&(actor, action as u32)).copied().unwrap_or_default();
             ns / count.max(1)
         };
-        let actions = |(a, actor): (usize, &ActorSpec)| (0..actor.actions.len()).map(|x| mean(a, x)).collect();
-        let timing = Timing::measured(&spec, spec.actors.values().map(actions).collect());
+        let actions = |(id, actor): (ActorId, &ActorSpec)| (0..actor.actions.len()).map(|x| mean(id, x)).collect();
+        let timing = Timing::measured(&spec, spec.actors.iter().map(actions).collect());
         // The simulation of a plan that ran cannot deadlock.
         let Ok(run) = simulate(&spec, &timing, &SimulationOptions::steps(1)) else { return Ok(()) };
         let mut busy: BTreeMap<&str, u64> = BTreeMap::new();

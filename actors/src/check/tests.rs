@@ -33,7 +33,9 @@ fn inconsistent_plans_are_rejected() {
         ("register 'batch': no actor has index 9", |s| s.registers[RegisterId(0)].producer = ActorId(9)),
         ("register 'batch': no action has index 9", |s| s.registers[RegisterId(0)].readers[0].action = 9),
         ("host feed: per_step is 0, expected at least 1", |s| s.actors[ActorId(0)].actions[0].per_step = 0),
-        ("register 'batch' has 4 pieces per step, but host feed writes 2", |s| s.actors[ActorId(0)].actions[0].per_step = 2),
+        ("register 'batch' has 4 pieces per step, but host feed writes 2", |s| {
+            s.actors[ActorId(0)].actions[0].per_step = 2
+        }),
         ("register 'batch' has 2 pieces per step, but shard train reads 4", |s| {
             s.actors[ActorId(0)].actions[0].per_step = 2;
             s.registers[RegisterId(0)].pieces_per_step = 2;
@@ -181,9 +183,12 @@ fn inconsistent_slots_are_rejected() {
             ("register 'state', slot 2: piece 4 is written in step 0, but piece 2 is not read until step 1", |s| {
                 s.registers[RegisterId(0)].slot_of = [0, 1, 2, 3, 2, 3].into()
             }),
-            ("register 'state': pieces_per_step is 0, expected at least 1", |s| s.registers[RegisterId(0)].pieces_per_step = 0),
+            ("register 'state': pieces_per_step is 0, expected at least 1", |s| {
+                s.registers[RegisterId(0)].pieces_per_step = 0
+            }),
             ("the slots of all registers repeat only after 1031 steps, expected at most 1024", |s| {
-                (s.registers[RegisterId(1)].slots, s.registers[RegisterId(1)].slot_of) = (2, (0..1031).map(|n| u32::from(n > 0)).collect());
+                (s.registers[RegisterId(1)].slots, s.registers[RegisterId(1)].slot_of) =
+                    (2, (0..1031).map(|n| u32::from(n > 0)).collect());
             }),
         ],
     );

@@ -315,7 +315,8 @@ fn stray_messages_neither_panic_nor_change_the_state() {
                     Effect::Send { to, message } => queue.push_back((to.0 as usize, ProtocolEvent::Message(message))),
                     Effect::Launch { action, firing } => {
                         for output in 0..spec.actors[ActorId(actor as u32)].actions[action as usize].outputs.len() {
-                            let is_early = spec.actors[ActorId(actor as u32)].actions[action as usize].outputs[output].early;
+                            let is_early =
+                                spec.actors[ActorId(actor as u32)].actions[action as usize].outputs[output].early;
                             if is_early && protocols[actor].completes(action, output, firing) {
                                 queue.push_back((actor, ProtocolEvent::Signal { action, output: output as u32 }));
                             }

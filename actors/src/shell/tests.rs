@@ -127,8 +127,9 @@ fn seed(actor: usize, action: usize, port: usize) -> i32 {
 
 pub(super) fn bench(spec: Spec) -> Bench {
     let engine: Arc<dyn Collective> = Arc::new(InProcess::new());
-    let devices: Vec<Device> =
-        (0..=spec.actors.values().map(|a| a.device).max().unwrap()).map(|d| Device::cpu(d, 1, engine.clone())).collect();
+    let devices: Vec<Device> = (0..=spec.actors.values().map(|a| a.device).max().unwrap())
+        .map(|d| Device::cpu(d, 1, engine.clone()))
+        .collect();
     let memory = spec.registers.iter().map(|(id, register)| {
         let device = &devices[spec.actor(register.producer).device];
         let arena = device.arena(4 * register.slots as usize).unwrap();

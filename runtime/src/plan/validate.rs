@@ -57,7 +57,7 @@ fn signature(call: &CollectiveCall) -> String {
 fn check_collectives(Quotient { spec, actions, calls }: &Quotient) -> Result<(), PlanError> {
     let mut seen: BTreeMap<u32, (usize, Vec<String>)> = BTreeMap::new();
     let mut groups_of_calls = calls.iter();
-    for (actor, plans) in spec.actors.values().zip(actions) {
+    for (actor, plans) in spec.actors.values().zip(actions.values()) {
         for (action, plan) in actor.actions.iter().zip(plans) {
             let groups_of_calls = groups_of_calls.next().map_or(&[][..], Vec::as_slice);
             for group in &action.groups {

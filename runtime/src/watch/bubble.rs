@@ -112,8 +112,8 @@ impl Prediction {
 /// Mean durations, by actor and action.
 fn durations_ns(observer: &Observer) -> Option<Vec<Vec<u64>>> {
     let spec = &observer.plan().spec;
-    let mean_durations = |(index, actor): (usize, &ActorSpec)| {
-        let recent = observer.kept_firings(ActorId(index as u32));
+    let mean_durations = |(id, actor): (ActorId, &ActorSpec)| {
+        let recent = observer.kept_firings(id);
         let mean = |(action, spec): (usize, &ActionSpec)| {
             let of_action = || recent.iter().filter(|fired| fired.action == action as u32);
             let newest = of_action().map(|fired| fired.firing).max()?;
@@ -124,7 +124,7 @@ fn durations_ns(observer: &Observer) -> Option<Vec<Vec<u64>>> {
         };
         actor.actions.iter().enumerate().map(mean).collect()
     };
-    spec.actors.values().map(mean_durations).collect()
+    spec.actors.iter().map(mean_durations).collect()
 }
 
 #[cfg(test)]
@@ -202,7 +202,7 @@ mod tests {
         let mut own = Bubble::new(&spec, |device| device == 0);
         add(&mut own, &spec, 0, &[STEP[0], STEP[3]]);
         assert_eq!(own.share(), Some(0.5), "30 of 60");
-        spec.actors[1].stream = StreamKind::Communication;
+        spec.actors[ActorId(1)].stream = StreamKind::Communication;
         let mut all = Bubble::new(&spec, |_| true);
         add(&mut all, &spec, 0, &STEP);
         assert_eq!(all.share(), Some(0.5));

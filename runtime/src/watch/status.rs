@@ -111,7 +111,7 @@ impl Status {
         let is_under_way = control.is_under_way();
         let running_step = is_under_way.then(|| RunningStep::new(&plan.spec, &snapshots));
         let (mut actors, mut waits) = (Vec::new(), Waits::new());
-        for actor in process_map.actors_of(plan, process_map.process) {
+        for actor in process_map.own_actors(plan) {
             actors.push(match snapshots.iter().find(|snapshot| snapshot.actor == actor) {
                 Some(snapshot) => ActorStatus::of(observer, snapshot, running_step.as_ref(), now_ns, &mut waits),
                 None => {

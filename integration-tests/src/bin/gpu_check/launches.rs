@@ -22,7 +22,7 @@ const CLOSE_BF16: f64 = 2e-2;
 /// Returns each distinct launch of the compute streams in a step, with its number of occurrences.
 fn distinct(plan: &Plan) -> Vec<(Launch, usize)> {
     let mut found: BTreeMap<String, (Launch, usize)> = BTreeMap::new();
-    for action in plan.clone().instance().actions.iter().flatten() {
+    for action in plan.clone().instance().actions.values().flatten() {
         let segment = plan.segments.get(action.segment);
         if segment.stream != StreamKind::Compute {
             continue;

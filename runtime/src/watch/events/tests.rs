@@ -125,7 +125,7 @@ fn too_many_firings_are_limited_to_one_ended_step() {
     );
     // A larger step loses its oldest firings.
     let mut long = pipeline();
-    long.actors[0].actions[0].per_step = 20_000;
+    long.actors[ActorId(0)].actions[0].per_step = 20_000;
     kept = (0..20_000).map(|firing| (ActorId(0), fired(firing, firing))).collect();
     limit_firings(&long, &mut kept);
     assert_eq!((kept.len(), kept[0].1.firing), (FIRINGS_MAX, 19_999));

@@ -6,9 +6,16 @@ const SAMPLES_KEPT = 300;
 const WINDOW_US = 10e6;
 const FIRING_FIELDS = 7;
 
+// The entries of a list at their ids. A process knows only a part of the plan, so some ids are empty.
+function byId(entries) {
+  const all = [];
+  for (const entry of entries) all[entry.id] = entry;
+  return all;
+}
+
 export class Model {
   constructor(plan) {
-    this.plan = plan;
+    this.plan = { ...plan, actors: byId(plan.actors), registers: byId(plan.registers) };
     this.event = null;
     this.points = [];
     // By step: firings {actor, action, firing, from, took, cause, register} in microseconds.
@@ -19,7 +26,7 @@ export class Model {
     // By actor: samples {at, sums} of the last seconds.
     this.busy = new Map();
     this.prediction = null;
-    this.firingsPerStep = plan.actors
+    this.firingsPerStep = this.plan.actors
       .filter((actor) => actor.is_here)
       .reduce((sum, actor) => sum + actor.actions.reduce((s, action) => s + action.per_step, 0), 0);
   }
