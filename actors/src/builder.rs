@@ -109,7 +109,7 @@ impl Builder {
         &mut self.spec.registers[register]
     }
 
-    /// Marks a register as early: a signal publishes each piece before the last firing that writes the piece has ended.
+    /// Marks a register as early: a signal publishes each piece before the piece's last write firing has ended.
     pub fn early(&mut self, register: RegisterId) {
         let writers: Vec<_> = self.spec.writers(register).collect();
         for (action, port) in writers {

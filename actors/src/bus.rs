@@ -1,7 +1,7 @@
 //! Delivers messages: maps an actor's id to the actor's mailbox, or to the peer that hosts the actor.
 //!
-//! ractor's mailboxes are unbounded, so the bus counts each mailbox's entries and checks the count. Credits bound it: at
-//! most one entry per slot of each input (CR-3), plus one per slot and reader of each output, plus one firing's events.
+//! ractor's mailboxes are unbounded, so the bus counts each mailbox's entries and checks the count. Credits bound the
+//! count: one entry per slot of each input (CR-3), one per slot and reader of each output, and one firing's events.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -61,7 +61,7 @@ impl Bus {
     pub(crate) fn connect(&self, actors: Vec<(ActorId, ActorRef<Mail>)>) {
         let mut by_id = self.mailboxes.map(|_| None);
         actors.into_iter().for_each(|(id, actor)| by_id[id] = Some(actor));
-        // Only a bug in `prepare` calls this twice. The second call has no effect.
+        // Only a bug in `prepare` can cause a second call, which has no effect.
         let _ = self.actors.set(by_id);
     }
 
@@ -69,7 +69,7 @@ impl Bus {
         &self.remote
     }
 
-    /// Queues an entry for a local actor, or a message for the actor's peer. Returns false if no such actor runs.
+    /// Queues an entry for a local actor, or a message for a remote actor's peer. Returns false if no such actor runs.
     pub(crate) fn send(&self, to: ActorId, cast: Cast) -> bool {
         #[cfg(test)]
         if self.is_lost(&cast) {
@@ -104,7 +104,7 @@ impl Bus {
         entries.load(Ordering::Relaxed) > *bound
     }
 
-    /// Records that an entry was taken out. Returns a CR-3 error if the mailbox held more entries than credits allow.
+    /// Records that an entry left the mailbox. Returns a CR-3 error if the mailbox held more than credits allow.
     pub(crate) fn dequeued(&self, actor: ActorId, name: &str, cast: &Cast) -> Result<(), ProtocolError> {
         if !is_bounded(cast) {
             return Ok(());

@@ -64,7 +64,7 @@ fn check_register(spec: &Spec, id: RegisterId) -> Result<(), SpecError> {
     check_slots(register)
 }
 
-/// Checks that slot table entries are valid slots, each slot has a piece, and no two initial pieces share a slot.
+/// Checks that slot table entries are valid slots, that each slot has a piece, and that no initial pieces share a slot.
 fn check_slots(register: &RegisterSpec) -> Result<(), SpecError> {
     let name = || register.name.clone();
     if let Some(slot) = register.slot_of.iter().find(|slot| **slot >= register.slots) {

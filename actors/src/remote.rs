@@ -1,16 +1,17 @@
 //! Registers between processes. Messages to an actor on a peer go to the peer's outbox. One thread writes the outbox to
 //! the connection. Another thread reads the peer's messages and delivers them to the local actors.
 //!
-//! A slot's bytes are sent at most once to each process, before the `Filled` message, into the same slot of a mirror.
-//! Credits also bound the mirror: the producer cannot rewrite a slot before all readers have released it. Processes
-//! with shared memory exchange only ids. Between GPUs, a pipe may carry the bytes; the connection announces them.
+//! A slot's bytes are sent at most once to each process, before the `Filled` message. They arrive in the same slot of
+//! the receiver's copy of the register, its mirror. Credits also protect the mirror: the producer cannot rewrite a slot
+//! before all readers have released it. Processes with shared memory exchange only ids. Between GPUs, a pipe may carry
+//! the bytes, which the connection only announces.
 //!
 //! Two processes are connected if they exchange registers or are neighbours on a tree of all processes. Host programs
 //! send tensors along the tree, and every process passes on the tensors that it receives.
 //!
 //! - **RM-1**: every message from a peer is checked against the plan before use: the hosts of the register's producer
 //!   and reader, the number of bytes of a slot, and the expected piece and slot.
-//! - **RM-2**: an outbox holds at most the messages that credits allow (CR-3) and the pieces that hosts send in a step.
+//! - **RM-2**: an outbox holds at most the messages that credits allow (CR-3), and the host pieces of one step.
 //! - **RM-3**: a mirror's slot is written only after all local readers have released the slot's piece. A refresh writes
 //!   the slot only while no local reader is in the middle of a step.
 
@@ -55,7 +56,7 @@ pub struct PeerSpec {
     pub pushes: BTreeMap<RegisterId, Vec<ByteRun>>,
     /// The peer's registers whose bytes arrive here, with the parts of a slot that local readers read.
     pub mirrors: BTreeMap<RegisterId, Vec<ByteRun>>,
-    /// Pipes by register. A pipe carries the register's bytes instead of the connection. Registers may share a pipe.
+    /// Pipes by register. The pipe, not the connection, carries the register's bytes. Registers may share a pipe.
     pub pipes: BTreeMap<RegisterId, Arc<Pipe>>,
 }
 
@@ -103,7 +104,7 @@ impl Directory for Listed {
 pub struct Peers {
     /// The processes with a connection to this one.
     pub peers: Vec<PeerSpec>,
-    /// For each process: the next peer on the way to it. This process maps to itself. Empty if all others are peers.
+    /// For each process: the peer on the way to it. This process maps to itself. Empty if all other ones are peers.
     pub hops: Vec<u32>,
     /// The processes of devices, and the ports between host programs.
     pub directory: Arc<dyn Directory>,
@@ -162,7 +163,7 @@ pub(crate) struct Remote {
     hosts: Table<ActorId, Host>,
     pub(crate) directory: Arc<dyn Directory>,
     hops: Vec<u32>,
-    /// By index of the peer: true if the peer receives host pieces.
+    /// For each peer, by index: true if the peer receives host pieces.
     carries_host: Vec<bool>,
     outboxes: Vec<(u32, Sender<Outgoing>)>,
     pub(crate) host: Option<Sender<PeerMessage>>,

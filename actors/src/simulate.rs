@@ -1,7 +1,7 @@
 //! Runs a plan's protocols in virtual time. Reports makespan, timeline, slot peaks, data races and causes of deadlocks.
 //!
 //! Data is symbolic: a slot holds a hash, and a firing mixes the hashes that it reads. The protocol is deterministic.
-//! So all runs of one plan must end with equal digests for any delays.
+//! So all runs of one plan must end with the same digest, whatever the delays are.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -36,9 +36,9 @@ impl Timing {
         Self { action_ticks, hop_ticks }
     }
 
-    /// Creates a timing from durations measured by actor and action, without latency. The durations include waits for
-    /// late members of a collective. The simulator adds these waits itself, so actions of one group and name all get
-    /// the shortest of their durations.
+    /// Creates a timing from measured durations, by actor and action. The latency is 0. Measured durations include
+    /// waits for late members of a collective. The simulator adds these waits itself, so actions of one group and name
+    /// all get the shortest of their durations.
     pub fn measured(spec: &Spec, mut action_ticks: Vec<Vec<u64>>) -> Self {
         let mut least: HashMap<(u32, &str), u64> = HashMap::new();
         for (at, action) in spec.all_actions() {

@@ -1,4 +1,4 @@
-//! Detects peers that this process waits for most of the time. Pure: the caller adds samples at even intervals.
+//! Detects peers that this process waits for most of the time. The caller adds samples at even intervals.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -9,7 +9,7 @@ use crate::spec::{ActorId, Spec};
 
 /// Number of recent samples that count.
 const WINDOW: usize = 10;
-/// A process is reported if at least this number of samples waited for it. A pipeline's bubbles cause fewer such
+/// A process is reported if at least this number of samples show a wait for it. A pipeline's bubbles cause fewer such
 /// samples, except with many stages and few micro-batches.
 const WAITS_MIN: usize = 8;
 /// Number of samples between reports of a process that stays slow.
@@ -18,7 +18,7 @@ const REPEAT_AFTER: u64 = 60;
 /// What this process waits for, by the number of the awaited process.
 pub(crate) type Sample = BTreeMap<u32, String>;
 
-/// Returns the other processes that this one waits for now; empty while any stream of this process works.
+/// Returns the other processes that this one waits for now. The result is empty while any stream of this process works.
 pub(crate) fn sample(
     spec: &Spec,
     snapshots: &[ActorSnapshot],
@@ -72,7 +72,7 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// Adds a sample. Reports each process that at least [`WAITS_MIN`] samples wait for, once per [`REPEAT_AFTER`].
+    /// Adds a sample. Reports each process for which at least [`WAITS_MIN`] samples wait, once per [`REPEAT_AFTER`].
     pub(crate) fn add(&mut self, sample: Sample) -> Vec<String> {
         self.count += 1;
         if self.window.len() == WINDOW {

@@ -1,4 +1,4 @@
-//! The part of a plan that the protocol uses: registers, credits, actions and firing. Plain data, no device.
+//! The part of a plan that the protocol uses: registers, credits, actions and firing rules. All of it is plain data.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -85,7 +85,7 @@ pub struct RegisterSpec {
     pub pieces_per_step: u32,
     /// Pieces `0..initial` exist before any firing. A parameter register has one initial piece.
     pub initial: u32,
-    /// Piece `n` lies in slot `slot_of[n mod slot_of.len()]`. If empty, it lies in slot `n mod slots` (a ring).
+    /// Piece `n` lies in slot `slot_of[n mod slot_of.len()]` or, if `slot_of` is empty, in slot `n mod slots` (a ring).
     pub slot_of: Arc<[u32]>,
     /// A reader is one action of one actor. It gets the pieces that its input port accesses.
     pub readers: Vec<ActionRef>,
@@ -144,8 +144,8 @@ pub fn actor_name(device: usize, stream: StreamKind) -> String {
 /// How an actor chooses its next action.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Firing {
-    /// Any action with available inputs and credits may fire. Among several, the lowest `priority` value fires first,
-    /// and then the lowest index.
+    /// Any action with available inputs and credits may fire. Among several such actions, the one with the lowest
+    /// `priority` value fires first. Among equal values, the lowest index decides.
     Credit,
     /// Actions fire in the order of this list of action indices, which repeats every step. The actor waits until the
     /// list's next action is ready.

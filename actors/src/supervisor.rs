@@ -1,4 +1,4 @@
-//! Shared state of a running session. The first failure ends the session: it aborts collectives and stops all actors.
+//! Shared state of a running session. The first failure ends the session: collectives are aborted and all actors stop.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
@@ -45,7 +45,7 @@ pub(crate) struct Session {
     pub(crate) hints: HostHints,
     pub(crate) failure: FirstFailure,
     pub(crate) departures: Mutex<Departures>,
-    /// Actor ids by ractor's id, so that a panic report can name the actor.
+    /// Pairs of ractor's id and our actor id, so that a panic report can name the actor.
     pub(crate) children: Mutex<Vec<(ractor::ActorId, ActorId)>>,
 }
 

@@ -1,5 +1,7 @@
-//! Measures the share of a training step outside kernels. Steps of a session alternate with direct runs of the same
-//! launches on one stream. Command: `cargo bench -p shardflow-integration-tests --bench overhead [-- THREADS]`.
+//! Measures the share of a training step that is not spent in kernels. Steps of a session alternate with direct runs of
+//! the same launches on one stream.
+//!
+//! Command: `cargo bench -p shardflow-integration-tests --bench overhead [-- THREADS]`
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;

@@ -50,7 +50,7 @@ pub struct TraceFile {
     has_ended: bool,
 }
 
-/// A trace cannot be written.
+/// The error of a trace that cannot be written.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write the trace {path}: {source}")]
 pub struct TraceError {
@@ -81,8 +81,8 @@ impl TraceFile {
         })
     }
 
-    /// Adds the firings since the last call. Call it after each step, before the actors' ring buffers are full. Returns
-    /// false if another step would exceed the limit; then the file is complete.
+    /// Adds the firings since the last call. Call this function after each step, before the actors' ring buffers are
+    /// full. Returns false if another step would exceed the limit; the file is then complete.
     pub fn add(&mut self, session: &Session) -> Result<bool, TraceError> {
         let Some(observer) = session.observer().filter(|_| !self.has_ended) else { return Ok(!self.has_ended) };
         let before = self.bytes;
@@ -247,7 +247,7 @@ impl Drop for TraceFile {
     }
 }
 
-/// The event for one end of an arrow, which stands for a register's piece and one of its readers.
+/// The event for one end of an arrow. An arrow stands for one piece of a register and one reader of the piece.
 fn arrow(
     phase: &str,
     register: &shardflow_actors::spec::RegisterSpec,

@@ -40,11 +40,12 @@ fn inconsistent_plans_are_rejected() {
             s.actors[ActorId(0)].actions[0].per_step = 2;
             s.registers[RegisterId(0)].pieces_per_step = 2;
         }),
-        ("shard train fires 4 times per step, not a multiple of the 3 firings per piece of 'gradient'", |s| {
+        ("shard train fires 4 times per step, expected a multiple of 3, the firings per piece of 'gradient'", |s| {
             s.actors[ActorId(1)].actions[0].outputs[0].pieces = Pieces::Rate(3)
         }),
         (
-            "shard train, firing 2: it adds to a piece of 'gradient' but begins a piece of 'loss', to which it adds later",
+            "shard train, firing 2: continues a piece of 'gradient' but begins a piece of 'loss': outputs that \
+             accumulate must begin their pieces in the same firings",
             |s| {
                 s.registers[RegisterId(3)].pieces_per_step = 2;
                 s.actors[ActorId(0)].actions[1].per_step = 2;
@@ -186,7 +187,7 @@ fn inconsistent_slots_are_rejected() {
             ("register 'state': pieces_per_step is 0, expected at least 1", |s| {
                 s.registers[RegisterId(0)].pieces_per_step = 0
             }),
-            ("the slots of all registers repeat only after 1031 steps, expected at most 1024", |s| {
+            ("the assignment of pieces to slots repeats after 1031 steps, expected at most 1024", |s| {
                 (s.registers[RegisterId(1)].slots, s.registers[RegisterId(1)].slot_of) =
                     (2, (0..1031).map(|n| u32::from(n > 0)).collect());
             }),

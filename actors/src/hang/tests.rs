@@ -12,13 +12,13 @@ fn hang(spec: &Arc<Spec>, steps: u32, fault: Fault) -> Option<Hang> {
     let options = SimulationOptions { fault: Some(fault), ..SimulationOptions::steps(steps) };
     match simulate(spec, &Timing::uniform(spec, 2, 1), &options) {
         Err(SimulationError::Stuck(hang)) => Some(*hang),
-        // The run completes if nobody waits for the lost message. The conservation check may still report the message.
+        // The run completes if nobody waits for the lost message. Even then, the check of CR-6 may report the loss.
         Err(SimulationError::Conservation { .. }) | Ok(_) => None,
         Err(other) => panic!("{fault:?}: {other}"),
     }
 }
 
-/// Returns all pieces of the first steps that a reader in another actor gets, in order of publication. An entry
+/// Returns all pieces that readers in other actors get in the first `steps` steps, in order of publication. An entry
 /// contains the register, the index of the reader, the reader, and the piece.
 pub(crate) fn pieces(spec: &Spec, steps: u32) -> Vec<(RegisterId, u32, ActionRef, u64)> {
     let mut found = Vec::new();
@@ -36,8 +36,8 @@ pub(crate) fn pieces(spec: &Spec, steps: u32) -> Vec<(RegisterId, u32, ActionRef
     found
 }
 
-/// True if `root` is the expected cause. A fault loses one piece and all later ones. If the register does not publish
-/// pieces in order of their numbers, `root` may also be a later lost piece.
+/// True if `root` is the expected cause. A fault loses one piece and all later pieces. If the register does not publish
+/// pieces in the order of their numbers, `root` may also be a later lost piece.
 pub(crate) fn explains(spec: &Spec, root: &Root, expected: &Root) -> bool {
     let plain = |register: RegisterId, reader: ActionRef| {
         let producer = spec.actor(spec.register(register).producer);

@@ -274,7 +274,7 @@ fn several_writers_share_a_piece_in_the_order_of_the_list() {
     assert_eq!(shard.slots(sum).unwrap().states(), [SlotState::Filled { piece: 0, readers: 1 }]);
 }
 
-/// A message with random ids, often near those of the plan.
+/// A message with random ids, which are often close to ids of the plan.
 fn stray(rng: &mut SplitMix64, spec: &Spec) -> Message {
     let register = RegisterId(rng.below(spec.registers.len() as u64 + 1) as u32);
     let (reader, slot) = (rng.below(2) as u32, rng.below(3) as u32);

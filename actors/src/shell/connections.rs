@@ -25,7 +25,7 @@ use shardflow_job::transport::Connection;
 /// Size of the buffers in bytes. Longer runs go directly from the slot to the connection.
 const BUFFER_BYTES: usize = 1 << 16;
 
-/// Maximum number of queued host pieces. A step of a large mesh needs fewer pieces, and their memory is acceptable.
+/// Maximum number of queued host pieces. A step of a large mesh needs fewer, and this many fit in memory.
 const HOST_PIECES_MAX: usize = 1 << 16;
 
 /// The data that both threads of a connection use.
@@ -172,7 +172,7 @@ impl Writer {
         self.write_frame(Frame::Message(message))
     }
 
-    /// Writes the parts of a slot that the peer reads: after the frame, or through a pipe.
+    /// Writes the parts of a slot that the peer reads, either after the frame or through a pipe.
     fn write_slot(&mut self, register: RegisterId, slot: u32, piece: u64) -> io::Result<()> {
         let runs = &self.pushes[&register];
         let bytes = runs.iter().map(|run| run.bytes as u64).sum();
@@ -299,7 +299,7 @@ impl Reader {
         Ok(())
     }
 
-    /// Waits until this process has finished sending a slot. The release shows only that the reader has the bytes.
+    /// Waits until this process has finished sending a slot. A release only shows that the reader has the bytes.
     fn wait_for_send(&self, register: RegisterId, slot: u32) -> Result<(), PeerError> {
         let Some(pipe) = self.link.pipes.get(&register) else { return Ok(()) };
         let sent = self.link.sent.lock().get(&(register, slot)).cloned();

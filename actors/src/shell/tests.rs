@@ -357,7 +357,7 @@ fn shutdown_aborts_a_collective_that_the_other_member_never_joins() {
     running.shutdown().unwrap();
 }
 
-/// A kernel that reports its begin and blocks until the returned sender is dropped.
+/// A kernel that reports its start and blocks until the returned sender is dropped.
 fn gate() -> (Op, Receiver<()>, Sender<()>) {
     let (begun, begins) = bounded(1000);
     let (open, opened) = bounded::<()>(0);
@@ -472,12 +472,12 @@ fn an_early_firing_does_not_hide_a_late_one() {
 fn mismatched_parts_are_rejected() {
     type Change = fn(&mut LoadedPlan);
     let changes: [(&str, Change); 4] = [
-        ("processes that host it: expected 1, got 0", |l| drop(l.hosted.pop_last())),
+        ("processes that host the actor: expected 1, got 0", |l| drop(l.hosted.pop_last())),
         ("tags of the program's signals: expected the early outputs [0, 1], got []", |l| {
             programs(l, 0)[1].program = Arc::default();
         }),
         ("input port of a base", |l| programs(l, 0)[0].bases.push(BaseRef::Input(7))),
-        ("end of its slots", |l| l.memory.get_mut(&RegisterId(0)).unwrap().base.offset = 1 << 20),
+        ("end of the slots", |l| l.memory.get_mut(&RegisterId(0)).unwrap().base.offset = 1 << 20),
     ];
     for (text, change) in changes {
         let mut loaded = bench(plans::data_parallel()).loaded;

@@ -148,7 +148,7 @@ pub(super) struct Groups {
     begun: HashMap<u32, BTreeMap<ActorId, u64>>,
     /// For each group and round: the sum of the members' hashes.
     contributions: HashMap<(u32, u64), u64>,
-    /// Members in flight that wait for other members, with their groups and rounds.
+    /// Members in flight that wait for other members, with the groups and rounds in which they wait.
     waiting: Vec<(ActorId, Vec<(u32, u64)>)>,
 }
 

@@ -102,7 +102,7 @@ fn timing(stages: usize, forward_ticks: u64, backward_ticks: u64, hop_ticks: u64
     Timing { action_ticks: vec![vec![forward_ticks, backward_ticks]; stages], hop_ticks }
 }
 
-/// A one-forward-one-backward pipeline that fires by credit, without lists.
+/// A one-forward-one-backward pipeline whose actors fire by credit, without ordered lists.
 fn alternating(micro_batches: u32, credits: Vec<u32>) -> Arc<Spec> {
     pipeline(micro_batches, credits, PipelineSchedule::OneForwardOneBackward, false)
 }
@@ -175,7 +175,7 @@ proptest::proptest! {
 }
 
 pub(super) fn shuffled(seed: u64, steps: u32) -> SimulationOptions {
-    // The delays are both long and short, so that messages overtake firings and firings overtake messages.
+    // In some runs firings have the longer delays, in others messages, so that either can overtake the other.
     let (action_ticks_max, hop_ticks_max) = [(5, 5), (1, 20), (20, 1), (0, 3)][seed as usize % 4];
     SimulationOptions {
         jitter: Some(Jitter { seed, action_ticks_max, hop_ticks_max }),
@@ -216,7 +216,7 @@ fn the_digest_depends_on_the_data() {
 fn faulty_messages_are_detected() {
     for (name, spec, steps) in plans::all() {
         let times = Timing::uniform(&spec, 2, 1);
-        // Each reader in another actor gets one message per written piece and sends one release back.
+        // Each reader in another actor gets one message per published piece and sends back one release per piece.
         let count = 2 * pieces(&spec, steps).len() as u64;
         let mut caught = 0;
         for nth in 0..count {
@@ -258,7 +258,7 @@ fn too_few_credits_for_a_cycle_are_reported_as_a_deadlock() {
     let stash = spec.registers.values_mut().find(|r| r.name == "stage0.stash").unwrap();
     stash.slots = 1;
     let error = exact(&Arc::new(spec), 1, 0, 1).unwrap_err();
-    expect_test::expect!["deadlock: stage0.compute forward waits for a credit of register 'stage0.stash' (1 of 1 slots held by stage0.compute backward); stage0.compute backward waits for its turn after stage0.compute forward, which closes the cycle"].assert_eq(&error.to_string());
+    expect_test::expect!["deadlock: these actions wait in a cycle: stage0.compute forward waits for a credit of register 'stage0.stash' (1 of 1 slots held by stage0.compute backward); stage0.compute backward waits for its turn after stage0.compute forward"].assert_eq(&error.to_string());
     let SimulationError::Stuck(stuck) = error else { panic!("{error}") };
     assert_eq!((stuck.root, stuck.chain.len()), (Root::Cycle, 2));
 }
@@ -274,7 +274,7 @@ fn collectives_in_opposite_orders_are_reported_as_a_deadlock() {
     }
     spec.actors[ActorId(3)].firing = Firing::Ordered(vec![1, 0]);
     let error = exact(&Arc::new(spec), 1, 0, 1).unwrap_err();
-    expect_test::expect!["deadlock: device0.reduce all-reduce0 waits for device1.reduce to join group 0; device1.reduce all-reduce0 waits for device1.reduce all-reduce1, which is in flight; device1.reduce all-reduce1 waits for device0.reduce to join group 1; device0.reduce all-reduce1 waits for device0.reduce all-reduce0, which is in flight, which closes the cycle"].assert_eq(&error.to_string());
+    expect_test::expect!["deadlock: these actions wait in a cycle: device0.reduce all-reduce0 waits for device1.reduce to join group 0; device1.reduce all-reduce0 waits for device1.reduce all-reduce1, which is in flight; device1.reduce all-reduce1 waits for device0.reduce to join group 1; device0.reduce all-reduce1 waits for device0.reduce all-reduce0, which is in flight"].assert_eq(&error.to_string());
 }
 
 #[test]

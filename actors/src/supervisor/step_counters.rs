@@ -89,7 +89,7 @@ impl StepCounters {
         !self.has_ended(self.begun())
     }
 
-    /// Number of ended firings of this process's readers of a register; `None` while one is in the middle of a step.
+    /// Number of ended firings of this process's readers of a register; `None` while one of them is in mid-step.
     pub(crate) fn firings_of_readers(&self, register: RegisterId) -> Option<u64> {
         let readers = self.spec.register(register).readers.iter();
         let firings = |reader: &ActionRef| {

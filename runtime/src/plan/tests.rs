@@ -143,7 +143,7 @@ fn change_stash(change: fn(&mut Slots, &mut RegisterPlace)) -> impl FnOnce(&mut 
 #[test]
 fn a_register_with_too_few_slots_is_refused_with_the_deadlock_cycle() {
     let error = refused("tensor=2", Schedule::GPipe, change_stash(|slots, _| slots.count = 1));
-    expect!["the plan cannot run to completion: deadlock: device 0 compute forward waits for a credit of register 'device 0 forward/dropout.6 (+66)' (1 of 1 slots held by device 0 compute backward); device 0 compute backward waits for its turn after device 0 compute forward, which closes the cycle"].assert_eq(&error);
+    expect!["the plan cannot run to completion: deadlock: these actions wait in a cycle: device 0 compute forward waits for a credit of register 'device 0 forward/dropout.6 (+66)' (1 of 1 slots held by device 0 compute backward); device 0 compute backward waits for its turn after device 0 compute forward"].assert_eq(&error);
     let error = refused("tensor=2", Schedule::GPipe, change_stash(|slots, _| slots.count = 0));
     expect!["the plan cannot run to completion: register 'device 0 forward/dropout.6 (+66)': slots is 0, expected at least 1"].assert_eq(&error);
 }

@@ -86,8 +86,8 @@ pub(super) struct Prediction {
 }
 
 impl Prediction {
-    /// `None` until each action has fired. Also `None` if other processes host a part of the plan, whose durations are
-    /// unknown.
+    /// `None` until each action has fired. Also `None` if other processes host a part of the plan, because the firings
+    /// of that part have unknown durations.
     pub(super) fn of(observer: &Observer) -> Option<Self> {
         if observer.process_map().processes > 1 {
             return None;

@@ -1,4 +1,4 @@
-//! What actors wait for in the running step. Waits for the next step are normal and do not count.
+//! The conditions that actors wait for in the running step. Waits for the next step are normal and do not count.
 
 use shardflow_actors::protocol::Missing;
 use shardflow_actors::snapshot::ActorSnapshot;

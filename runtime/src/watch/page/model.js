@@ -18,12 +18,12 @@ export class Model {
     this.plan = { ...plan, actors: byId(plan.actors), registers: byId(plan.registers) };
     this.event = null;
     this.points = [];
-    // By step: firings {actor, action, firing, from, took, cause, register} in microseconds.
+    // The firings of each step: {actor, action, firing, from, took, cause, register}; `from` and `took` are in us.
     this.steps = new Map();
-    // By register: [held, published, ...released]; and samples of the slots held, by time.
+    // The state of each register, [held, published, ...released], and samples of the slots held over time.
     this.registers = new Map();
     this.slots = [];
-    // By actor: samples {at, sums} of the last seconds.
+    // The samples {at, sums} of each actor in the last seconds.
     this.busy = new Map();
     this.prediction = null;
     this.firingsPerStep = this.plan.actors
@@ -62,7 +62,7 @@ export class Model {
     for (const step of newest.slice(STEPS_KEPT)) this.steps.delete(step);
   }
 
-  // Steps of which all firings are known, the oldest first.
+  // The steps whose firings are all known, oldest first.
   completeSteps() {
     const complete = [...this.steps].filter(([, firings]) => firings.length >= this.firingsPerStep);
     return complete.map(([step]) => step).sort((a, b) => a - b);
@@ -74,7 +74,8 @@ export class Model {
     return mark[1] + (pass - mark[0]) + 1;
   }
 
-  // Shares of the last seconds: computing, in collectives, input, credit, host, own; the rest to 1 is a wait that has not ended.
+  // Shares of the last seconds: computing, in collectives, waiting for input, for a credit and for the host, and own
+  // time between firings. If the sum is below 1, the remainder is a wait that has not ended.
   shares(actor) {
     const samples = this.busy.get(actor) ?? [];
     if (samples.length === 0) return [0, 0, 0, 0, 0, 0];
