@@ -62,7 +62,7 @@ fn the_parts_of_all_processes_are_the_whole_plan() {
             assert_eq!(runs(&part), runs(&whole), "{at}");
             let absent = part.spec.groups.values().flat_map(|group| &group.ranks);
             assert!(processes == 1 || absent.clone().all(|rank| *rank < whole.device_count()), "{at}");
-            assert_eq!(processes == 1, part.spec.actors.is_whole(), "{at}");
+            assert_eq!(processes == 1, part.spec.is_whole(), "{at}");
         }
     }
     assert!(neighbours > 0 && third_parties > 0, "{neighbours} {third_parties}");
