@@ -121,19 +121,19 @@ fn gpu_engine(
         check_queues(*rank, streams, pipes, queues.as_deref())?;
     }
     // The ids of the pipes' groups follow those of the plan's groups. The order is the same in all processes.
-    let pair = |(id, (from, to)): (u32, &(usize, usize))| Arc::new(Group { id, ranks: vec![*from, *to] });
+    let pair = |(id, (from, to)): (u32, &(usize, usize))| Arc::new(Group { id, ranks: vec![*from, *to].into() });
     groups.extend((first..).zip(pairs.keys()).map(pair));
     let mut members = Vec::new();
     for (group, id) in groups.iter().zip(ids(&groups)?) {
         for (index, rank) in group.ranks.iter().enumerate() {
-            let Some(gpu) = gpus.get(rank) else { continue };
+            let Some(gpu) = gpus.get(&rank) else { continue };
             members.push(GroupMember { group: group.clone(), member: index, gpu: gpu.clone(), id });
         }
     }
     let engine = Nccl::join(&members, JOIN_TIMEOUT)?;
     let mut pipes = Pipes::new();
     for member in members.iter().filter(|member| member.group.id >= first) {
-        pipes.insert((member.group.ranks[0], member.group.ranks[1]), Arc::new(engine.pipe(member)?));
+        pipes.insert((member.group.ranks.rank(0), member.group.ranks.rank(1)), Arc::new(engine.pipe(member)?));
     }
     // Connect in the order of the devices, which is the same in all processes.
     pipes.values().try_for_each(|pipe| pipe.connect(JOIN_TIMEOUT))?;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::collective::ranks::Ranks;
 use crate::error::KernelError;
 use crate::tensor::{Region, element_count, split_range};
 
@@ -25,7 +26,7 @@ pub struct Group {
     /// Id, unique within a plan.
     pub id: u32,
     /// Ranks of the member devices in the session's mesh.
-    pub ranks: Vec<usize>,
+    pub ranks: Ranks,
 }
 
 impl Group {

@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 use crate::collective::call::{CollectiveCall, CollectiveKind, ReduceOp};
+use crate::collective::ranks::Ranks;
 use crate::cpu::simd::{dispatch, inlined, map, update};
 use crate::error::{KernelError, Result};
 use crate::memory::{Arena, View};
@@ -33,7 +34,7 @@ pub(crate) struct Posted {
 #[derive(Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Terms<'a> {
     kind: &'a CollectiveKind,
-    ranks: &'a [usize],
+    ranks: &'a Ranks,
     dtype: DType,
     /// `None` when the regions determine the shape.
     x_shape: Option<&'a [usize]>,

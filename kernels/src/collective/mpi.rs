@@ -144,7 +144,7 @@ impl Mpi {
         world.barrier(within)?;
         let (mut own, mut group_processes) = (Vec::new(), Vec::new());
         for (index, group) in groups.iter().enumerate() {
-            let processes: Vec<c_int> = group.ranks.iter().map(|rank| process_of(*rank) as c_int).collect();
+            let processes: Vec<c_int> = group.ranks.iter().map(|rank| process_of(rank) as c_int).collect();
             let is_invalid = |(i, p): (usize, &c_int)| *p as u32 >= world.size() || processes[..i].contains(p);
             if processes.iter().enumerate().any(is_invalid) {
                 let expected =

@@ -421,7 +421,7 @@ fn disagreements(report: &mut Report, make: &Make<'_>) {
         for odd_member in first..3 {
             let check = format!("member {odd_member} of 3 calls {what}");
             let result = members(make, 3).and_then(|members| {
-                let group = Arc::new(Group { id: 1, ranks: vec![0, 1, 2] });
+                let group = Arc::new(Group { id: 1, ranks: vec![0, 1, 2].into() });
                 let mut ends = Vec::new();
                 for member in &members {
                     let is_odd = member.device.rank() == odd_member;
@@ -456,7 +456,7 @@ fn aborts(report: &mut Report, make: &Make<'_>) {
 
 fn abort(report: &mut Report, check: &str, make: &Make<'_>, kind: CollectiveKind) -> Result<()> {
     let members = members(make, 2)?;
-    let group = Arc::new(Group { id: 1, ranks: vec![0, 1] });
+    let group = Arc::new(Group { id: 1, ranks: vec![0, 1].into() });
     let launch = members[0].launch(&group, &kind, &[2], &[2]);
     let waiting = members[0].submit(vec![launch.clone()], vec![(0, 1)])?;
     // This signal is sent when the stream reaches the collective.

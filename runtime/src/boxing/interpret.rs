@@ -57,7 +57,7 @@ pub(super) fn run_local(step: &BoxingStep, index: usize, shards: &[HostTensor], 
             out
         }
         LocalStep::Call(call) => {
-            let inputs: Vec<&HostTensor> = call.ranks.iter().map(|&rank| by_rank(rank)).collect();
+            let inputs: Vec<&HostTensor> = call.ranks.iter().map(by_rank).collect();
             run_collective(&call, &inputs, out, received)
         }
         LocalStep::Pull(pulls) => {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use shardflow_kernels::collective::{CollectiveKind, ReduceOp};
+use shardflow_kernels::collective::{CollectiveKind, Ranks, ReduceOp};
 use shardflow_kernels::tensor::{DType, Region, split_range};
 
 use crate::sbp::{NdSbp, PlacedLayout, Sbp, for_each_class, local_region};
@@ -88,7 +88,7 @@ pub enum LocalStep {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GroupCall {
     /// Ranks of the members, in order.
-    pub ranks: Vec<usize>,
+    pub ranks: Ranks,
     /// Index of this device in `ranks`.
     pub member: usize,
     /// The collective; its regions are relative to the part of the tensor that the group shares.
@@ -206,9 +206,9 @@ impl BoxingStep {
             let own = self.from.placement.index_of(self.to.placement.devices()[index]);
             after.element_count() - own.map_or(0, |own| common(&self.from.region(&self.shape, own), &after))
         } else {
-            let group = self.from.placement.group_of(index, &self.axes);
-            let member = group.iter().position(|&i| i == index).unwrap_or(0);
-            elements_received(self.kind, (member, group.len()), &self.from.region(&self.shape, index), &after)
+            let placement = &self.from.placement;
+            let own = (placement.group_member(index, &self.axes), placement.group_len(&self.axes));
+            elements_received(self.kind, own, &self.from.region(&self.shape, index), &after)
         };
         elements * self.dtype.bytes()
     }
@@ -287,8 +287,8 @@ impl BoxingStep {
             StepKind::AllGather => CollectiveKind::AllGather { parts: parts(&self.from) },
             _ => CollectiveKind::AllToAll { sources: parts(&self.from), targets: parts(&self.to) },
         };
-        let member = group.iter().position(|&i| i == index).unwrap_or(0);
-        GroupCall { ranks: group.iter().map(|&i| placement.devices()[i]).collect(), member, kind }
+        let (ranks, member) = (placement.group_ranks(index, &self.axes), placement.group_member(index, &self.axes));
+        GroupCall { ranks, member, kind }
     }
 }
 

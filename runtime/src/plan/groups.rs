@@ -48,7 +48,7 @@ impl Patterns {
             let placement = node.placement;
             let is_known = |p: &Pattern| (p.stream, p.placement, &p.axes) == (stream, placement, &axes);
             if !patterns.0.iter().any(is_known) {
-                let members: usize = axes.iter().map(|axis| graph.placements[placement].axes()[*axis].size).product();
+                let members = graph.placements[placement].group_len(&axes);
                 let groups = (graph.placements[placement].device_count() / members.max(1)) as u32;
                 patterns.0.push(Pattern { stream, placement, axes, first_id });
                 first_id += groups;
@@ -68,8 +68,7 @@ impl Patterns {
         let number_and_ranks = |placement: usize, axes: &[usize]| {
             let placement = &graph.placements[placement];
             let index = placement.index_of(device)?;
-            let ranks = placement.group_of(index, axes).into_iter().map(|member| placement.devices()[member]);
-            Some((placement.group_number(index, axes), ranks.collect::<Vec<_>>()))
+            Some((placement.group_number(index, axes), placement.group_ranks(index, axes)))
         };
         let (_, ranks) = number_and_ranks(placement, axes).expect("a device calls only its own groups");
         let same = |pattern: &Pattern| {
