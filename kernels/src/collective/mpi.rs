@@ -311,15 +311,15 @@ impl Call<'_> {
         count(all.max(words.x().len())).map_err(CallError::Completed)?;
         match &self.call.kind {
             CollectiveKind::AllReduce { op } => self.all_reduce(*op, words),
-            CollectiveKind::ReduceScatter { op, parts } => self.reduce_scatter(*op, words, x_shape, parts),
+            CollectiveKind::ReduceScatter { op, parts } => self.reduce_scatter(*op, words, x_shape, &parts.list()),
             CollectiveKind::AllGather { parts } => {
-                if parts.iter().map(Region::element_count).sum::<usize>() != all {
+                if parts.elements_sum() != all {
                     // The parts overlap.
-                    return self.all_to_all(words, parts, &vec![Region::whole(y_shape); parts.len()]);
+                    return self.all_to_all(words, &parts.list(), &vec![Region::whole(y_shape); parts.len()]);
                 }
-                self.all_gather(words, y_shape, parts)
+                self.all_gather(words, y_shape, &parts.list())
             }
-            CollectiveKind::AllToAll { sources, targets } => self.all_to_all(words, sources, targets),
+            CollectiveKind::AllToAll { sources, targets } => self.all_to_all(words, &sources.list(), &targets.list()),
             CollectiveKind::Broadcast { root } => {
                 if let (true, (Some(x), y)) = (self.call.member == *root, words.split()) {
                     y.copy_from_slice(x);

@@ -115,7 +115,7 @@ fn contributions(call: &CollectiveCall, own_elements: usize) -> (usize, impl Fn(
         CollectiveKind::AllToAll { sources, .. } => Some(sources),
         _ => None,
     };
-    let elements = move |member: usize| regions.map_or(own_elements, |regions| regions[member].element_count());
+    let elements = move |member: usize| regions.map_or(own_elements, |regions| regions.region(member).element_count());
     let most = (0..call.group.ranks.len()).map(&elements).max().unwrap_or(0);
     (most * size_of::<f32>(), elements)
 }

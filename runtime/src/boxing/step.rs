@@ -3,7 +3,7 @@
 use std::fmt;
 
 use shardflow_kernels::collective::{CollectiveKind, Ranks, ReduceOp};
-use shardflow_kernels::tensor::{DType, Region, split_range};
+use shardflow_kernels::tensor::{DType, Region, Regions, SplitAxis, split_range};
 
 use crate::sbp::{NdSbp, PlacedLayout, Sbp, for_each_class, local_region};
 
@@ -272,14 +272,15 @@ impl BoxingStep {
 
     fn call(&self, index: usize) -> GroupCall {
         let placement = &self.from.placement;
-        let group = placement.group_of(index, &self.axes);
         // The axes outside the group determine the part of the whole tensor that the group shares.
         let mut others = self.from.sbp.clone();
         self.axes.iter().for_each(|&a| others.0[a] = Sbp::Broadcast);
         let outer = local_region(&self.shape, &others, placement, index);
-        let parts = |layout: &PlacedLayout| -> Vec<Region> {
-            let part = |&i: &usize| layout.region(&self.shape, i).relative_to(&outer);
-            group.iter().map(part).collect()
+        // No axis outside the group divides parts of the group ([`add_nested_axes`]).
+        let parts = |layout: &PlacedLayout| {
+            let axes = (0..placement.axes().len()).filter(|a| self.axes.contains(a));
+            let axis = |a: usize| SplitAxis { count: self.axis_size(a), dim: layout.sbp.0[a].split_dim() };
+            Regions::split(&outer.size, axes.map(axis))
         };
         let kind = match self.kind {
             StepKind::AllReduce(op) => CollectiveKind::AllReduce { op },

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use shardflow_kernels::collective::CollectiveKind;
-use shardflow_kernels::tensor::Region;
+use shardflow_kernels::tensor::{Region, Regions};
 
 use crate::boxing::step::{BoxingStep, LocalStep, StepKind};
 use crate::graph::{Graph, Node, NodeId, NodeOp};
@@ -135,7 +135,7 @@ fn append_step(step: &BoxingStep, position: usize, traits: &mut Traits) {
         }
         LocalStep::Call(call) => {
             traits.extend([2, call.ranks.len()]);
-            traits.extend(parts(&call.kind).flat_map(|region| &region.size));
+            traits.extend(parts(&call.kind).flat_map(Regions::bounds));
         }
         LocalStep::Pull(pulls) => {
             traits.extend([3, pulls.len()]);
@@ -144,14 +144,15 @@ fn append_step(step: &BoxingStep, position: usize, traits: &mut Traits) {
     }
 }
 
-/// The regions of a collective's members.
-fn parts(kind: &CollectiveKind) -> impl Iterator<Item = &Region> {
-    let (first, second): (&[Region], &[Region]) = match kind {
-        CollectiveKind::AllGather { parts } | CollectiveKind::ReduceScatter { parts, .. } => (parts, &[]),
-        CollectiveKind::AllToAll { sources, targets } => (sources, targets),
-        _ => (&[], &[]),
+/// The lists of regions of a collective. In a step, each device's lists split the same axes, so they have parts of the
+/// same sizes if the bounds are equal.
+fn parts(kind: &CollectiveKind) -> impl Iterator<Item = &Regions> {
+    let (first, second) = match kind {
+        CollectiveKind::AllGather { parts } | CollectiveKind::ReduceScatter { parts, .. } => (Some(parts), None),
+        CollectiveKind::AllToAll { sources, targets } => (Some(sources), Some(targets)),
+        _ => (None, None),
     };
-    first.iter().chain(second)
+    first.into_iter().chain(second)
 }
 
 /// Groups devices with equal traits into classes. Classes are ordered by their first devices.
