@@ -60,6 +60,12 @@ const CASES: &[Case] = &[
         build: |g| gpt(g, &config(96, 12_288, 96, 1536)),
     },
     Case {
+        name: "96 layers on 64 ranks without stages",
+        mesh: "data=8,tensor=8",
+        micro_batches: 1,
+        build: |g| gpt(g, &config(96, 12_288, 96, 1536)),
+    },
+    Case {
         name: "96 layers on 3072 ranks without stages",
         mesh: "data=384,tensor=8",
         micro_batches: 1,

@@ -2,6 +2,7 @@
 //! programs, registers and memory are computed once for each class, for its first device.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 use shardflow_kernels::collective::CollectiveKind;
 use shardflow_kernels::tensor::{Region, Regions};
@@ -28,8 +29,8 @@ pub struct Classes {
     pub of: Vec<ClassId>,
     /// For each class: its devices, in order of rank. The first one represents the class.
     pub devices: Vec<Vec<usize>>,
-    /// The devices that each transfer connects.
-    pub transfers: BTreeMap<NodeId, Pairs>,
+    /// The devices that each transfer connects. Transfers that connect the same devices share a value.
+    pub transfers: BTreeMap<NodeId, Arc<Pairs>>,
 }
 
 /// The devices that a transfer connects.
@@ -200,8 +201,8 @@ fn peer_traits(classes: &Classes, device: usize) -> Traits {
     traits
 }
 
-fn transfers(graph: &Graph) -> BTreeMap<NodeId, Pairs> {
-    let mut known: Vec<(&BoxingStep, Pairs)> = Vec::new();
+fn transfers(graph: &Graph) -> BTreeMap<NodeId, Arc<Pairs>> {
+    let mut known: Vec<(&BoxingStep, Arc<Pairs>)> = Vec::new();
     let mut transfers = BTreeMap::new();
     for (index, node) in graph.nodes.iter().enumerate() {
         let Node { op: NodeOp::Boxing(step), .. } = node else { continue };
@@ -211,7 +212,7 @@ fn transfers(graph: &Graph) -> BTreeMap<NodeId, Pairs> {
         let pairs = match known.iter().find(|(other, _)| is_alike(other, step)) {
             Some((_, pairs)) => pairs.clone(),
             None => {
-                let pairs = pairs(step);
+                let pairs = Arc::new(pairs(step));
                 known.push((step, pairs.clone()));
                 pairs
             }
