@@ -1,7 +1,9 @@
-//! Measures the time and memory of planning large meshes, deep models, and a program whose layers all differ.
+//! Measures the time and memory of planning large meshes, deep models, and a program whose layers all differ. For each
+//! plan, also measures how long one rank takes to make its part.
 //!
-//! `cargo bench -p shardflow-integration-tests --bench planning [PART OF A NAME]`
+//! Command: `cargo bench -p shardflow-integration-tests --bench planning [PART OF A NAME]`
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use shardflow::nn::{self, GptConfig};
@@ -26,7 +28,7 @@ fn gpt(g: &mut Graph, config: &GptConfig) {
     g.minimize(loss, AdamW::default());
 }
 
-/// Builds a chain of layers that differ in width, layout or op. After all passes, it has about 20,000 ops.
+/// Builds a chain of layers that differ in width, layout or op. The compiled program has about 20,000 ops.
 fn unlike_layers(g: &mut Graph) {
     const LAYERS: usize = 1800;
     let layout = nn::batch_layout(g);
@@ -104,6 +106,9 @@ const CASES: &[Case] = &[
     Case { name: "unlike layers on 8 ranks", mesh: "data=2,stage=2,tensor=2", micro_batches: 1, build: unlike_layers },
 ];
 
+/// Number of times that each case makes the part of one rank. The result is the median.
+const INSTANCES: usize = 9;
+
 /// Returns the peak memory of this process so far in MiB, or 0 if the system does not report it.
 fn peak_mib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -121,6 +126,19 @@ fn main() {
         let plan = compile(g, &options).unwrap_or_else(|e| panic!("{}: {e}", case.name));
         let seconds = begin.elapsed().as_secs_f64();
         let (nodes, classes) = (plan.graph.nodes().len(), plan.classes.devices.len());
+        let devices = plan.device_count();
         println!("{}: {nodes} nodes, {classes} classes, {seconds:.2} s, at most {} MiB so far", case.name, peak_mib());
+        let (plan, last) = (Arc::new(plan), devices - 1);
+        let mut times: Vec<f64> = (0..INSTANCES)
+            .map(|_| {
+                let begin = Instant::now();
+                std::hint::black_box(plan.clone().instance_of(last..devices));
+                begin.elapsed().as_secs_f64() * 1e3
+            })
+            .collect();
+        times.sort_by(f64::total_cmp);
+        let spec = plan.instance_of(last..devices).spec;
+        let (actors, registers) = (spec.actors.len(), spec.registers.len());
+        println!("  one rank: {:.2} ms, {actors} actors, {registers} registers", times[INSTANCES / 2]);
     }
 }

@@ -8,7 +8,7 @@ let heartbeatCells = new Map();
 
 const devices = ([first, count]) => (count === 1 ? `${first}` : `${first} to ${first + count - 1}`);
 
-// The page of another process, whose port with `gpt --listen` follows from this page's port.
+// The page of another process. If the job runs `gpt --listen`, this page's port determines the port of the other page.
 function pageOf(plan, peer) {
   const port = Number(location.port || 80) + peer.process - plan.process;
   if (!peer.is_on_this_node) return `${peer.host}, port ${port}`;
