@@ -407,7 +407,7 @@ impl<'a> Search<'a> {
         let HangSnapshot { spec, knows_collectives, process_of_device, .. } = self.input;
         let Some(all) = spec.groups.get(&group) else { return Vec::new() };
         let known: HashSet<usize> = self.members(group).into_keys().map(|actor| spec.actor(actor).device).collect();
-        let absent = all.ranks.iter().copied().filter(|device| !known.contains(device));
+        let absent = all.ranks.iter().filter(|device| !known.contains(device));
         let waited_for = absent.filter(|device| !knows_collectives || peers.contains(&(all.id, *device)));
         let wait = |device| {
             let root = Root::Member { process: process_of_device(device)?, device, stream };

@@ -192,9 +192,11 @@ impl Rank {
         let (own, y) = (parts[self.rank].size[0], self.y);
         match op {
             "all_reduce" => self.run(CollectiveKind::AllReduce { op: ReduceOp::Sum }, Some((0, k)), Some((0, k))),
-            "all_gather" => self.run(CollectiveKind::AllGather { parts: parts.to_vec() }, Some((0, own)), Some((y, k))),
+            "all_gather" => {
+                self.run(CollectiveKind::AllGather { parts: parts.to_vec().into() }, Some((0, own)), Some((y, k)))
+            }
             "reduce_scatter" => {
-                let kind = CollectiveKind::ReduceScatter { op: ReduceOp::Sum, parts: parts.to_vec() };
+                let kind = CollectiveKind::ReduceScatter { op: ReduceOp::Sum, parts: parts.to_vec().into() };
                 self.run(kind, Some((0, k)), Some((y, own)));
             }
             // Rank r holds row r of a matrix with rows of k elements, and receives column block r of the matrix.

@@ -15,6 +15,7 @@ pub mod in_process;
 pub(crate) mod issue_order;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+pub(crate) mod ranks;
 pub(crate) mod rendezvous;
 pub mod routed;
 pub mod shared_memory;
@@ -23,6 +24,7 @@ pub mod wire;
 
 pub use call::{CollectiveCall, CollectiveKind, Group, ReduceOp};
 pub use issue_order::IssueSlot;
+pub use ranks::{RankAxis, Ranks};
 pub use status::{AbortStatus, MemberWait};
 
 /// An engine that runs collectives, for example in one process's memory, with NCCL or with MPI. Each member's stream

@@ -416,7 +416,7 @@ fn lost() {
 /// Tests that completions are reported while a slow NCCL abort is in progress.
 fn slow_abort() {
     let gpus = [0, 1].map(|i| Gpu::open(i).expect("a device"));
-    let (group, id) = (Arc::new(Group { id: 7, ranks: vec![0, 1] }), UniqueId::new().expect("an id"));
+    let (group, id) = (Arc::new(Group { id: 7, ranks: vec![0, 1].into() }), UniqueId::new().expect("an id"));
     let memberships =
         [0, 1].map(|member: usize| GroupMember { group: group.clone(), member, gpu: gpus[member].clone(), id });
     let engine = Arc::new(Nccl::join(&memberships, WITHIN).expect("both members join"));

@@ -60,10 +60,10 @@ fn script(n: usize, member: usize) -> Vec<Step> {
         for op in [ReduceOp::Sum, ReduceOp::Max] {
             steps.push((CollectiveKind::AllReduce { op }, whole.clone(), whole.clone()));
         }
-        let scatter = CollectiveKind::ReduceScatter { op: ReduceOp::Sum, parts: columns.clone() };
+        let scatter = CollectiveKind::ReduceScatter { op: ReduceOp::Sum, parts: columns.clone().into() };
         steps.push((scatter, whole.clone(), column.clone()));
-        steps.push((CollectiveKind::AllGather { parts: rows.clone() }, row.clone(), whole.clone()));
-        steps.push((CollectiveKind::AllToAll { sources: rows, targets: columns }, row, column));
+        steps.push((CollectiveKind::AllGather { parts: rows.clone().into() }, row.clone(), whole.clone()));
+        steps.push((CollectiveKind::AllToAll { sources: rows.into(), targets: columns.into() }, row, column));
         steps.push((CollectiveKind::Broadcast { root: n - 1 }, whole.clone(), whole));
     }
     steps

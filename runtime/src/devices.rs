@@ -124,20 +124,20 @@ fn gpu_engine(
     // processes.
     let pair = |(from, to): &(usize, usize)| {
         let id = first + (from * process_map.devices + to) as u32;
-        Arc::new(Group { id, ranks: vec![*from, *to] })
+        Arc::new(Group { id, ranks: vec![*from, *to].into() })
     };
     groups.extend(pairs.keys().map(pair));
     let mut members = Vec::new();
     for (group, id) in groups.iter().zip(ids(&groups)?) {
         for (index, rank) in group.ranks.iter().enumerate() {
-            let Some(gpu) = gpus.get(rank) else { continue };
+            let Some(gpu) = gpus.get(&rank) else { continue };
             members.push(GroupMember { group: group.clone(), member: index, gpu: gpu.clone(), id });
         }
     }
     let engine = Nccl::join(&members, JOIN_TIMEOUT)?;
     let mut pipes = Pipes::new();
     for member in members.iter().filter(|member| member.group.id >= first) {
-        pipes.insert((member.group.ranks[0], member.group.ranks[1]), Arc::new(engine.pipe(member)?));
+        pipes.insert((member.group.ranks.rank(0), member.group.ranks.rank(1)), Arc::new(engine.pipe(member)?));
     }
     // Connect in the order of the devices, which is the same in all processes.
     pipes.values().try_for_each(|pipe| pipe.connect(JOIN_TIMEOUT))?;

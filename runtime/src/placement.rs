@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use shardflow_kernels::collective::{RankAxis, Ranks};
+
 use crate::layout_error::LayoutError;
 
 /// Maximum number of devices in a mesh. The limit catches a typing error before the devices are enumerated.
@@ -120,6 +122,8 @@ impl fmt::Display for Mesh {
 pub struct Placement {
     axes: Arc<[Axis]>,
     devices: Arc<[usize]>,
+    /// The same devices.
+    ranks: Ranks,
 }
 
 impl Placement {
@@ -130,7 +134,7 @@ impl Placement {
     /// the axes.
     pub fn of(devices: Vec<usize>, axes: &[(&str, usize)]) -> Result<Self, LayoutError> {
         let axes = axes.iter().map(|&(name, size)| Axis { name: name.into(), size }).collect();
-        let placement = Self { axes, devices: devices.into() };
+        let placement = Self::from_parts(axes, devices.into());
         for (i, axis) in placement.axes.iter().enumerate() {
             if axis.name.is_empty() {
                 return Err(LayoutError::MeshSyntax { text: placement.axes_text(), part: format!("={}", axis.size) });
@@ -155,7 +159,12 @@ impl Placement {
 
     /// A placement of these devices, which must be distinct, along a single axis.
     pub(crate) fn of_all(devices: Vec<usize>) -> Self {
-        Self { axes: [Axis { name: "all".into(), size: devices.len() }].into(), devices: devices.into() }
+        Self::from_parts([Axis { name: "all".into(), size: devices.len() }].into(), devices.into())
+    }
+
+    fn from_parts(axes: Arc<[Axis]>, devices: Arc<[usize]>) -> Self {
+        let ranks = Ranks::of(&devices);
+        Self { axes, devices, ranks }
     }
 
     /// The axes, outermost first.
@@ -198,7 +207,7 @@ impl Placement {
         let devices = (0..self.devices.len()).filter(matches).map(|i| self.devices[i]).collect();
         let mut axes = self.axes.to_vec();
         axes.remove(position);
-        Ok(Self { axes: axes.into(), devices })
+        Ok(Self::from_parts(axes.into(), devices))
     }
 
     /// Coordinates of the device at this index, one for each axis.
@@ -216,7 +225,7 @@ impl Placement {
 
     /// Index of the device with this rank, if the placement contains it.
     pub fn index_of(&self, device: usize) -> Option<usize> {
-        self.devices.iter().position(|&d| d == device)
+        self.ranks.member_of(device)
     }
 
     /// The number of the device's group in [`Placement::group_indices`].
@@ -268,6 +277,45 @@ impl Placement {
         group
     }
 
+    /// The position of the device at this index in its group.
+    pub(crate) fn group_member(&self, index: usize, axes: &[usize]) -> usize {
+        let (mut rest, mut member, mut stride) = (index, 0, 1);
+        for (a, axis) in self.axes.iter().enumerate().rev() {
+            if axes.contains(&a) {
+                member += rest % axis.size * stride;
+                stride *= axis.size;
+            }
+            rest /= axis.size;
+        }
+        member
+    }
+
+    /// Number of members of each group.
+    pub(crate) fn group_len(&self, axes: &[usize]) -> usize {
+        self.axes.iter().enumerate().filter(|(a, _)| axes.contains(a)).map(|(_, axis)| axis.size).product()
+    }
+
+    /// Like [`Placement::group_of`], but with ranks, which are computed if each axis has a constant stride.
+    pub(crate) fn group_ranks(&self, index: usize, axes: &[usize]) -> Ranks {
+        let (mut rest, mut step, mut first) = (index, 1, index);
+        let mut all = Vec::with_capacity(self.axes.len());
+        let mut own = Vec::with_capacity(axes.len());
+        for (a, axis) in self.axes.iter().enumerate().rev() {
+            let next = self.devices[if axis.size > 1 { step } else { 0 }];
+            let rank_axis = RankAxis { stride: next as isize - self.devices[0] as isize, count: axis.size };
+            all.push(rank_axis);
+            if axes.contains(&a) {
+                own.push(rank_axis);
+                first -= rest % axis.size * step;
+            }
+            (rest, step) = (rest / axis.size, step * axis.size);
+        }
+        if self.ranks.is_grid() && Ranks::grid(self.devices[0], all.into_iter().rev()) == self.ranks {
+            return Ranks::grid(self.devices[first], own.into_iter().rev());
+        }
+        self.group_of(index, axes).into_iter().map(|member| self.devices[member]).collect()
+    }
+
     /// Like [`Placement::group_indices`], but with ranks.
     pub fn groups(&self, axes: &[usize]) -> Vec<Vec<usize>> {
         let ranks = |group: Vec<usize>| group.into_iter().map(|i| self.devices[i]).collect();
@@ -296,10 +344,33 @@ mod tests {
         for set in 0..16usize {
             let axes: Vec<usize> = (0..4).filter(|axis| set >> axis & 1 == 1).collect();
             for (number, group) in placement.group_indices(&axes).into_iter().enumerate() {
-                for index in &group {
+                for (member, index) in group.iter().enumerate() {
                     assert_eq!(placement.group_of(*index, &axes), group);
                     assert_eq!(placement.group_number(*index, &axes), number as u32);
+                    assert_eq!(placement.group_member(*index, &axes), member);
+                    assert_eq!(placement.group_len(&axes), group.len());
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn group_ranks_are_the_ranks_of_the_group() {
+        let sizes = [("a", 2), ("b", 3), ("c", 1), ("d", 2)];
+        let lists: [Vec<usize>; 4] = [
+            (0..12).collect(),
+            (0..12).rev().map(|rank| 5 + 2 * rank).collect(),
+            // A grid, but not over these axes.
+            (0..4).flat_map(|outer| (0..3).map(move |inner| 10 * outer + inner)).collect(),
+            vec![3, 1, 4, 15, 9, 2, 6, 5, 35, 8, 97, 93],
+        ];
+        for devices in lists {
+            let placement = Placement::of(devices.clone(), &sizes).unwrap();
+            for (set, index) in (0..16usize).flat_map(|set| (0..12).map(move |index| (set, index))) {
+                let axes: Vec<usize> = (0..4).filter(|axis| set >> axis & 1 == 1).collect();
+                let group = placement.group_of(index, &axes).into_iter().map(|member| devices[member]);
+                assert_eq!(placement.group_ranks(index, &axes), group.collect(), "{axes:?} of {devices:?}");
+                assert_eq!(placement.index_of(devices[index]), Some(index));
             }
         }
     }

@@ -130,7 +130,7 @@ impl ProcessMap {
     }
 
     pub fn processes_of(&self, group: &Group) -> BTreeSet<u32> {
-        group.ranks.iter().map(|rank| self.process_of(*rank)).collect()
+        group.ranks.iter().map(|rank| self.process_of(rank)).collect()
     }
 }
 

@@ -327,7 +327,7 @@ fn collective(kinds: [CollectiveKind; 2]) -> LoadedPlan {
         b.external(actor, "reduce", 1);
     }
     let Bench { mut loaded, histories } = bench(b.build());
-    let group = Arc::new(Group { id: 0, ranks: vec![0, 1] });
+    let group = Arc::new(Group { id: 0, ranks: vec![0, 1].into() });
     for (member, kind) in kinds.into_iter().enumerate() {
         let launches = vec![collective_launch(&group, member, kind, 0)];
         let program = Arc::new(Program { name: "reduce".into(), launches, signals: vec![] });

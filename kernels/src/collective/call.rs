@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use crate::collective::ranks::Ranks;
 use crate::error::KernelError;
-use crate::tensor::{Region, element_count, split_range};
+use crate::tensor::{Regions, element_count, split_range};
 
 /// How a reduction combines the members' values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -25,7 +26,7 @@ pub struct Group {
     /// Id, unique within a plan.
     pub id: u32,
     /// Ranks of the member devices in the session's mesh.
-    pub ranks: Vec<usize>,
+    pub ranks: Ranks,
 }
 
 impl Group {
@@ -60,22 +61,22 @@ pub enum CollectiveKind {
     /// `(part) -> (whole)`: each member contributes its region and receives the whole tensor.
     AllGather {
         /// The region that each member contributes.
-        parts: Vec<Region>,
+        parts: Regions,
     },
     /// `(whole) -> (part)`: each member receives its region, combined over all members in the order of [`Group`].
     ReduceScatter {
         /// How values are combined.
         op: ReduceOp,
         /// The region that each member receives.
-        parts: Vec<Region>,
+        parts: Regions,
     },
     /// `(part) -> (other part)`: each member contributes its region of `sources` and receives its region of `targets`.
     /// A member takes each element from its own source or, if that lacks the element, from the first source with it.
     AllToAll {
         /// The region that each member contributes.
-        sources: Vec<Region>,
+        sources: Regions,
         /// The region that each member receives.
-        targets: Vec<Region>,
+        targets: Regions,
     },
     /// `(x) -> (y)`: every member receives the root's tensor.
     Broadcast {
@@ -117,9 +118,10 @@ impl CollectiveCall {
                 (members - 1) * own + (elements - own)
             }
             CollectiveKind::ReduceScatter { .. } => (members - 1) * elements,
-            CollectiveKind::AllGather { parts } => elements - parts[member].element_count(),
+            CollectiveKind::AllGather { parts } => elements - parts.region(member).element_count(),
             CollectiveKind::AllToAll { sources, targets } => {
-                elements - sources[member].intersect(&targets[member]).map_or(0, |own| own.element_count())
+                elements
+                    - sources.region(member).intersect(&targets.region(member)).map_or(0, |own| own.element_count())
             }
             CollectiveKind::Broadcast { root: from } | CollectiveKind::Receive { from } if *from != member => elements,
             CollectiveKind::Broadcast { .. } | CollectiveKind::Send { .. } | CollectiveKind::Receive { .. } => 0,

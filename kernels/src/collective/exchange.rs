@@ -4,11 +4,12 @@
 #![allow(unsafe_code)]
 
 use crate::collective::call::{CollectiveCall, CollectiveKind, ReduceOp};
+use crate::collective::ranks::Ranks;
 use crate::cpu::simd::{dispatch, inlined, map, update};
 use crate::error::{KernelError, Result};
 use crate::memory::{Arena, View};
 use crate::region::{Runs, check_inside, for_each_run, subtract};
-use crate::tensor::{DType, Region, split_range};
+use crate::tensor::{DType, Region, Regions, split_range};
 
 /// Number of elements per block. A reduction keeps one block in the L1 cache.
 const BLOCK: usize = 1024;
@@ -33,7 +34,7 @@ pub(crate) struct Posted {
 #[derive(Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Terms<'a> {
     kind: &'a CollectiveKind,
-    ranks: &'a [usize],
+    ranks: &'a Ranks,
     dtype: DType,
     /// `None` when the regions determine the shape.
     x_shape: Option<&'a [usize]>,
@@ -213,11 +214,11 @@ pub(crate) fn check_call(call: &CollectiveCall, reads: &[View<'_>], writes: &[Vi
     if reduces && x.dtype() != DType::F32 {
         return rejected("dtype", "F32".to_owned(), format!("{:?}", x.dtype()));
     }
-    let regions = |what: &str, regions: &[Region], whole: &[usize]| {
+    let regions = |what: &str, regions: &Regions, whole: &[usize]| {
         if regions.len() != members {
             return rejected(what, format!("{members} regions"), regions.len().to_string());
         }
-        regions.iter().try_for_each(|region| check_inside(name, what, region, whole))
+        regions.list().iter().try_for_each(|region| check_inside(name, what, region, whole))
     };
     match &call.kind {
         CollectiveKind::Broadcast { root } if *root >= members => {
@@ -226,23 +227,22 @@ pub(crate) fn check_call(call: &CollectiveCall, reads: &[View<'_>], writes: &[Vi
         CollectiveKind::AllReduce { .. } | CollectiveKind::Broadcast { .. } => shape("shape of y", y, x.shape()),
         CollectiveKind::AllGather { parts } => {
             regions("parts", parts, y.shape())?;
-            shape("shape of the part", x, &parts[call.member].size)?;
-            check_covered(name, parts, &Region::whole(y.shape()))
+            shape("shape of the part", x, &parts.region(call.member).size)?;
+            check_covered(name, &parts.list(), &Region::whole(y.shape()))
         }
         CollectiveKind::ReduceScatter { parts, .. } => {
             regions("parts", parts, x.shape())?;
-            shape("shape of the part", y, &parts[call.member].size)
+            shape("shape of the part", y, &parts.region(call.member).size)
         }
         CollectiveKind::AllToAll { sources, targets } => {
-            let all = || sources.iter().chain(targets);
-            let rank = sources.first().map_or(0, |region| region.start.len());
-            let end = |r: &Region, d: usize| r.start.get(d).zip(r.size.get(d)).map_or(0, |(a, b)| a.saturating_add(*b));
-            let whole: Vec<usize> = (0..rank).map(|d| all().map(|r| end(r, d)).max().unwrap_or(0)).collect();
+            let larger = |(a, b): (usize, &usize)| a.max(*b);
+            let whole: Vec<usize> = sources.bounds().into_iter().zip(&targets.bounds()).map(larger).collect();
             regions("sources", sources, &whole)?;
             regions("targets", targets, &whole)?;
-            shape("shape of the source", x, &sources[call.member].size)?;
-            shape("shape of the target", y, &targets[call.member].size)?;
-            targets.iter().try_for_each(|target| check_covered(name, sources, target))
+            shape("shape of the source", x, &sources.region(call.member).size)?;
+            shape("shape of the target", y, &targets.region(call.member).size)?;
+            let sources = sources.list();
+            targets.iter().try_for_each(|target| check_covered(name, &sources, &target))
         }
         CollectiveKind::Send { .. } | CollectiveKind::Receive { .. } => Ok(()),
     }
@@ -373,14 +373,14 @@ pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Resu
             }
         }
         CollectiveKind::ReduceScatter { op, parts } => {
-            let part = &parts[member];
+            let part = &parts.region(member);
             Runs::new(buffers.x_shape, part).for_each(0..part.element_count(), |from, to, len| {
                 // SAFETY: both ranges are in bounds, and y overlaps no x (both checked). Only this member writes y.
                 unsafe { reduce(*op, buffers.xs, member, (from, len), y, to) };
             });
         }
-        CollectiveKind::AllGather { parts } => gather(buffers, parts, &Region::whole(buffers.y_shape)),
-        CollectiveKind::AllToAll { sources, targets } => gather(buffers, sources, &targets[member]),
+        CollectiveKind::AllGather { parts } => gather(buffers, &parts.list(), &Region::whole(buffers.y_shape)),
+        CollectiveKind::AllToAll { sources, targets } => gather(buffers, &sources.list(), &targets.region(member)),
         // The root's x is also its y: there is nothing to copy, and other members read that memory.
         CollectiveKind::Broadcast { root } if member == *root && x.at(0) == y.at(0) => {}
         CollectiveKind::Broadcast { root } => {

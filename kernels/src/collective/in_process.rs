@@ -116,7 +116,7 @@ mod tests {
 
     #[test]
     fn waits_lists_each_member_and_its_peers() {
-        let group = Arc::new(Group { id: 7, ranks: vec![4, 2, 9] });
+        let group = Arc::new(Group { id: 7, ranks: vec![4, 2, 9].into() });
         for (kind, expected) in [
             (CollectiveKind::AllReduce { op: ReduceOp::Sum }, vec![(4, 2), (4, 9)]),
             (CollectiveKind::Send { to: 2 }, vec![(4, 9)]),

@@ -144,7 +144,7 @@ impl Mpi {
         world.barrier(within)?;
         let (mut own, mut group_processes) = (Vec::new(), Vec::new());
         for (index, group) in groups.iter().enumerate() {
-            let processes: Vec<c_int> = group.ranks.iter().map(|rank| process_of(*rank) as c_int).collect();
+            let processes: Vec<c_int> = group.ranks.iter().map(|rank| process_of(rank) as c_int).collect();
             let is_invalid = |(i, p): (usize, &c_int)| *p as u32 >= world.size() || processes[..i].contains(p);
             if processes.iter().enumerate().any(is_invalid) {
                 let expected =
@@ -311,15 +311,15 @@ impl Call<'_> {
         count(all.max(words.x().len())).map_err(CallError::Completed)?;
         match &self.call.kind {
             CollectiveKind::AllReduce { op } => self.all_reduce(*op, words),
-            CollectiveKind::ReduceScatter { op, parts } => self.reduce_scatter(*op, words, x_shape, parts),
+            CollectiveKind::ReduceScatter { op, parts } => self.reduce_scatter(*op, words, x_shape, &parts.list()),
             CollectiveKind::AllGather { parts } => {
-                if parts.iter().map(Region::element_count).sum::<usize>() != all {
+                if parts.elements_sum() != all {
                     // The parts overlap.
-                    return self.all_to_all(words, parts, &vec![Region::whole(y_shape); parts.len()]);
+                    return self.all_to_all(words, &parts.list(), &vec![Region::whole(y_shape); parts.len()]);
                 }
-                self.all_gather(words, y_shape, parts)
+                self.all_gather(words, y_shape, &parts.list())
             }
-            CollectiveKind::AllToAll { sources, targets } => self.all_to_all(words, sources, targets),
+            CollectiveKind::AllToAll { sources, targets } => self.all_to_all(words, &sources.list(), &targets.list()),
             CollectiveKind::Broadcast { root } => {
                 if let (true, (Some(x), y)) = (self.call.member == *root, words.split()) {
                     y.copy_from_slice(x);

@@ -74,7 +74,7 @@ impl SharedMemory {
     /// [`KernelError::Arguments`] if the board does not match the groups, or if a member's arena is missing.
     pub fn new(board: Arena, groups: &[Arc<Group>], arenas: BTreeMap<usize, Arena>) -> Result<Self> {
         let board = Board::new(board, groups)?;
-        let missing = groups.iter().flat_map(|group| &group.ranks).find(|rank| !arenas.contains_key(rank));
+        let missing = groups.iter().flat_map(|group| group.ranks.iter()).find(|rank| !arenas.contains_key(rank));
         if let Some(rank) = missing {
             let got = format!("no arena of rank {rank}");
             return Err(KernelError::arguments("collectives of a node", "arenas", "one per member", got));
@@ -115,7 +115,7 @@ fn contributions(call: &CollectiveCall, own_elements: usize) -> (usize, impl Fn(
         CollectiveKind::AllToAll { sources, .. } => Some(sources),
         _ => None,
     };
-    let elements = move |member: usize| regions.map_or(own_elements, |regions| regions[member].element_count());
+    let elements = move |member: usize| regions.map_or(own_elements, |regions| regions.region(member).element_count());
     let most = (0..call.group.ranks.len()).map(&elements).max().unwrap_or(0);
     (most * size_of::<f32>(), elements)
 }
@@ -143,7 +143,7 @@ impl Call<'_> {
 
     fn check(&self) -> Result<()> {
         check_buffers(self.call, self.reads, self.writes)?;
-        let rank = self.call.group.ranks[self.call.member];
+        let rank = self.call.group.ranks.rank(self.call.member);
         let inside = |view: &View<'_>| self.engine.arenas.get(&rank).is_some_and(|arena| arena.same(view.arena()));
         if self.reads.iter().chain(self.writes).all(inside) {
             return Ok(());
@@ -301,7 +301,7 @@ impl Call<'_> {
                 xs.push(self.posted(member, self.engine.board.arena(), offset as u64, elements(member))?);
                 continue;
             }
-            let arena = &self.engine.arenas[&self.call.group.ranks[member]];
+            let arena = &self.engine.arenas[&self.call.group.ranks.rank(member)];
             xs.push(self.posted(member, arena, post.x.load(Ordering::Relaxed), elements(member))?);
             if matches!(self.call.kind, CollectiveKind::AllReduce { .. }) {
                 ys.push(self.posted(member, arena, post.y.load(Ordering::Relaxed), y.element_count())?);
@@ -359,7 +359,7 @@ impl Call<'_> {
         if sender.sent.terms.load(Ordering::Relaxed) != digest(&(y.dtype(), y.shape())) {
             return Err(self.fail_disagreement(from));
         }
-        let arena = &self.engine.arenas[&self.call.group.ranks[from]];
+        let arena = &self.engine.arenas[&self.call.group.ranks.rank(from)];
         let source = self.posted(from, arena, sender.sent.x.load(Ordering::Relaxed), y.element_count())?;
         // SAFETY: source and y are whole views. The sender stays in its call, and only the receiver accesses y.
         unsafe { copy_elements(&source, 0, &Posted::of(y), 0, y.element_count()) };
@@ -394,7 +394,7 @@ impl Collective for SharedMemory {
         let mut waits = Vec::new();
         for (index, GroupProgress { group, progress }) in self.groups.iter().enumerate() {
             // Writable memory belongs to a device of this process.
-            let here = |(_, rank): &(usize, &usize)| self.arenas[*rank].is_writable();
+            let here = |(_, rank): &(usize, usize)| self.arenas[rank].is_writable();
             for (member, _) in group.ranks.iter().enumerate().filter(here) {
                 let next = progress[member].rendezvous_count.load(Ordering::Relaxed).wrapping_add(1);
                 let has_posted = |member: usize| {

@@ -17,7 +17,7 @@ impl ReceivedBytes {
     /// Counts the bytes that a finished call received. `y_shape` is the shape of the member's y.
     pub(crate) fn count(&self, call: &CollectiveCall, y_shape: &[usize], dtype: DType) {
         let bytes = call.foreign_elements(y_shape) * dtype.bytes();
-        *self.0.lock().entry(call.group.ranks[call.member]).or_default() += bytes as u64;
+        *self.0.lock().entry(call.group.ranks.rank(call.member)).or_default() += bytes as u64;
     }
 
     pub(crate) fn of(&self, rank: usize) -> u64 {
@@ -62,6 +62,6 @@ pub struct MemberWait {
 
 impl MemberWait {
     pub(crate) fn new(group: &Group, member: usize, peer: usize) -> Self {
-        Self { group: group.id, rank: group.ranks[member], peer: group.ranks[peer] }
+        Self { group: group.id, rank: group.ranks.rank(member), peer: group.ranks.rank(peer) }
     }
 }

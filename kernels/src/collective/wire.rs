@@ -183,20 +183,22 @@ impl Member {
                 }
             }
             CollectiveKind::ReduceScatter { parts, .. } if n == 1 => {
-                pairs::all_to_all(port, words, scratch, &[Region::whole(x_shape)], parts)
+                pairs::all_to_all(port, words, scratch, &[Region::whole(x_shape)], &parts.list())
             }
             CollectiveKind::ReduceScatter { op, parts } => {
-                ring::reduce_scatter(port, words, scratch, *op, (x_shape, parts))
+                ring::reduce_scatter(port, words, scratch, *op, (x_shape, &parts.list()))
             }
             CollectiveKind::AllGather { parts } => {
-                let disjoint = parts.iter().map(Region::element_count).sum::<usize>() == all;
+                let disjoint = parts.elements_sum() == all;
                 if disjoint && n > 1 {
-                    return ring::all_gather(port, words, scratch, (y_shape, parts));
+                    return ring::all_gather(port, words, scratch, (y_shape, &parts.list()));
                 }
                 let targets = vec![Region::whole(y_shape); n];
-                pairs::all_to_all(port, words, scratch, parts, &targets)
+                pairs::all_to_all(port, words, scratch, &parts.list(), &targets)
             }
-            CollectiveKind::AllToAll { sources, targets } => pairs::all_to_all(port, words, scratch, sources, targets),
+            CollectiveKind::AllToAll { sources, targets } => {
+                pairs::all_to_all(port, words, scratch, &sources.list(), &targets.list())
+            }
             CollectiveKind::Broadcast { root } => tree::broadcast(port, words, *root),
             CollectiveKind::Send { to } => pairs::send(port, words, *to),
             CollectiveKind::Receive { from } => pairs::receive(port, words, *from),

@@ -102,7 +102,7 @@ fn enqueue_all(posts: &[Post<Memory>]) -> Result<()> {
                 reduce(posts, i, *op, (&[element_count(&post.y_shape)], &chunk), post.memory.element(own.start))?;
             }
             CollectiveKind::ReduceScatter { op, parts } => {
-                reduce(posts, i, *op, (&post.x_shape, &parts[i]), post.memory.y)?
+                reduce(posts, i, *op, (&post.x_shape, &parts.region(i)), post.memory.y)?
             }
             CollectiveKind::Broadcast { root } => {
                 let (root, bytes) = (&posts[*root], element_count(&post.y_shape) * post.dtype.bytes());
@@ -110,7 +110,7 @@ fn enqueue_all(posts: &[Post<Memory>]) -> Result<()> {
             }
             kind => {
                 if let Some((sources, targets)) = regions(kind, &post.y_shape) {
-                    gather(posts, i, sources, &targets[i])?;
+                    gather(posts, i, &sources, &targets[i])?;
                 }
             }
         }

@@ -18,7 +18,7 @@ use shardflow_kernels::tensor::{DType, HostTensor};
 use super::{WITHIN, floats, gpus};
 
 fn memberships(gpus: &[Arc<Gpu>; 2]) -> [GroupMember; 2] {
-    let (group, id) = (Arc::new(Group { id: 7, ranks: vec![0, 1] }), UniqueId::new().expect("an id"));
+    let (group, id) = (Arc::new(Group { id: 7, ranks: vec![0, 1].into() }), UniqueId::new().expect("an id"));
     [0, 1].map(|member: usize| GroupMember { group: group.clone(), member, gpu: gpus[member].clone(), id })
 }
 
@@ -32,7 +32,7 @@ pub fn time() {
         let arenas = devices.each_ref().map(|device| device.arena(256).expect("memory"));
         let submit = |member: usize| {
             let (x, kind) = (floats(0, &[2]), CollectiveKind::AllReduce { op: ReduceOp::Sum });
-            let group = Arc::new(Group { id: 7, ranks: vec![0, 1] });
+            let group = Arc::new(Group { id: 7, ranks: vec![0, 1].into() });
             let op = Op::Collective(CollectiveCall { group, member, kind });
             let mut launch = Launch { op, reads: vec![x.clone()], writes: vec![x], accumulate: false, workspace: None };
             let bytes = devices[member].kind().workspace_bytes(&launch);

@@ -57,7 +57,7 @@ pub(super) fn run_local(step: &BoxingStep, index: usize, shards: &[HostTensor], 
             out
         }
         LocalStep::Call(call) => {
-            let inputs: Vec<&HostTensor> = call.ranks.iter().map(|&rank| by_rank(rank)).collect();
+            let inputs: Vec<&HostTensor> = call.ranks.iter().map(by_rank).collect();
             run_collective(&call, &inputs, out, received)
         }
         LocalStep::Pull(pulls) => {
@@ -89,18 +89,19 @@ fn run_collective(call: &GroupCall, inputs: &[&HostTensor], mut out: HostTensor,
             HostTensor { shape: out.shape, data: whole.data }
         }
         CollectiveKind::ReduceScatter { op, parts } => {
-            let sum = reduce(inputs, &parts[own], *op);
+            let sum = reduce(inputs, &parts.region(own), *op);
             *received += (inputs.len() - 1) * sum.elements_held();
             sum
         }
         CollectiveKind::AllGather { parts } => {
             for (member, part) in parts.iter().enumerate() {
-                copy_box(inputs[member], &Region::whole(&part.size), &mut out, part);
+                copy_box(inputs[member], &Region::whole(&part.size), &mut out, &part);
                 *received += if member == own { 0 } else { part.element_count() };
             }
             out
         }
         CollectiveKind::AllToAll { sources, targets } => {
+            let (sources, targets) = (sources.list(), targets.list());
             let mut seen: Vec<&Region> = Vec::new();
             let own_first = std::iter::once(own).chain((0..sources.len()).filter(|&m| m != own));
             for member in own_first {

@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use shardflow_kernels::collective::{CollectiveKind, ReduceOp};
-use shardflow_kernels::tensor::{DType, Region, split_range};
+use shardflow_kernels::collective::{CollectiveKind, Ranks, ReduceOp};
+use shardflow_kernels::tensor::{DType, Region, Regions, SplitAxis, split_range};
 
 use crate::sbp::{NdSbp, PlacedLayout, Sbp, for_each_class, local_region};
 
@@ -89,7 +89,7 @@ pub enum LocalStep {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GroupCall {
     /// Ranks of the members, in order.
-    pub ranks: Vec<usize>,
+    pub ranks: Ranks,
     /// Index of this device in `ranks`.
     pub member: usize,
     /// The collective; its regions are relative to the part of the tensor that the group shares.
@@ -207,9 +207,9 @@ impl BoxingStep {
             let own = self.from.placement.index_of(self.to.placement.devices()[index]);
             after.element_count() - own.map_or(0, |own| common(&self.from.region(&self.shape, own), &after))
         } else {
-            let group = self.from.placement.group_of(index, &self.axes);
-            let member = group.iter().position(|&i| i == index).unwrap_or(0);
-            elements_received(self.kind, (member, group.len()), &self.from.region(&self.shape, index), &after)
+            let placement = &self.from.placement;
+            let own = (placement.group_member(index, &self.axes), placement.group_len(&self.axes));
+            elements_received(self.kind, own, &self.from.region(&self.shape, index), &after)
         };
         elements * self.dtype.bytes()
     }
@@ -273,14 +273,15 @@ impl BoxingStep {
 
     fn call(&self, index: usize) -> GroupCall {
         let placement = &self.from.placement;
-        let group = placement.group_of(index, &self.axes);
         // The axes outside the group determine the part of the whole tensor that the group shares.
         let mut others = self.from.sbp.clone();
         self.axes.iter().for_each(|&a| others.0[a] = Sbp::Broadcast);
         let outer = local_region(&self.shape, &others, placement, index);
-        let parts = |layout: &PlacedLayout| -> Vec<Region> {
-            let part = |&i: &usize| layout.region(&self.shape, i).relative_to(&outer);
-            group.iter().map(part).collect()
+        // No axis outside the group divides parts of the group ([`add_nested_axes`]).
+        let parts = |layout: &PlacedLayout| {
+            let axes = (0..placement.axes().len()).filter(|a| self.axes.contains(a));
+            let axis = |a: usize| SplitAxis { count: self.axis_size(a), dim: layout.sbp.0[a].split_dim() };
+            Regions::split(&outer.size, axes.map(axis))
         };
         let kind = match self.kind {
             StepKind::AllReduce(op) => CollectiveKind::AllReduce { op },
@@ -288,8 +289,8 @@ impl BoxingStep {
             StepKind::AllGather => CollectiveKind::AllGather { parts: parts(&self.from) },
             _ => CollectiveKind::AllToAll { sources: parts(&self.from), targets: parts(&self.to) },
         };
-        let member = group.iter().position(|&i| i == index).unwrap_or(0);
-        GroupCall { ranks: group.iter().map(|&i| placement.devices()[i]).collect(), member, kind }
+        let (ranks, member) = (placement.group_ranks(index, &self.axes), placement.group_member(index, &self.axes));
+        GroupCall { ranks, member, kind }
     }
 }
 

@@ -249,13 +249,13 @@ impl Connector {
         let own = self.process_map.own();
         let mut channels = BTreeMap::new();
         for group in groups {
-            for member in (0..group.ranks.len()).filter(|m| own.contains(&group.ranks[*m])) {
+            for member in (0..group.ranks.len()).filter(|m| own.contains(&group.ranks.rank(*m))) {
                 for peer in wire::peers(group, member) {
                     let key = |from: usize, to: usize| (group.id, from, to);
-                    if !own.contains(&group.ranks[peer]) {
+                    if !own.contains(&group.ranks.rank(peer)) {
                         let (member_id, peer_id) = (member as u32, peer as u32);
                         let purpose = Purpose::Group { group: group.id, member: member_id, peer: peer_id };
-                        let connection = self.connect(self.process_map.process_of(group.ranks[peer]), purpose)?;
+                        let connection = self.connect(self.process_map.process_of(group.ranks.rank(peer)), purpose)?;
                         channels.insert(key(member, peer), channel(connection));
                     } else if member < peer {
                         let pair = UnixStream::pair()

@@ -33,7 +33,7 @@ pub(super) fn exchange(
     deadline: Instant,
 ) -> Result<Vec<UniqueId>, KernelError> {
     let aborted = |cause| KernelError::Aborted { cause };
-    let creator = |group: &Group| process_map.process_of(group.ranks[0]);
+    let creator = |group: &Group| process_map.process_of(group.ranks.rank(0));
     let mut ids: BTreeMap<u32, UniqueId> = BTreeMap::new();
     let mut outgoing: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
     for group in groups.iter().filter(|group| creator(group) == process_map.process) {

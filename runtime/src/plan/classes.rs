@@ -2,9 +2,10 @@
 //! programs, registers and memory are computed once for each class, for its first device.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 use shardflow_kernels::collective::CollectiveKind;
-use shardflow_kernels::tensor::Region;
+use shardflow_kernels::tensor::{Region, Regions};
 
 use crate::boxing::step::{BoxingStep, LocalStep, StepKind};
 use crate::graph::{Graph, Node, NodeId, NodeOp};
@@ -28,8 +29,8 @@ pub struct Classes {
     pub of: Vec<ClassId>,
     /// For each class: its devices, in order of rank. The first one represents the class.
     pub devices: Vec<Vec<usize>>,
-    /// The devices that each transfer connects.
-    pub transfers: BTreeMap<NodeId, Pairs>,
+    /// The devices that each transfer connects. Transfers that connect the same devices share a value.
+    pub transfers: BTreeMap<NodeId, Arc<Pairs>>,
 }
 
 /// The devices that a transfer connects.
@@ -135,7 +136,7 @@ fn append_step(step: &BoxingStep, position: usize, traits: &mut Traits) {
         }
         LocalStep::Call(call) => {
             traits.extend([2, call.ranks.len()]);
-            traits.extend(parts(&call.kind).flat_map(|region| &region.size));
+            traits.extend(parts(&call.kind).flat_map(Regions::bounds));
         }
         LocalStep::Pull(pulls) => {
             traits.extend([3, pulls.len()]);
@@ -144,14 +145,15 @@ fn append_step(step: &BoxingStep, position: usize, traits: &mut Traits) {
     }
 }
 
-/// The regions of a collective's members.
-fn parts(kind: &CollectiveKind) -> impl Iterator<Item = &Region> {
-    let (first, second): (&[Region], &[Region]) = match kind {
-        CollectiveKind::AllGather { parts } | CollectiveKind::ReduceScatter { parts, .. } => (parts, &[]),
-        CollectiveKind::AllToAll { sources, targets } => (sources, targets),
-        _ => (&[], &[]),
+/// The lists of regions of a collective. In a step, each device's lists split the same axes, so they have parts of the
+/// same sizes if the bounds are equal.
+fn parts(kind: &CollectiveKind) -> impl Iterator<Item = &Regions> {
+    let (first, second) = match kind {
+        CollectiveKind::AllGather { parts } | CollectiveKind::ReduceScatter { parts, .. } => (Some(parts), None),
+        CollectiveKind::AllToAll { sources, targets } => (Some(sources), Some(targets)),
+        _ => (None, None),
     };
-    first.iter().chain(second)
+    first.into_iter().chain(second)
 }
 
 /// Groups devices with equal traits into classes. Classes are ordered by their first devices.
@@ -199,8 +201,8 @@ fn peer_traits(classes: &Classes, device: usize) -> Traits {
     traits
 }
 
-fn transfers(graph: &Graph) -> BTreeMap<NodeId, Pairs> {
-    let mut known: Vec<(&BoxingStep, Pairs)> = Vec::new();
+fn transfers(graph: &Graph) -> BTreeMap<NodeId, Arc<Pairs>> {
+    let mut known: Vec<(&BoxingStep, Arc<Pairs>)> = Vec::new();
     let mut transfers = BTreeMap::new();
     for (index, node) in graph.nodes.iter().enumerate() {
         let Node { op: NodeOp::Boxing(step), .. } = node else { continue };
@@ -210,7 +212,7 @@ fn transfers(graph: &Graph) -> BTreeMap<NodeId, Pairs> {
         let pairs = match known.iter().find(|(other, _)| is_alike(other, step)) {
             Some((_, pairs)) => pairs.clone(),
             None => {
-                let pairs = pairs(step);
+                let pairs = Arc::new(pairs(step));
                 known.push((step, pairs.clone()));
                 pairs
             }

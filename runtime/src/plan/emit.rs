@@ -230,7 +230,7 @@ impl Emitter<'_> {
         let plan = self.plan;
         let (stream, axes) = collective_axes(&plan.graph, node).expect("only nodes with groups call collectives");
         let group = plan.patterns.group(&plan.graph, (stream, &axes), node.placement, self.device);
-        let member = group.ranks.iter().position(|r| *r == self.device).expect("a device is in its own group");
+        let member = group.ranks.member_of(self.device).expect("a device is in its own group");
         self.launch(Op::Collective(CollectiveCall { group, member, kind }), vec![read], vec![write], false);
     }
 

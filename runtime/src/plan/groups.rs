@@ -42,8 +42,7 @@ pub fn collective_axes(graph: &Graph, node: &Node) -> Option<(StreamKind, Vec<us
 /// Number of groups along some axes of a placement.
 fn group_count(graph: &Graph, placement: usize, axes: &[usize]) -> u32 {
     let placement = &graph.placements[placement];
-    let members: usize = axes.iter().map(|axis| placement.axes()[*axis].size).product();
-    (placement.device_count() / members.max(1)) as u32
+    (placement.device_count() / placement.group_len(axes)) as u32
 }
 
 impl Patterns {
@@ -86,8 +85,7 @@ impl Patterns {
         let number_and_ranks = |placement: usize, axes: &[usize]| {
             let placement = &graph.placements[placement];
             let index = placement.index_of(device)?;
-            let ranks = placement.group_of(index, axes).into_iter().map(|member| placement.devices()[member]);
-            Some((placement.group_number(index, axes), ranks.collect::<Vec<_>>()))
+            Some((placement.group_number(index, axes), placement.group_ranks(index, axes)))
         };
         let (_, ranks) = number_and_ranks(placement, axes).expect("a device calls only its own groups");
         let same = |pattern: &Pattern| {

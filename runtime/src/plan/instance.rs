@@ -446,7 +446,7 @@ impl<'a> Builder<'a> {
                 continue;
             }
             let member_sets = match self.view {
-                View::Devices { .. } => BTreeSet::from([call.group.ranks.clone()]),
+                View::Devices { .. } => BTreeSet::from([call.group.ranks.iter().collect()]),
                 View::Classes => self.class_sets(node.placement, axes.clone(), device),
             };
             let mut groups = BTreeSet::new();

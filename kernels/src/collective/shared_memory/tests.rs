@@ -5,8 +5,8 @@ use std::thread;
 use std::time::Duration;
 
 use super::*;
-use crate::collective::ReduceOp;
 use crate::collective::in_process::InProcess;
+use crate::collective::{Ranks, ReduceOp};
 use crate::device::Device;
 use crate::hash::SplitMix64;
 use crate::memory::Access;
@@ -15,7 +15,7 @@ use crate::tensor::{DType, HostTensor};
 const DEADLINE: Duration = Duration::from_secs(20);
 
 fn group(id: u32, ranks: &[usize]) -> Arc<Group> {
-    Arc::new(Group { id, ranks: ranks.to_vec() })
+    Arc::new(Group { id, ranks: Ranks::of(ranks) })
 }
 
 fn mapped(arena: &Arena, access: Access) -> Arena {

@@ -33,7 +33,12 @@ pub(super) struct Context {
 impl Context {
     pub(super) fn link_error(&self, peer: usize, cause: impl Into<String>) -> KernelError {
         let ranks = &self.group.ranks;
-        KernelError::Link { group: self.group.id, rank: ranks[self.member], peer: ranks[peer], cause: cause.into() }
+        KernelError::Link {
+            group: self.group.id,
+            rank: ranks.rank(self.member),
+            peer: ranks.rank(peer),
+            cause: cause.into(),
+        }
     }
 
     pub(super) fn involves(&self, peer: usize) -> bool {
@@ -281,7 +286,7 @@ impl Link {
     fn peer_failure(&self, context: &Context, header: &Header, text: &[u8]) -> KernelError {
         let as_rank = |number: u64| {
             let ranks = &context.group.ranks;
-            ranks.iter().copied().find(|rank| *rank as u64 == number).unwrap_or(ranks[self.peer])
+            ranks.iter().find(|rank| *rank as u64 == number).unwrap_or(ranks.rank(self.peer))
         };
         match header.kind {
             Kind::Mismatch => {

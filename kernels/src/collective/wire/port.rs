@@ -219,7 +219,7 @@ impl Port {
     fn root_cause(&mut self, error: KernelError) -> KernelError {
         // Only a failure of this member's own link may have another cause. Any other error is the cause itself, for
         // example an error that a peer sent.
-        let own_rank = self.context.group.ranks[self.context.member];
+        let own_rank = self.context.group.ranks.rank(self.context.member);
         if !matches!(error, KernelError::Link { rank, .. } if rank == own_rank) {
             return error;
         }

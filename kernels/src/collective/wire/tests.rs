@@ -177,16 +177,16 @@ fn large_cases(n: usize, shape: &[usize]) -> Vec<Case> {
         let parts = split(shape, n, dim, uneven);
         let other = split(shape, n, 1 - dim, uneven);
         let xs = (0..n).map(|_| HostTensor::f32(shape, floats(&mut random, len))).collect();
-        let kind = CollectiveKind::ReduceScatter { op: ReduceOp::Sum, parts: parts.clone() };
+        let kind = CollectiveKind::ReduceScatter { op: ReduceOp::Sum, parts: parts.clone().into() };
         add(kind, xs, sizes(&parts));
         let xs: Vec<_> = parts.iter().map(cut).collect();
-        add(CollectiveKind::AllGather { parts: parts.clone() }, xs.clone(), vec![shape.to_vec(); n]);
-        add(CollectiveKind::AllToAll { sources: parts, targets: other.clone() }, xs, sizes(&other));
+        add(CollectiveKind::AllGather { parts: parts.clone().into() }, xs.clone(), vec![shape.to_vec(); n]);
+        add(CollectiveKind::AllToAll { sources: parts.into(), targets: other.clone().into() }, xs, sizes(&other));
         add(CollectiveKind::Broadcast { root: n - 1 }, whole_of_each(), vec![shape.to_vec(); n]);
     }
     // Overlapping parts: every member has the whole tensor.
     let parts = vec![Region::whole(shape); n];
-    add(CollectiveKind::AllGather { parts }, whole_of_each(), vec![shape.to_vec(); n]);
+    add(CollectiveKind::AllGather { parts: parts.into() }, whole_of_each(), vec![shape.to_vec(); n]);
     cases
 }
 

@@ -4,12 +4,14 @@
 //! - STAGE-1: an engine uses at most [`workspace_bytes`] of a launch's workspace. The plan does not know which engine
 //!   will run, so this is the maximum over all engines.
 
+use std::borrow::Cow;
+
 use crate::collective::exchange::taken;
 use crate::collective::{CollectiveCall, CollectiveKind};
 use crate::memory::ALIGNMENT;
 use crate::op::Launch;
 use crate::region::Runs;
-use crate::tensor::{DType, Region, element_count, split_range};
+use crate::tensor::{DType, Region, Regions, element_count, split_range};
 
 /// Maximum number of members whose values one kernel combines.
 pub(crate) const MEMBERS_MAX: usize = 16;
@@ -24,7 +26,11 @@ pub(crate) fn contiguous_start(shape: &[usize], region: &Region) -> Option<usize
 }
 
 /// Whether all parts have the same size and lie one after another in the whole tensor, as NCCL requires.
-pub(crate) fn are_rows(parts: &[Region], whole: &[usize]) -> bool {
+pub(crate) fn are_rows(parts: &Regions, whole: &[usize]) -> bool {
+    if parts.is_split_in_rows(whole) {
+        return true;
+    }
+    let parts = parts.list();
     let elements = parts.first().map_or(0, Region::element_count);
     let in_place = |(i, part): (usize, &Region)| {
         part.element_count() == elements && contiguous_start(whole, part) == Some(i * elements)
@@ -33,10 +39,13 @@ pub(crate) fn are_rows(parts: &[Region], whole: &[usize]) -> bool {
 }
 
 /// Each member's source and target regions, for kinds that have both; `y_shape` is the shape of the gathered tensor.
-pub(crate) fn regions<'a>(kind: &'a CollectiveKind, y_shape: &[usize]) -> Option<(&'a [Region], Vec<Region>)> {
+pub(crate) fn regions<'a>(
+    kind: &'a CollectiveKind,
+    y_shape: &[usize],
+) -> Option<(Cow<'a, [Region]>, Cow<'a, [Region]>)> {
     match kind {
-        CollectiveKind::AllGather { parts } => Some((parts, vec![Region::whole(y_shape); parts.len()])),
-        CollectiveKind::AllToAll { sources, targets } => Some((sources, targets.clone())),
+        CollectiveKind::AllGather { parts } => Some((parts.list(), vec![Region::whole(y_shape); parts.len()].into())),
+        CollectiveKind::AllToAll { sources, targets } => Some((sources.list(), targets.list())),
         _ => None,
     }
 }
@@ -92,7 +101,7 @@ pub(super) fn workspace_bytes(call: &CollectiveCall, launch: &Launch) -> usize {
     match &call.kind {
         CollectiveKind::AllReduce { .. } => pieces(split_range(element_count(&y.shape), members, 0).len()),
         CollectiveKind::ReduceScatter { parts, .. } => {
-            let longest = parts.iter().map(Region::element_count).max().unwrap_or(0);
+            let longest = parts.elements_max();
             let slots = (parts.len() + 1) * bytes(longest);
             if are_rows(parts, &x.shape) { pieces(longest) } else { slots }
         }
@@ -100,7 +109,7 @@ pub(super) fn workspace_bytes(call: &CollectiveCall, launch: &Launch) -> usize {
         kind => match regions(kind, &y.shape) {
             // The engine reports inconsistent arguments when it runs the call.
             Some((sources, targets)) if [sources.len(), targets.len()] == [members; 2] && call.member < members => {
-                messages(call.member, sources, &targets).iter().map(|message| message.packed_bytes(x.dtype)).sum()
+                messages(call.member, &sources, &targets).iter().map(|message| message.packed_bytes(x.dtype)).sum()
             }
             _ => 0,
         },

@@ -120,7 +120,7 @@ pub(super) fn join(memberships: &[&GroupMember], deadline: Instant, within: Dura
     let grouped = grouped(api, "nccl", || {
         for membership in memberships {
             let (n, member) = (membership.group.ranks.len() as c_int, membership.member as c_int);
-            let rank = membership.group.ranks.get(membership.member).copied().unwrap_or(usize::MAX);
+            let rank = membership.group.ranks.iter().nth(membership.member).unwrap_or(usize::MAX);
             let place = format!("nccl, group {}, device {rank} on {}", membership.group.id, membership.gpu.place());
             membership.gpu.context.bind()?;
             let id = ncclUniqueId { internal: membership.id.0.map(|byte| byte as _) };

@@ -201,7 +201,7 @@ impl MemberCall<'_> {
             CollectiveKind::ReduceScatter { op, parts } if are_rows(parts, x_shape) => {
                 (NcclCall::ReduceScatter(*op), y_elements)
             }
-            CollectiveKind::ReduceScatter { op, parts } => return self.reduce_parts(*op, parts),
+            CollectiveKind::ReduceScatter { op, parts } => return self.reduce_parts(*op, &parts.list()),
             CollectiveKind::Send { to: peer } | CollectiveKind::Receive { from: peer } => {
                 let sends = matches!(call.kind, CollectiveKind::Send { .. });
                 let (address, elements) = if sends { (x, x_elements) } else { (y, y_elements) };
@@ -209,7 +209,7 @@ impl MemberCall<'_> {
             }
             kind => {
                 let Some((sources, targets)) = regions(kind, y_shape) else { return Ok(Vec::new()) };
-                return self.exchange_regions(sources, &targets);
+                return self.exchange_regions(&sources, &targets);
             }
         };
         self.call_or_copy(kind, x, y, elements).map(|()| Vec::new())

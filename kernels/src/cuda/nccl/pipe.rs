@@ -56,8 +56,8 @@ impl Nccl {
             let got = format!("group {}, member {}", membership.group.id, membership.member);
             return Err(KernelError::arguments("pipe", "group", "a group of two that the engine has joined", got));
         };
-        let (rank, peer) = (membership.group.ranks[membership.member], 1 - membership.member);
-        let name = format!("{}{}", ["to ", "from "][membership.member], membership.group.ranks[peer]);
+        let (rank, peer) = (membership.group.ranks.rank(membership.member), 1 - membership.member);
+        let name = format!("{}{}", ["to ", "from "][membership.member], membership.group.ranks.rank(peer));
         let stream = RawStream::new(&membership.gpu, rank, &name, true)?;
         Ok(Pipe { inner: self.0.clone(), comm, peer, stream, pending: Mutex::default() })
     }
