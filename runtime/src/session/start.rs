@@ -92,7 +92,7 @@ impl Session {
         let (claim, wait_max) = (budget.claim(options.extra_bytes), options.watchdog.wait_max());
         let joined = World::join(&plan, &options.cluster, &claim, || facts(&plan, options), wait_max);
         let world = joined.map_err(failed_join)?.map(Arc::new);
-        let claims = world.as_ref().map_or_else(|| vec![claim], |world| world.memory_claims());
+        let claims = world.as_ref().map_or_else(|| [(0, claim)].into(), |world| world.memory_claims());
         Self::start_in_world(plan, options, budget.with_claims(claims), world.clone()).map_err(|error| match world {
             Some(world) => cannot_start(&world, error),
             None => error,

@@ -145,6 +145,23 @@ fn all_get_the_same_roster_and_can_dial_each_other() {
     }
 }
 
+/// The ranks in the roster of each process.
+fn listed(outcomes: Vec<Outcome>) -> Vec<Vec<u32>> {
+    let ranks = |roster: Roster| roster.members.iter().map(|member| member.process).collect();
+    outcomes.into_iter().map(|outcome| ranks(outcome.unwrap().0)).collect()
+}
+
+#[test]
+fn a_process_receives_the_members_that_it_needs() {
+    let (_folder, address) = unix();
+    let outcomes = run_all(&address, 6, |config| {
+        config.identity.node = format!("node{}", config.process / 2);
+        config.wanted = (config.process == 3).then_some([4, 5]).into_iter().flatten().collect();
+    });
+    let expected: [&[u32]; 6] = [&[0, 1, 2, 4], &[0, 1], &[0, 2, 3], &[0, 2, 3, 4, 5], &[0, 4, 5], &[0, 4, 5]];
+    assert_eq!(listed(outcomes), expected);
+}
+
 #[test]
 fn missing_ranks_are_named_during_the_wait_and_at_the_deadline() {
     let (_folder, address) = unix();
