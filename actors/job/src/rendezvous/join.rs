@@ -139,7 +139,8 @@ fn request_join(
     if !roster.is_for(&own.member, config.processes, &own.wanted) {
         return Err(unexpected("sent a roster of another world"));
     }
-    // RO-1: the first member is rank 0. It may publish the unspecified address. Uses the coordinator's name instead, by which rank 0 was reached.
+    // RO-1: the first member is rank 0. It may publish the unspecified address. Uses the coordinator's name instead, by
+    // which rank 0 was reached.
     let is_unspecified = |text: &str| text.parse().is_ok_and(|address: SocketAddr| address.ip().is_unspecified());
     for address in &mut roster.members[0].addresses {
         if matches!(address, Address::Tcp(text) if is_unspecified(text)) {
