@@ -1,4 +1,4 @@
-//! Passes the optimisation level to the crate, because unoptimised kernels are too slow for training.
+//! Passes the optimization level to the crate, so that the runtime can warn about slow, unoptimized kernels.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

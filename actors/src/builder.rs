@@ -26,8 +26,7 @@ impl Builder {
     /// Adds an actor on a device's compute stream.
     pub fn actor(&mut self, name: impl Into<String>, device: usize, firing: Firing) -> ActorId {
         let (name, stream) = (name.into(), StreamKind::Compute);
-        self.spec.actors.push(ActorSpec { name, device, stream, firing, actions: Vec::new() });
-        ActorId(self.spec.actors.len() as u32 - 1)
+        self.spec.actors.push(ActorSpec { name, device, stream, firing, actions: Vec::new() })
     }
 
     /// Adds an action of priority 0.
@@ -35,7 +34,7 @@ impl Builder {
     /// # Panics
     /// Panics if the actor does not belong to this builder. The methods below also panic on unknown ids.
     pub fn action(&mut self, actor: ActorId, name: impl Into<String>, per_step: u32) -> ActionRef {
-        let actions = &mut self.spec.actors[actor.0 as usize].actions;
+        let actions = &mut self.spec.actors[actor].actions;
         actions.push(ActionSpec { name: name.into(), per_step, ..ActionSpec::default() });
         ActionRef { actor, action: actions.len() as u32 - 1 }
     }
@@ -69,8 +68,7 @@ impl Builder {
         slots: u32,
         pieces_per_step: u32,
     ) -> RegisterId {
-        self.spec.registers.push(RegisterSpec::new(name, producer, slots, pieces_per_step));
-        RegisterId(self.spec.registers.len() as u32 - 1)
+        self.spec.registers.push(RegisterSpec::new(name, producer, slots, pieces_per_step))
     }
 
     /// Adds an output port to `writer`. The port writes `pieces` of the register.
@@ -85,7 +83,7 @@ impl Builder {
 
     /// Adds a reader that reads `pieces`.
     pub fn read_pieces(&mut self, register: RegisterId, reader: ActionRef, pieces: Pieces) {
-        self.spec.registers[register.0 as usize].readers.push(reader);
+        self.spec.registers[register].readers.push(reader);
         self.action_mut(reader).inputs.push(InputSpec { register, pieces });
     }
 
@@ -98,24 +96,24 @@ impl Builder {
 
     /// Returns mutable access to an action.
     pub fn action_mut(&mut self, action: ActionRef) -> &mut ActionSpec {
-        &mut self.spec.actors[action.actor.0 as usize].actions[action.action as usize]
+        &mut self.spec.actors[action.actor].actions[action.action as usize]
     }
 
     /// Returns mutable access to an actor.
     pub fn actor_mut(&mut self, actor: ActorId) -> &mut ActorSpec {
-        &mut self.spec.actors[actor.0 as usize]
+        &mut self.spec.actors[actor]
     }
 
     /// Returns mutable access to a register.
     pub fn register_mut(&mut self, register: RegisterId) -> &mut RegisterSpec {
-        &mut self.spec.registers[register.0 as usize]
+        &mut self.spec.registers[register]
     }
 
-    /// Marks a register as early: a signal publishes each piece before the last firing that writes the piece has ended.
+    /// Marks a register as early: a signal publishes each piece before the piece's last write firing has ended.
     pub fn early(&mut self, register: RegisterId) {
         let writers: Vec<_> = self.spec.writers(register).collect();
         for (action, port) in writers {
-            let actor = self.spec.registers[register.0 as usize].producer;
+            let actor = self.spec.registers[register].producer;
             self.action_mut(ActionRef { actor, action }).outputs[port as usize].early = true;
         }
     }

@@ -1,7 +1,7 @@
 //! Delivers messages: maps an actor's id to the actor's mailbox, or to the peer that hosts the actor.
 //!
-//! ractor's mailboxes are unbounded, so the bus counts each mailbox's entries and checks the count. Credits bound it: at
-//! most one entry per slot of each input (CR-3), plus one per slot and reader of each output, plus one firing's events.
+//! ractor's mailboxes are unbounded, so the bus counts each mailbox's entries and checks the count. Credits bound the
+//! count: one entry per slot of each input (CR-3), one per slot and reader of each output, and one firing's events.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -15,6 +15,7 @@ use crate::protocol::{ProtocolError, ProtocolEvent};
 use crate::remote::Remote;
 use crate::snapshot::ActorSnapshot;
 use crate::spec::{ActorId, RegisterId, Spec};
+use crate::table::Table;
 
 /// One mailbox entry. Entries stay within the process. Processes exchange only [`crate::protocol::Message`]s.
 #[derive(Debug)]
@@ -31,9 +32,9 @@ pub(crate) type Mail = Stamped<Cast>;
 #[derive(Debug)]
 pub(crate) struct Bus {
     /// Mailboxes by actor; `None` for actors of other processes.
-    actors: OnceLock<Vec<Option<ActorRef<Mail>>>>,
+    actors: OnceLock<Table<ActorId, Option<ActorRef<Mail>>>>,
     remote: Remote,
-    mailboxes: Vec<Mailbox>,
+    mailboxes: Table<ActorId, Mailbox>,
     #[cfg(test)]
     fault: OnceLock<(crate::simulate::tests::Fault, std::sync::Arc<Spec>)>,
 }
@@ -46,21 +47,21 @@ struct Mailbox {
 
 impl Bus {
     pub(crate) fn new(spec: &Spec, remote: Remote) -> Self {
-        let mailboxes = (0..spec.actors.len() as u32)
-            .map(|a| Mailbox { entries: Default::default(), bound: mailbox_bound(spec, ActorId(a)) });
+        let mailboxes =
+            spec.actors.map(|(id, _)| Mailbox { entries: Default::default(), bound: mailbox_bound(spec, id) });
         Self {
             actors: OnceLock::new(),
             remote,
-            mailboxes: mailboxes.collect(),
+            mailboxes,
             #[cfg(test)]
             fault: OnceLock::new(),
         }
     }
 
     pub(crate) fn connect(&self, actors: Vec<(ActorId, ActorRef<Mail>)>) {
-        let mut by_id = vec![None; self.mailboxes.len()];
-        actors.into_iter().for_each(|(id, actor)| by_id[id.0 as usize] = Some(actor));
-        // Only a bug in `prepare` calls this twice. The second call has no effect.
+        let mut by_id = self.mailboxes.map(|_| None);
+        actors.into_iter().for_each(|(id, actor)| by_id[id] = Some(actor));
+        // Only a bug in `prepare` can cause a second call, which has no effect.
         let _ = self.actors.set(by_id);
     }
 
@@ -68,20 +69,20 @@ impl Bus {
         &self.remote
     }
 
-    /// Queues an entry for a local actor, or a message for the actor's peer. Returns false if no such actor runs.
+    /// Queues an entry for a local actor, or a message for a remote actor's peer. Returns false if no such actor runs.
     pub(crate) fn send(&self, to: ActorId, cast: Cast) -> bool {
         #[cfg(test)]
         if self.is_lost(&cast) {
             return true;
         }
-        let Some(actor) = self.actors.get().and_then(|all| all.get(to.0 as usize)?.as_ref()) else {
+        let Some(actor) = self.actors.get().and_then(|all| all.get(to)?.as_ref()) else {
             return match cast {
                 Cast::Event(ProtocolEvent::Message(message)) => self.remote.send(to, message),
                 _ => false,
             };
         };
         if is_bounded(&cast) {
-            self.mailboxes[to.0 as usize].entries.fetch_add(1, Ordering::Relaxed);
+            self.mailboxes[to].entries.fetch_add(1, Ordering::Relaxed);
         }
         actor.cast(Mail::new(cast)).is_ok()
     }
@@ -99,16 +100,16 @@ impl Bus {
 
     /// True if a mailbox holds more entries than credits allow. Connections then reject messages from peers.
     pub(crate) fn is_overfull(&self, actor: ActorId) -> bool {
-        let Mailbox { entries, bound } = &self.mailboxes[actor.0 as usize];
+        let Mailbox { entries, bound } = &self.mailboxes[actor];
         entries.load(Ordering::Relaxed) > *bound
     }
 
-    /// Records that an entry was taken out. Returns a CR-3 error if the mailbox held more entries than credits allow.
+    /// Records that an entry left the mailbox. Returns a CR-3 error if the mailbox held more than credits allow.
     pub(crate) fn dequeued(&self, actor: ActorId, name: &str, cast: &Cast) -> Result<(), ProtocolError> {
         if !is_bounded(cast) {
             return Ok(());
         }
-        let Mailbox { entries, bound } = &self.mailboxes[actor.0 as usize];
+        let Mailbox { entries, bound } = &self.mailboxes[actor];
         let entries = entries.fetch_sub(1, Ordering::Relaxed);
         if entries <= *bound {
             return Ok(());
@@ -119,7 +120,7 @@ impl Bus {
 
     /// Stops all actors and drops the entries in their mailboxes.
     pub(crate) fn stop(&self) {
-        for actor in self.actors.get().into_iter().flatten().flatten() {
+        for actor in self.actors.get().into_iter().flat_map(Table::values).flatten() {
             actor.stop(None);
         }
     }

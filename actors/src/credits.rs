@@ -1,4 +1,4 @@
-//! The number of register slots that a pipeline needs to run at full speed. Pure arithmetic.
+//! Computes the number of register slots that a pipeline needs to run at full speed.
 
 /// Returns the smallest number of stash slots that stage `stage` of `stages` needs so that every stage stays busy in
 /// the steady state of one-forward-one-backward. The result is in `1..=micro_batches`. All durations share one unit.

@@ -19,7 +19,7 @@ pub enum Failure {
     Panic { actor: String, device: usize, action: Option<String>, message: String },
     #[error("rank {process}: {cause}")]
     Peer { process: u32, cause: PeerError },
-    /// There is no progress although work is left. `process` is the other process that contains the cause, if any.
+    /// There is no progress although work is left. If another process contains the cause, `process` is its number.
     /// `report` lists the waits.
     #[error("no progress for {idle_ms} ms: {cause}\n{report}")]
     Stalled { idle_ms: u64, cause: String, process: Option<u32>, report: String },
@@ -44,9 +44,9 @@ pub enum PeerError {
     Unexpected { message: String },
     #[error("sent a message that violates the protocol: {0}")]
     Protocol(ProtocolError),
-    #[error("not ready after {seconds} s")]
+    #[error("did not become ready within {seconds} s")]
     Late { seconds: u64 },
-    #[error("it ended the session before this process did: run the same number of steps on all processes")]
+    #[error("ended the session before this process did: run the same number of steps on all processes")]
     Ended,
     #[error("{cause}")]
     Failed { cause: String, exit: u8 },

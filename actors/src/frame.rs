@@ -1,7 +1,7 @@
 //! Frames of a register connection: messages, and headers of register data.
 //!
 //! Each frame has [`FRAME_BYTES`] bytes: magic "SF", the version, the frame as bincode with fixed-size little-endian
-//! numbers, and zeros. Each frame has exactly one encoding. It omits session and epoch: the handshake fixes both.
+//! numbers, and zeros. Each frame has exactly one encoding. Frames omit session and epoch: the handshake fixes both.
 
 use bincode::config::{Configuration, Fixint, LittleEndian, legacy};
 use serde::{Deserialize, Serialize};

@@ -1,16 +1,16 @@
-//! Explains hangs: follows the waits of an unfinished action to the root cause. Pure: works on snapshots of actors.
+//! Explains hangs: follows the waits of an unfinished action to the root cause. Works only on snapshots of actors.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::{fmt, iter};
 
 use crate::protocol::{ActorWaits, Missing};
 use crate::snapshot::ActorSnapshot;
-use crate::spec::{ActionRef, ActorId, RegisterId, Spec};
+use crate::spec::{ActionRef, ActorId, RegisterId, Spec, StreamKind, actor_name};
 
-/// Maximum number of further roots of equal rank that a text names. A stuck device causes only a few such roots.
+/// Maximum number of further roots of the same rank that a text names. A stuck device causes only a few such roots.
 const NAMED_MAX: usize = 4;
 
-/// A wait in a collective: communicator id, waiting rank, and the rank that it waits for.
+/// A wait in a collective: communicator id, rank of the waiting member, and rank of the member that it waits for.
 pub(crate) type CollectiveWait = (u32, usize, usize);
 
 /// The explanation of a hang.
@@ -24,7 +24,7 @@ pub struct Hang {
     text: String,
 }
 
-/// A root cause: other actions wait for it, but it waits for nobody.
+/// A root cause of a hang: other actions wait for it, but it waits for nobody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Root {
     /// The producer has published a piece, but this reader did not receive the message.
@@ -41,14 +41,20 @@ pub(crate) enum Root {
     },
     /// A firing that has not ended although it waits for no other actor: its kernels, stream or device hang.
     Firing(ActionRef),
-    /// A firing that has not ended although all members of its collectives have begun. The late member is unknown.
+    /// A firing that has not ended although all members of its collectives have begun. Which member is late is unknown.
     Collective(ActionRef),
     Unresponsive(ActorId),
-    /// Another process. `actor` runs in that process, or runs in this process and lacks a token while the host program
-    /// waits for `process`.
+    /// Another process. Either `actor` runs in that process, or `actor` runs in this process and lacks a token while
+    /// the host program waits for `process`.
     Process {
         process: u32,
         actor: ActorId,
+    },
+    /// A member of a group in another process, outside this process's part of the plan.
+    Member {
+        process: u32,
+        device: usize,
+        stream: StreamKind,
     },
     Cycle,
     /// A token that the host has not added.
@@ -63,8 +69,8 @@ impl Root {
             Self::Firing(_) => 1,
             Self::Collective(_) => 2,
             Self::Unresponsive(_) => 3,
-            Self::Process { .. } => 4,
-            // In an acyclic plan, a cycle is only apparent: a member may join a group through any of several actions.
+            Self::Process { .. } | Self::Member { .. } => 4,
+            // In a plan without deadlocks, this cycle is not real: a member may join a group through another action.
             Self::Cycle if is_acyclic => 7,
             Self::Cycle => 5,
             Self::Token(_) => 6,
@@ -73,7 +79,7 @@ impl Root {
 
     fn process(&self) -> Option<u32> {
         match self {
-            Self::Process { process, .. } => Some(*process),
+            Self::Process { process, .. } | Self::Member { process, .. } => Some(*process),
             _ => None,
         }
     }
@@ -103,6 +109,9 @@ impl Root {
             Self::Process { process, actor } => {
                 format!("waiting for rank {process}, actor {}", spec.actor(*actor).name)
             }
+            Self::Member { process, device, stream } => {
+                format!("waiting for rank {process}, actor {}", actor_name(*device, *stream))
+            }
             Self::Cycle => "actions wait for each other".into(),
             Self::Token(at) => format!("{} waits for a token from the host", name(at)),
         }
@@ -119,8 +128,10 @@ pub(crate) struct WaitingAction {
 pub(crate) enum WaitReason {
     /// The action lacks a piece, a slot, a token or its turn.
     Missing(Missing),
-    /// The action is in flight, and another member of a group has not begun or is in an earlier round.
+    /// The action is in flight, and another member of a group has not begun, or is still in an earlier round.
     Group { group: u32, member: ActorId },
+    /// Like `Group`, for a member outside this process's part of the plan.
+    Member { group: u32, device: usize, stream: StreamKind },
     /// The action's actor has another firing in flight.
     Busy { action: u32 },
 }
@@ -131,6 +142,9 @@ impl WaitReason {
             WaitReason::Missing(missing) => missing.describe(spec, actor),
             WaitReason::Group { group, member } => {
                 format!("{} to join group {group}", spec.actor(*member).name)
+            }
+            WaitReason::Member { group, device, stream } => {
+                format!("{} to join group {group}", actor_name(*device, *stream))
             }
             WaitReason::Busy { action } => format!("{}, which is in flight", spec.action_name(actor, *action)),
         }
@@ -186,14 +200,23 @@ pub(crate) struct HangSnapshot<'a> {
     pub host_waits_for: Option<u32>,
     /// Returns the process that hosts an actor; `None` for this process.
     pub process_of: &'a dyn Fn(ActorId) -> Option<u32>,
+    /// Returns the process that hosts a device; `None` for this process.
+    pub process_of_device: &'a dyn Fn(usize) -> Option<u32>,
 }
 
 impl<'a> HangSnapshot<'a> {
     /// Creates the input for a process that hosts a whole acyclic plan and has no reports from collective engines.
     pub(crate) fn of_one_process(spec: &'a Spec, snapshots: &'a [ActorSnapshot]) -> Self {
-        let (collectives, process_of) = (&[], &|_| None);
-        let (knows_collectives, is_acyclic, host_waits_for) = (false, true, None);
-        Self { spec, snapshots, collectives, knows_collectives, is_acyclic, host_waits_for, process_of }
+        Self {
+            spec,
+            snapshots,
+            collectives: &[],
+            knows_collectives: false,
+            is_acyclic: true,
+            host_waits_for: None,
+            process_of: &|_| None,
+            process_of_device: &|_| None,
+        }
     }
 }
 
@@ -220,7 +243,7 @@ pub(crate) fn explain(snapshot: HangSnapshot<'_>, steps: u64) -> Option<Hang> {
     let sentences = hang.steps(spec).into_iter().map(sentence).collect::<Vec<_>>().join("; ");
     also.retain(|root| *root != hang.root);
     hang.text = match hang.root {
-        Root::Cycle => format!("deadlock: {sentences}, which closes the cycle"),
+        Root::Cycle => format!("deadlock: these actions wait in a cycle: {sentences}"),
         Root::Token(_) => format!("starved: {sentences}"),
         root => {
             let others = also.iter().take(NAMED_MAX).map(|root| format!("; also {}", root.describe(spec)));
@@ -271,7 +294,7 @@ impl<'a> Search<'a> {
         here.filter(|at| self.is_unfinished(at)).collect()
     }
 
-    /// True if the action has firings left, or if its actor's state is unknown (unresponsive, or in another process).
+    /// True if the action has firings left, or if the actor's state is unknown: it hangs or is in another process.
     fn is_unfinished(&self, at: &ActionRef) -> bool {
         let per_step = self.input.spec.action(at.actor, at.action).per_step;
         let completed = self.snapshots.get(&at.actor).map(|snapshot| snapshot.completed(at.action));
@@ -305,7 +328,7 @@ impl<'a> Search<'a> {
     fn chain(&self, start: usize, root: &Root) -> Vec<WaitingAction> {
         let mut chain: Vec<WaitingAction> = self.path[start..].iter().map(|(waiting, _)| waiting.clone()).collect();
         if matches!(root, Root::Firing(_) | Root::Collective(_) | Root::Unresponsive(_)) {
-            // The chain lists only waiting actions, and this root waits for nobody.
+            // The chain contains only actions that wait, but the action of this root waits for nobody.
             chain.pop();
         }
         chain
@@ -319,7 +342,7 @@ impl<'a> Search<'a> {
         })
     }
 
-    /// All waits of an action. A wait occurs once for each target that could end it.
+    /// All waits of an action. The result contains a wait once for each target that could end the wait.
     fn waits(&self, at: ActionRef) -> Vec<(WaitReason, Next)> {
         let busy = |action| WaitReason::Busy { action };
         let Some(snapshot) = self.snapshots.get(&at.actor) else {
@@ -340,7 +363,7 @@ impl<'a> Search<'a> {
         waits
     }
 
-    /// A firing in flight waits for members of its groups that are in an earlier round, or for its own stream.
+    /// The waits of a firing in flight: for members of its groups that are in an earlier round, or for its own stream.
     fn waits_in_flight(&self, at: ActionRef, snapshot: &ActorSnapshot) -> Vec<(WaitReason, Next)> {
         let HangSnapshot { spec, collectives, knows_collectives, .. } = self.input;
         let actor = spec.actor(at.actor);
@@ -362,19 +385,35 @@ impl<'a> Search<'a> {
                 if !is_waited_for && !is_late {
                     continue;
                 }
-                // A member that has begun has its action in flight. A late member may join through any of its actions.
+                // A member that has begun has an action in flight. A late member may join through any of its actions.
                 let in_flight = self.snapshots.get(&member).and_then(|other| other.waiting.in_flight);
                 let next = actions.iter().filter(|action| is_late || in_flight.is_none_or(|own| own == **action));
                 let next = next.map(|&action| ActionRef { actor: member, action }).filter(|at| self.is_unfinished(at));
                 waits.extend(next.map(|next| (WaitReason::Group { group, member }, self.target(next))));
             }
         }
+        waits.extend(groups.iter().flat_map(|group| self.absent_members(*group, actor.stream, &peers)));
         if waits.is_empty() {
             let is_alone = groups.is_empty() || knows_collectives;
             let root = if is_alone { Root::Firing(at) } else { Root::Collective(at) };
             waits.push((WaitReason::Busy { action: at.action }, Next::Root(root)));
         }
         waits
+    }
+
+    /// The members of a group outside this process's part of the plan that a firing in flight may wait for. `peers` are
+    /// the firing's waits: communicators and devices.
+    fn absent_members(&self, group: u32, stream: StreamKind, peers: &[(u32, usize)]) -> Vec<(WaitReason, Next)> {
+        let HangSnapshot { spec, knows_collectives, process_of_device, .. } = self.input;
+        let Some(all) = spec.groups.get(&group) else { return Vec::new() };
+        let known: HashSet<usize> = self.members(group).into_keys().map(|actor| spec.actor(actor).device).collect();
+        let absent = all.ranks.iter().copied().filter(|device| !known.contains(device));
+        let waited_for = absent.filter(|device| !knows_collectives || peers.contains(&(all.id, *device)));
+        let wait = |device| {
+            let root = Root::Member { process: process_of_device(device)?, device, stream };
+            Some((WaitReason::Member { group, device, stream }, Next::Root(root)))
+        };
+        waited_for.filter_map(wait).collect()
     }
 
     /// Number of firings that an actor has begun in actions of a group.

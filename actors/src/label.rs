@@ -11,7 +11,7 @@ pub enum Role {
     Forward,
     /// Computes gradients, once per micro-batch.
     Backward,
-    /// Converts gradients to their parameters' layouts and computes their norm, once per step after all micro-batches.
+    /// Converts gradients to parameter layouts and computes the gradient norm, once per step after all micro-batches.
     Norm,
     /// Updates parameters, once per step after the host's decision.
     Update,

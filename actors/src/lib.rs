@@ -18,5 +18,6 @@ mod slow;
 pub mod snapshot;
 pub mod spec;
 mod supervisor;
+pub mod table;
 pub mod trace;
 pub mod watchdog;

@@ -1,4 +1,4 @@
-//! A plan with the streams, programs and memory of one process, and the check that they match.
+//! A plan with the streams, programs and memory of one process, and a check that these parts match the plan.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -66,7 +66,7 @@ pub struct LoadedPlan {
     pub spec: Arc<Spec>,
     /// The actors of this process: all actors of the plan that no other process hosts.
     pub hosted: BTreeMap<ActorId, ActorHost>,
-    /// Memory of the registers that these actors write or read. For a peer's register, it is mapped memory or a mirror.
+    /// Memory of the registers that these actors write or read. A peer's register is mapped memory or a local mirror.
     pub memory: BTreeMap<RegisterId, RegisterMemory>,
     /// The collective engine. The session aborts it when the session fails.
     pub engine: Arc<dyn Collective>,
@@ -78,31 +78,27 @@ pub struct LoadedPlan {
 pub(crate) fn check_loaded(loaded: &LoadedPlan) -> Result<(), ActorError> {
     let spec = &loaded.spec;
     check(spec)?;
-    let mut hosts = loaded.peers.distant.keys().map(|actor| (*actor, 1)).collect::<BTreeMap<ActorId, usize>>();
-    for actor in loaded.peers.peers.iter().flat_map(|peer| &peer.actors) {
-        *hosts.entry(*actor).or_default() += 1;
-    }
-    for (a, actor) in spec.actors.iter().enumerate() {
-        let id = ActorId(a as u32);
-        let hosts = hosts.get(&id).copied().unwrap_or(0);
+    for (id, actor) in spec.actors.iter() {
+        let others = usize::from(loaded.peers.directory.process_of(actor.device).is_some());
         let Some(own) = loaded.hosted.get(&id) else {
-            expect_count(&actor.name, "processes that host it", 1, hosts)?;
+            expect_count(&actor.name, "processes that host the actor", 1, others)?;
             continue;
         };
-        expect_count(&actor.name, "peers that also host it", 0, hosts)?;
+        expect_count(&actor.name, "other processes that host the actor", 0, others)?;
         expect_count(&actor.name, "actions with programs", actor.actions.len(), own.programs.len())?;
         for (x, (action, program)) in actor.actions.iter().zip(&own.programs).enumerate() {
             let at = spec.action_name(id, x as u32);
             check_program(&at, action, program)?;
             let mut ports = action.inputs.iter().map(|i| i.register).chain(action.outputs.iter().map(|o| o.register));
             if let Some(register) = ports.find(|register| !loaded.memory.contains_key(register)) {
-                return mismatch(&at, "memory of a register", spec.register_name(register), "nothing");
+                let expected = format!("memory of register '{}'", spec.register_name(register));
+                return mismatch(&at, "memory of a port", expected, "none");
             }
         }
     }
     for (id, memory) in &loaded.memory {
-        let Some(register) = spec.registers.get(id.0 as usize) else {
-            return mismatch("the session", "register with memory", format!("below {}", spec.registers.len()), id.0);
+        let Some(register) = spec.registers.get(*id) else {
+            return mismatch("the session", "id of a register with memory", "a register of the plan", id.0);
         };
         // A single slot needs no stride.
         if register.slots > 1 && memory.stride < register.slot_bytes {
@@ -113,7 +109,8 @@ pub(crate) fn check_loaded(loaded: &LoadedPlan) -> Result<(), ActorError> {
             .and_then(|n| n.checked_add(memory.base.offset)?.checked_add(register.slot_bytes));
         if end.is_none_or(|end| end > memory.base.arena.bytes()) {
             let bytes = memory.base.arena.bytes();
-            return mismatch(&register.name, "end of its slots", format!("{bytes} bytes or less"), format!("{end:?}"));
+            let expected = format!("at most byte {bytes}, the end of the arena");
+            return mismatch(&register.name, "end of the slots", expected, format!("{end:?}"));
         }
     }
     Ok(())

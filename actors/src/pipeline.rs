@@ -17,7 +17,7 @@ pub enum PipelineSchedule {
 pub struct Pipeline {
     /// Number of micro-batches in a step.
     pub micro_batches: u32,
-    /// Stash slots by stage: the maximum number of micro-batches between their forward and backward on that stage.
+    /// Stash slots by stage: the maximum number of micro-batches that are between their forward and their backward.
     pub credits: Vec<u32>,
     /// The schedule.
     pub schedule: PipelineSchedule,
@@ -52,7 +52,7 @@ impl Pipeline {
         b.build()
     }
 
-    /// Returns the firing rule. A list has `warm_up` forwards, then backwards and forwards alternately, then backwards.
+    /// Returns the firing rule. A list has `warm_up` forwards, then a backward and a forward in turn, then backwards.
     fn firing(&self, credits: u32) -> Firing {
         if !self.ordered {
             return Firing::Credit;

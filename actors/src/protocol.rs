@@ -2,7 +2,7 @@
 //! simulator and the tests run it.
 //!
 //! For each port, the plan fixes the piece and the slot of every firing, by a rate or a table. The producer stores the
-//! state of its registers' slots. Each input port stores which piece it holds in each slot. Events do not allocate.
+//! state of its registers' slots. Each input port stores which piece it holds in each slot. No event allocates memory.
 //!
 //! - **CR-1**, **CR-2**: see `protocol/slots.rs`.
 //! - **CR-3**: a reader holds at most one piece in each slot; this bounds every queue of messages.
@@ -36,7 +36,7 @@ pub use slots::RegisterSlots;
 pub(crate) use slots::SlotFault;
 pub use waiting::{ActionWaits, ActorWaits, Holder, Missing};
 
-/// A message between actors. It carries ids and slots, never addresses. `reader` indexes the register's readers.
+/// A message between actors. It carries ids and slots, never addresses. `reader` is an index in the register's readers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the comments of the types name the fields")]
 pub enum Message {
@@ -50,7 +50,7 @@ impl Message {
     /// Returns the sender and the receiver, or `None` for a register or reader that the plan does not have.
     pub fn route(&self, spec: &Spec) -> Option<(ActorId, ActorId)> {
         let (Self::Filled { register, reader, .. } | Self::Released { register, reader, .. }) = self;
-        let register = spec.registers.get(register.0 as usize)?;
+        let register = spec.registers.get(*register)?;
         let reader = register.readers.get(*reader as usize)?.actor;
         Some(match self {
             Self::Filled { .. } => (register.producer, reader),
@@ -103,7 +103,7 @@ pub struct Protocol {
     slots: Box<[RegisterSlots]>,
     /// The produced registers, sorted. The position of a register is its index in `slots`.
     produced: Box<[RegisterId]>,
-    /// The routing of producers' messages, sorted by register and reader.
+    /// Routes producers' messages to input ports. Sorted by register and reader.
     reading: Box<[Reading]>,
     firing: FiringState,
 }
@@ -169,7 +169,7 @@ impl Protocol {
         Ok(())
     }
 
-    /// Processes an event but launches nothing. The caller can apply several events before [`Protocol::fire`].
+    /// Processes an event but launches nothing. The caller can apply several events before it calls [`Protocol::fire`].
     ///
     /// # Errors
     /// Fails for an event that no correct peer sends. The state is then unspecified, and the session must end.
@@ -276,7 +276,7 @@ impl Protocol {
 
     fn signal(&mut self, action: u32, output: u32, effects: &mut Vec<Effect>) -> Result<(), ProtocolError> {
         if self.in_flight != Some(action) {
-            return Err(self.not_in_flight(action, format!("signal of output {output}")));
+            return Err(self.not_in_flight(action, format!("a signal of output {output}")));
         }
         let unexpected = |reason| {
             let action = self.spec.action_name(self.me, action);
@@ -299,7 +299,7 @@ impl Protocol {
 
     fn done(&mut self, action: u32, effects: &mut Vec<Effect>) -> Result<(), ProtocolError> {
         if self.in_flight != Some(action) {
-            return Err(self.not_in_flight(action, "done".into()));
+            return Err(self.not_in_flight(action, "the end of its firing".into()));
         }
         let index = action as usize;
         let next = self.actions[index].fired;
@@ -335,7 +335,7 @@ impl Protocol {
         Ok(())
     }
 
-    /// Publishes an output's slot to the piece's readers. Readers in this actor get the piece at once.
+    /// Publishes the piece in an output's slot to the piece's readers. Readers in this actor get the piece at once.
     fn publish(&mut self, action: u32, port: usize, effects: &mut Vec<Effect>) {
         let output = &self.actions[action as usize].outputs[port];
         let (register, ports::Reach { piece, slot, .. }) = (output.register, output.current);

@@ -1,20 +1,22 @@
 //! Registers between processes. Messages to an actor on a peer go to the peer's outbox. One thread writes the outbox to
 //! the connection. Another thread reads the peer's messages and delivers them to the local actors.
 //!
-//! A slot's bytes are sent at most once to each process, before the `Filled` message, into the same slot of a mirror.
-//! Credits also bound the mirror: the producer cannot rewrite a slot before all readers have released it. Processes
-//! with shared memory exchange only ids. Between GPUs, a pipe may carry the bytes; the connection announces them.
+//! A slot's bytes are sent at most once to each process, before the `Filled` message. They arrive in the same slot of
+//! the receiver's copy of the register, its mirror. Credits also protect the mirror: the producer cannot rewrite a slot
+//! before all readers have released it. Processes with shared memory exchange only ids. Between GPUs, a pipe may carry
+//! the bytes, which the connection only announces.
 //!
 //! Two processes are connected if they exchange registers or are neighbours on a tree of all processes. Host programs
 //! send tensors along the tree, and every process passes on the tensors that it receives.
 //!
 //! - **RM-1**: every message from a peer is checked against the plan before use: the hosts of the register's producer
 //!   and reader, the number of bytes of a slot, and the expected piece and slot.
-//! - **RM-2**: an outbox holds at most the messages that credits allow (CR-3) and the pieces that hosts send in a step.
+//! - **RM-2**: an outbox holds at most the messages that credits allow (CR-3), and the host pieces of one step.
 //! - **RM-3**: a mirror's slot is written only after all local readers have released the slot's piece. A refresh writes
 //!   the slot only while no local reader is in the middle of a step.
 
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -28,6 +30,7 @@ use shardflow_kernels::tensor::{DType, HostTensor};
 use crate::error::{Failure, PeerError};
 use crate::protocol::Message;
 use crate::spec::{ActionRef, ActorId, RegisterId, Spec};
+use crate::table::Table;
 use shardflow_job::transport::Connection;
 
 /// Interval at which a wait for peers checks whether the session has failed.
@@ -47,15 +50,13 @@ pub struct ByteRun {
 pub struct PeerSpec {
     /// Number of the peer.
     pub process: u32,
-    /// The actors that the peer hosts.
-    pub actors: Vec<ActorId>,
     /// The connection.
     pub connection: Connection,
     /// Local registers whose memory the peer cannot access, with the parts of a slot that the peer's readers read.
     pub pushes: BTreeMap<RegisterId, Vec<ByteRun>>,
     /// The peer's registers whose bytes arrive here, with the parts of a slot that local readers read.
     pub mirrors: BTreeMap<RegisterId, Vec<ByteRun>>,
-    /// Pipes by register. A pipe carries the register's bytes instead of the connection. Registers may share a pipe.
+    /// Pipes by register. The pipe, not the connection, carries the register's bytes. Registers may share a pipe.
     pub pipes: BTreeMap<RegisterId, Arc<Pipe>>,
 }
 
@@ -70,19 +71,51 @@ pub struct HostRoute {
     pub tensors: Vec<(Vec<usize>, DType)>,
 }
 
+/// Facts about all processes of a job. They are computed on demand, because lists of them would grow with the job.
+pub trait Directory: Debug + Send + Sync {
+    /// The process that hosts a device; `None` for this process.
+    fn process_of(&self, device: usize) -> Option<u32>;
+
+    /// A port between host programs, outside the plan; `None` if no port has this index.
+    fn route(&self, port: u32) -> Option<HostRoute>;
+}
+
+/// A directory that lists all its entries. By default, there are no other processes and no ports.
+#[derive(Clone, Debug, Default)]
+pub struct Listed {
+    /// For each device of another process: that process.
+    pub processes: BTreeMap<usize, u32>,
+    /// Ports by index.
+    pub routes: Vec<HostRoute>,
+}
+
+impl Directory for Listed {
+    fn process_of(&self, device: usize) -> Option<u32> {
+        self.processes.get(&device).copied()
+    }
+
+    fn route(&self, port: u32) -> Option<HostRoute> {
+        self.routes.get(port as usize).cloned()
+    }
+}
+
 /// The peers of a process and the ports between host programs.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Peers {
     /// The processes with a connection to this one.
     pub peers: Vec<PeerSpec>,
-    /// Actors on processes without a connection to this one, with the number of their process.
-    pub distant: BTreeMap<ActorId, u32>,
-    /// For each process: the next peer on the way to it. This process maps to itself. Empty if all others are peers.
+    /// For each process: the peer on the way to it. This process maps to itself. Empty if all other ones are peers.
     pub hops: Vec<u32>,
-    /// Ports between the host programs of all processes, outside the plan.
-    pub host_ports: Vec<HostRoute>,
+    /// The processes of devices, and the ports between host programs.
+    pub directory: Arc<dyn Directory>,
     /// Receives the peers' messages for the host program.
     pub host: Option<Sender<PeerMessage>>,
+}
+
+impl Default for Peers {
+    fn default() -> Self {
+        Self { peers: Vec::new(), hops: Vec::new(), directory: Arc::new(Listed::default()), host: None }
+    }
 }
 
 /// A message from another process for the host program.
@@ -114,56 +147,68 @@ pub(crate) enum Outgoing {
     End,
 }
 
+/// Where an actor runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Host {
+    ThisProcess,
+    /// Index of the peer.
+    Peer(usize),
+    /// A process without a connection to this one.
+    Distant(u32),
+}
+
 /// The outboxes of a session, and the state of its peers.
 #[derive(Debug)]
 pub(crate) struct Remote {
-    /// For each actor: index of the peer that hosts the actor, if any.
-    peer_of: Vec<Option<usize>>,
-    distant: BTreeMap<ActorId, u32>,
+    hosts: Table<ActorId, Host>,
+    pub(crate) directory: Arc<dyn Directory>,
     hops: Vec<u32>,
-    /// By index of the peer: true if the peer receives host pieces.
+    /// For each peer, by index: true if the peer receives host pieces.
     carries_host: Vec<bool>,
     outboxes: Vec<(u32, Sender<Outgoing>)>,
-    pub(crate) host_ports: Vec<HostRoute>,
     pub(crate) host: Option<Sender<PeerMessage>>,
     /// For each peer: the last received `Ready` round, its stamp, and whether the peer has ended in an orderly way.
     ready: Mutex<Vec<(u64, Stamped<()>, bool)>>,
     changed: Condvar,
     /// For each register: race clocks of this process's messages about the register. These messages precede later
     /// messages of peers about the register.
-    pub(crate) sent: Vec<ReleaseClocks>,
+    pub(crate) sent: Table<RegisterId, ReleaseClocks>,
     /// For each register and local reader: number of pieces that the reader has released to a remote producer.
-    released: Vec<Box<[AtomicU64]>>,
+    released: Table<RegisterId, Box<[AtomicU64]>>,
 }
 
 impl Remote {
     /// Creates the outboxes; the threads start later. Also returns the peers, each with the queue of its outbox.
     pub(crate) fn new(spec: &Spec, peers: Peers) -> (Self, Vec<(PeerSpec, Receiver<Outgoing>)>) {
-        let Peers { peers, distant, hops, host_ports, host } = peers;
-        let mut peer_of = vec![None; spec.actors.len()];
+        let Peers { peers, hops, directory, host } = peers;
+        let hosts = spec.actors.map(|(_, actor)| match directory.process_of(actor.device) {
+            None => Host::ThisProcess,
+            Some(process) => {
+                let peer = peers.iter().position(|peer| peer.process == process);
+                peer.map_or(Host::Distant(process), Host::Peer)
+            }
+        });
         let (mut outboxes, mut ends) = (Vec::new(), Vec::new());
-        for (index, peer) in peers.into_iter().enumerate() {
-            peer.actors.iter().for_each(|actor| peer_of[actor.0 as usize] = Some(index));
+        for peer in peers {
             let (sender, outgoing) = unbounded();
             outboxes.push((peer.process, sender));
             ends.push((peer, outgoing));
         }
         let carries_host = outboxes.iter().map(|(process, _)| hops.is_empty() || hops.contains(process)).collect();
         let ready = Mutex::new(vec![(0, Stamped::default(), false); ends.len()]);
-        let sent = spec.registers.iter().map(|_| ReleaseClocks::default()).collect();
-        let released = spec.registers.iter().map(|r| r.readers.iter().map(|_| AtomicU64::new(0)).collect()).collect();
+        let sent = spec.registers.map(|_| ReleaseClocks::default());
+        let released = spec.registers.map(|(_, r)| r.readers.iter().map(|_| AtomicU64::new(0)).collect());
         let changed = Condvar::new();
-        let remote =
-            Self { peer_of, distant, hops, carries_host, outboxes, host_ports, host, ready, changed, sent, released };
+        let remote = Self { hosts, directory, hops, carries_host, outboxes, host, ready, changed, sent, released };
         (remote, ends)
     }
 
     /// Queues a message for an actor on a peer. Returns false if no peer hosts the actor.
     pub(crate) fn send(&self, to: ActorId, message: Message) -> bool {
-        let Some(peer) = self.peer_of.get(to.0 as usize).copied().flatten() else { return false };
+        let Some(Host::Peer(peer)) = self.hosts.get(to).copied() else { return false };
         if let Message::Released { register, reader, .. } = message {
             // Counts the release before the producer can receive it.
-            self.released[register.0 as usize][reader as usize].fetch_add(1, Ordering::Release);
+            self.released[register][reader as usize].fetch_add(1, Ordering::Release);
         }
         // If the peer's writer thread has ended, the peer is lost; the reader thread reports that.
         let _ = self.outboxes[peer].1.send(Outgoing::Message(Stamped::new(message)));
@@ -173,7 +218,7 @@ impl Remote {
     /// Sends a piece to the neighbours on the tree, but not back to the peer that sent it. If the port has only one
     /// receiver, sends the piece only towards this receiver.
     pub(crate) fn send_host_piece(&self, piece: &Arc<HostPiece>, from: Option<usize>) {
-        let to = self.host_ports.get(piece.port as usize).and_then(|port| port.to);
+        let to = self.directory.route(piece.port).and_then(|port| port.to);
         for (index, (_, outbox)) in self.outboxes.iter().enumerate() {
             let is_on_way = to.map_or(self.carries_host[index], |to| self.is_behind(index, to));
             if is_on_way && Some(index) != from {
@@ -224,7 +269,7 @@ impl Remote {
     /// RM-3: true if a local reader reads the piece and has not released it.
     pub(crate) fn is_held(&self, spec: &Spec, register: RegisterId, piece: u64) -> bool {
         let pieces_per_step = spec.register(register).pieces_per_step;
-        let readers = spec.register(register).readers.iter().zip(&self.released[register.0 as usize]);
+        let readers = spec.register(register).readers.iter().zip(&self.released[register]);
         let mut local = readers.filter(|(reader, _)| self.is_local(reader.actor));
         local.any(|(reader, released)| {
             let pieces = spec.input(register, *reader).map(|input| &input.pieces);
@@ -235,16 +280,19 @@ impl Remote {
 
     /// The process that hosts the actor; `None` for this process.
     pub(crate) fn process_of(&self, actor: ActorId) -> Option<u32> {
-        let peer = self.peer_of.get(actor.0 as usize).copied().flatten().map(|peer| self.outboxes[peer].0);
-        peer.or_else(|| self.distant.get(&actor).copied())
+        match self.hosts.get(actor)? {
+            Host::ThisProcess => None,
+            Host::Peer(peer) => Some(self.outboxes[*peer].0),
+            Host::Distant(process) => Some(*process),
+        }
     }
 
     pub(crate) fn is_at(&self, peer: usize, actor: ActorId) -> bool {
-        self.peer_of[actor.0 as usize] == Some(peer)
+        self.hosts.get(actor) == Some(&Host::Peer(peer))
     }
 
     pub(crate) fn is_local(&self, actor: ActorId) -> bool {
-        self.peer_of.get(actor.0 as usize).is_some_and(Option::is_none) && !self.distant.contains_key(&actor)
+        self.hosts.get(actor) == Some(&Host::ThisProcess)
     }
 
     /// Sends the initial registers' bytes for refresh number `round` and waits until all peers have done the same.
@@ -254,7 +302,7 @@ impl Remote {
         timeout: Duration,
         failure: impl Fn() -> Option<Failure>,
     ) -> Result<(), Failure> {
-        self.sent.iter().for_each(ReleaseClocks::add);
+        self.sent.values().for_each(ReleaseClocks::add);
         let refresh = |outbox: &Sender<Outgoing>| outbox.send(Outgoing::Refresh(Stamped::new(round)));
         self.outboxes.iter().for_each(|(_, outbox)| drop(refresh(outbox)));
         let deadline = Instant::now() + timeout;
@@ -287,11 +335,11 @@ mod tests {
     fn remote() -> (Remote, Vec<Receiver<Outgoing>>) {
         let peer = |process| {
             let connection = UnixStream::pair().expect("a pair").0.into();
-            let (actors, pushes, mirrors, pipes) = Default::default();
-            PeerSpec { process, actors, connection, pushes, mirrors, pipes }
+            let (pushes, mirrors, pipes) = Default::default();
+            PeerSpec { process, connection, pushes, mirrors, pipes }
         };
         let route = |process, to| HostRoute { process, to, tensors: Vec::new() };
-        let host_ports = vec![
+        let routes = vec![
             route(3, None),
             route(7, Some(0)),
             route(7, None),
@@ -301,7 +349,8 @@ mod tests {
         ];
         let peers = [0, 5, 6].map(peer).into();
         let hops = vec![0, 0, 0, 3, 0, 5, 0, 5];
-        let peers = Peers { peers, hops, host_ports, ..Peers::default() };
+        let directory = Arc::new(Listed { routes, ..Listed::default() });
+        let peers = Peers { peers, hops, directory, ..Peers::default() };
         let (remote, ends) = Remote::new(&Builder::default().build(), peers);
         (remote, ends.into_iter().map(|(_, outbox)| outbox).collect())
     }
@@ -318,7 +367,8 @@ mod tests {
         assert_eq!(sent(2, Some(1)), [1, 0, 0], "a piece for all goes on, not back");
         assert_eq!(sent(3, Some(0)), [0, 1, 0]);
         assert_eq!(sent(4, Some(1)), [0, 0, 0], "it has arrived");
-        let is_for_host: Vec<bool> = remote.host_ports.iter().map(|port| remote.is_for_host(port)).collect();
+        let is_for_host: Vec<bool> =
+            (0..6).map(|port| remote.is_for_host(&remote.directory.route(port).unwrap())).collect();
         assert_eq!(is_for_host, [true, false, true, true, true, false]);
         let behind = |peer| (0..8).filter(|process| remote.is_behind(peer, *process)).collect::<Vec<u32>>();
         assert_eq!([behind(0), behind(1), behind(2)], [vec![0, 1, 2, 4, 6], vec![5, 7], vec![]]);

@@ -197,8 +197,8 @@ impl RunningSession {
         Ok(())
     }
 
-    /// Blocks until every step that has all its tokens has ended. Returns false if `timeout` passes first. The host may
-    /// access the arenas only after this method has returned true.
+    /// Blocks until all steps that have all their tokens have ended. Returns false if `timeout` passes first. The host
+    /// may access the arenas only after this method has returned true.
     pub fn quiesce(&self, timeout: Duration) -> Result<bool, Failure> {
         let Session { steps, failure, .. } = &*self.session;
         let ended = failure.wait_until(timeout, || steps.whole_steps_have_ended())?;
@@ -207,8 +207,8 @@ impl RunningSession {
     }
 
     /// Sends the bytes of `initial` registers to the peers that read them. Waits at most [`WatchdogOptions::wait_max`]
-    /// for the peers' bytes. After such a register was written outside the plan, all processes must call this while no
-    /// work is in flight. After the first step, the result is exact only for registers whose slots all hold initial
+    /// for the peers' bytes. If an `initial` register was written outside the plan, all processes must call this method
+    /// while no work is in flight. After the first step, it is exact only for registers whose slots all hold initial
     /// pieces.
     pub fn refresh(&mut self) -> Result<(), Failure> {
         self.rounds += 1;
@@ -221,12 +221,12 @@ impl RunningSession {
         self.session.bus.remote().send_host_piece(piece, None);
     }
 
-    /// Sets the process that the host program waits for in a step, if any. Stall reports use it.
+    /// Sets the process that the host program waits for in a step, if any. Stall reports name this process.
     pub fn host_waits_for(&self, process: Option<u32>) {
         self.session.hints.waits_for.store(process.map_or(-1, i64::from), Ordering::Relaxed);
     }
 
-    /// Returns a handle for monitoring code. It does not keep the session alive.
+    /// Returns a handle for monitoring code. The handle does not keep the session alive.
     pub fn control(&self) -> Control {
         Control(Arc::downgrade(&self.session))
     }
@@ -249,7 +249,7 @@ impl RunningSession {
         std::mem::take(&mut self.session.records.not_finite.lock())
     }
 
-    /// Runs a watchdog check, for hosts with their own clock. `now` counts from the start. Returns a stall's report.
+    /// Runs a watchdog check, for hosts with their own clock. `now` counts from the start. Returns the stall's report.
     pub fn check_progress(&self, now: Duration) -> Option<String> {
         self.watchdog.lock().check(now, &self.session)
     }
@@ -265,7 +265,8 @@ impl RunningSession {
         drop(self.watchdog_stop.take());
         self.session.bus.stop();
         if self.session.steps.any_in_flight() {
-            // Members of a collective may have stopped already, so it could wait forever. The abort is not a failure.
+            // Members of a collective may have stopped already. Without the abort, which is not a failure, the other
+            // members could wait forever.
             self.session.leave();
             self.session.engine.abort("the session was shut down");
         }
@@ -379,7 +380,7 @@ impl Drop for RunningSession {
     }
 }
 
-/// Returns the numbers of steps for which the host has added tokens: minimum and maximum over the external actions.
+/// Returns the number of steps for which the host has added tokens: its minimum and maximum over external actions.
 fn step_counts(spec: &Spec, tokens: &BTreeMap<ActionRef, u64>) -> (u64, u64) {
     let steps = || tokens.iter().map(|(at, count)| count / u64::from(spec.action(at.actor, at.action).per_step));
     (steps().min().unwrap_or(0), steps().max().unwrap_or(0))

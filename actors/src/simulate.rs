@@ -1,7 +1,7 @@
 //! Runs a plan's protocols in virtual time. Reports makespan, timeline, slot peaks, data races and causes of deadlocks.
 //!
 //! Data is symbolic: a slot holds a hash, and a firing mixes the hashes that it reads. The protocol is deterministic.
-//! So all runs of one plan must end with equal digests for any delays.
+//! So all runs of one plan must end with the same digest, whatever the delays are.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -13,7 +13,7 @@ use crate::check::{SpecError, check};
 use crate::hang::{Hang, HangSnapshot, explain};
 use crate::protocol::{Effect, Message, Protocol, ProtocolError, ProtocolEvent, SlotState};
 use crate::snapshot::ActorSnapshot;
-use crate::spec::{ActionRef, ActorId, Decision, RegisterId, Spec};
+use crate::spec::{ActionRef, ActorId, Decision, RegisterId, RegisterSpec, Spec};
 
 mod data;
 
@@ -32,13 +32,13 @@ pub struct Timing {
 impl Timing {
     /// Creates a timing with the same duration for every action.
     pub fn uniform(spec: &Spec, action_ticks: u64, hop_ticks: u64) -> Self {
-        let action_ticks = spec.actors.iter().map(|a| vec![action_ticks; a.actions.len()]).collect();
+        let action_ticks = spec.actors.values().map(|a| vec![action_ticks; a.actions.len()]).collect();
         Self { action_ticks, hop_ticks }
     }
 
-    /// Creates a timing from durations measured by actor and action, without latency. The durations include waits for
-    /// late members of a collective. The simulator adds these waits itself, so actions of one group and name all get
-    /// the shortest of their durations.
+    /// Creates a timing from measured durations, by actor and action. The latency is 0. Measured durations include
+    /// waits for late members of a collective. The simulator adds these waits itself, so actions of one group and name
+    /// all get the shortest of their durations.
     pub fn measured(spec: &Spec, mut action_ticks: Vec<Vec<u64>>) -> Self {
         let mut least: HashMap<(u32, &str), u64> = HashMap::new();
         for (at, action) in spec.all_actions() {
@@ -150,7 +150,7 @@ pub fn simulate(
     options: &SimulationOptions,
 ) -> Result<SimulatedRun, SimulationError> {
     check(spec)?;
-    let actors = (0..spec.actors.len() as u32).map(ActorId);
+    let actors = spec.actors.ids();
     #[cfg(not(test))]
     let protocols = actors.map(|actor| Protocol::new(spec, actor));
     #[cfg(test)]
@@ -246,15 +246,11 @@ impl Simulator<'_> {
         if let Some(hang) = self.explain_hang() {
             return Err(SimulationError::Stuck(Box::new(hang)));
         }
-        for register in 0..self.spec.registers.len() as u32 {
-            self.check_conservation(RegisterId(register), true)?;
-        }
-        let slots_peak = (0..self.spec.registers.len())
-            .map(|r| {
-                let producer = &self.protocols[self.spec.registers[r].producer.0 as usize];
-                producer.slots(RegisterId(r as u32)).map_or(0, |slots| slots.peak)
-            })
-            .collect();
+        self.spec.registers.ids().try_for_each(|register| self.check_conservation(register, true))?;
+        let peak = |(id, register): (RegisterId, &RegisterSpec)| {
+            self.protocols[register.producer.0 as usize].slots(id).map_or(0, |slots| slots.peak)
+        };
+        let slots_peak = self.spec.registers.iter().map(peak).collect();
         // Releases may still be in transit after the last firing.
         let makespan = self.timeline.last().map_or(0, |f| f.end);
         Ok(SimulatedRun { makespan, timeline: self.timeline, slots_peak, digest: self.data.digest() })

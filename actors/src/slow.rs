@@ -1,4 +1,4 @@
-//! Detects peers that this process waits for most of the time. Pure: the caller adds samples at even intervals.
+//! Detects peers that this process waits for most of the time. The caller adds samples at even intervals.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -9,7 +9,7 @@ use crate::spec::{ActorId, Spec};
 
 /// Number of recent samples that count.
 const WINDOW: usize = 10;
-/// A process is reported if at least this number of samples waited for it. A pipeline's bubbles cause fewer such
+/// A process is reported if at least this number of samples show a wait for it. A pipeline's bubbles cause fewer such
 /// samples, except with many stages and few micro-batches.
 const WAITS_MIN: usize = 8;
 /// Number of samples between reports of a process that stays slow.
@@ -18,14 +18,14 @@ const REPEAT_AFTER: u64 = 60;
 /// What this process waits for, by the number of the awaited process.
 pub(crate) type Sample = BTreeMap<u32, String>;
 
-/// Returns the other processes that this one waits for now; empty while any stream of this process works.
+/// Returns the other processes that this one waits for now. The result is empty while any stream of this process works.
 pub(crate) fn sample(
     spec: &Spec,
     snapshots: &[ActorSnapshot],
     collectives: &[CollectiveWait],
     process_of: impl Fn(ActorId) -> Option<u32>,
+    process_of_device: impl Fn(usize) -> Option<u32>,
 ) -> Sample {
-    let host = |rank: usize| spec.actors.iter().position(|a| a.device == rank).map(|a| ActorId(a as u32));
     let mut sample = Sample::new();
     for snapshot in snapshots {
         let actor = spec.actor(snapshot.actor);
@@ -37,7 +37,7 @@ pub(crate) fn sample(
                 return Sample::new();
             }
             let name = spec.action_name(snapshot.actor, action);
-            for process in peers.into_iter().filter_map(host).filter_map(&process_of) {
+            for process in peers.into_iter().filter_map(&process_of_device) {
                 sample.entry(process).or_insert_with(|| format!("a collective of {name}"));
             }
         }
@@ -72,7 +72,7 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// Adds a sample. Reports each process that at least [`WAITS_MIN`] samples wait for, once per [`REPEAT_AFTER`].
+    /// Adds a sample. Reports each process for which at least [`WAITS_MIN`] samples wait, once per [`REPEAT_AFTER`].
     pub(crate) fn add(&mut self, sample: Sample) -> Vec<String> {
         self.count += 1;
         if self.window.len() == WINDOW {
@@ -127,8 +127,9 @@ mod tests {
             ..ActorSnapshot::of(&Protocol::new(&spec, ActorId(0)))
         };
         let elsewhere = |actor: ActorId| (actor == ActorId(1)).then_some(7);
-        let found =
-            |snapshot: ActorSnapshot| sample(&spec, &[snapshot], &[], elsewhere).into_keys().collect::<Vec<_>>();
+        let found = |snapshot: ActorSnapshot| {
+            sample(&spec, &[snapshot], &[], elsewhere, |_| None).into_keys().collect::<Vec<_>>()
+        };
         assert_eq!(found(snapshot(None, vec![missing.clone()])), [7]);
         assert_eq!(found(snapshot(Some(0), vec![missing.clone()])), [0; 0], "a stream works");
         assert_eq!(found(snapshot(None, vec![missing, Missing::Token])), [0; 0], "the action has no token");

@@ -40,7 +40,7 @@ pub struct RegisterUse {
     pub slots_peak: u32,
     /// Number of published pieces since the start, including the initial ones.
     pub published: u64,
-    /// Number of pieces that each reader has released, as far as the producer knows. Ordered by reader index.
+    /// Number of pieces that each reader has released, as far as the producer knows, in order of the reader index.
     pub released: Vec<u64>,
     /// The state of each slot, and the indices of the readers that have not released the slot.
     pub states: Vec<(SlotState, Vec<u32>)>,

@@ -1,33 +1,61 @@
-//! The part of a plan that the protocol uses: registers, credits, actions and firing. Plain data, no device.
+//! The part of a plan that the protocol uses: registers, credits, actions and firing rules. All of it is plain data.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use shardflow_kernels::collective::Group;
 
 use crate::label::Label;
+use crate::table::{Id, Table};
 
 mod pieces;
 
 pub use pieces::{PieceAccess, Pieces};
 
-/// Index of an actor in [`Spec::actors`].
+/// Id of an actor: unique in the whole plan, and the same in all processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ActorId(pub u32);
 
-/// Index of a register in [`Spec::registers`].
+/// Id of a register: unique in the whole plan, and the same in all processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct RegisterId(pub u32);
 
-/// The actors and registers of a whole plan.
+impl Id for ActorId {
+    fn from_number(number: u32) -> Self {
+        Self(number)
+    }
+
+    fn number(self) -> u32 {
+        self.0
+    }
+}
+
+impl Id for RegisterId {
+    fn from_number(number: u32) -> Self {
+        Self(number)
+    }
+
+    fn number(self) -> u32 {
+        self.0
+    }
+}
+
+/// The actors and registers of a plan, or the part of them that one process knows.
+///
+/// A part contains the actors of the process and the registers that these actors write or read. It also contains the
+/// actors of other processes that write or read these registers, with only the ports for these registers.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Spec {
-    /// Actors, indexed by [`ActorId`].
-    pub actors: Vec<ActorSpec>,
-    /// Registers, indexed by [`RegisterId`].
-    pub registers: Vec<RegisterSpec>,
+    /// Actors.
+    pub actors: Table<ActorId, ActorSpec>,
+    /// Registers.
+    pub registers: Table<RegisterId, RegisterSpec>,
     /// The decision that the host makes in each step.
     pub decision: Decision,
+    /// The communicator and the ranks of each group in [`ActionSpec::groups`] that has members outside this part.
+    pub groups: BTreeMap<u32, Arc<Group>>,
 }
 
 /// A decision of the host within a step. All external actions other than `granted` get their tokens when a step begins.
@@ -57,7 +85,7 @@ pub struct RegisterSpec {
     pub pieces_per_step: u32,
     /// Pieces `0..initial` exist before any firing. A parameter register has one initial piece.
     pub initial: u32,
-    /// Piece `n` lies in slot `slot_of[n mod slot_of.len()]`. If empty, it lies in slot `n mod slots` (a ring).
+    /// Piece `n` lies in slot `slot_of[n mod slot_of.len()]` or, if `slot_of` is empty, in slot `n mod slots` (a ring).
     pub slot_of: Arc<[u32]>,
     /// A reader is one action of one actor. It gets the pieces that its input port accesses.
     pub readers: Vec<ActionRef>,
@@ -98,11 +126,26 @@ pub enum StreamKind {
     Copy,
 }
 
+impl fmt::Display for StreamKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Compute => "compute",
+            Self::Communication => "communication",
+            Self::Copy => "copy",
+        })
+    }
+}
+
+/// The name of the actor of a device's stream, such as `device 3 compute`.
+pub fn actor_name(device: usize, stream: StreamKind) -> String {
+    format!("device {device} {stream}")
+}
+
 /// How an actor chooses its next action.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Firing {
-    /// Any action with available inputs and credits may fire. Among several, the lowest `priority` value fires first,
-    /// and then the lowest index.
+    /// Any action with available inputs and credits may fire. Among several such actions, the one with the lowest
+    /// `priority` value fires first. Among equal values, the lowest index decides.
     Credit,
     /// Actions fire in the order of this list of action indices, which repeats every step. The actor waits until the
     /// list's next action is ready.
@@ -198,7 +241,7 @@ pub(crate) fn slot_in(slots: u32, table: &[u32], piece: u64) -> u32 {
 impl Spec {
     /// An actor of this plan.
     pub fn actor(&self, id: ActorId) -> &ActorSpec {
-        &self.actors[id.0 as usize]
+        &self.actors[id]
     }
 
     /// An action of this plan.
@@ -208,19 +251,19 @@ impl Spec {
 
     /// All actions of all actors.
     pub fn all_actions(&self) -> impl Iterator<Item = (ActionRef, &ActionSpec)> {
-        (0..).zip(&self.actors).flat_map(|(a, actor)| {
-            (0..).zip(&actor.actions).map(move |(action, x)| (ActionRef { actor: ActorId(a), action }, x))
-        })
+        self.actors
+            .iter()
+            .flat_map(|(actor, spec)| (0..).zip(&spec.actions).map(move |(action, x)| (ActionRef { actor, action }, x)))
     }
 
     /// A register of this plan.
     pub fn register(&self, id: RegisterId) -> &RegisterSpec {
-        &self.registers[id.0 as usize]
+        &self.registers[id]
     }
 
     /// The name of an action in errors and reports, such as `device 3 compute forward`.
     pub fn action_name(&self, actor: ActorId, action: u32) -> String {
-        let Some(own) = self.actors.get(actor.0 as usize) else {
+        let Some(own) = self.actors.get(actor) else {
             return format!("actor {} action {action}", actor.0);
         };
         let name = own.actions.get(action as usize).map_or_else(|| format!("action {action}"), |a| a.name.clone());
@@ -229,12 +272,12 @@ impl Spec {
 
     /// Name of a register, or `register N` if the id is unknown.
     pub fn register_name(&self, register: RegisterId) -> String {
-        self.registers.get(register.0 as usize).map_or_else(|| format!("register {}", register.0), |r| r.name.clone())
+        self.registers.get(register).map_or_else(|| format!("register {}", register.0), |r| r.name.clone())
     }
 
     /// Each action and output port that writes a register, ordered by action.
     pub fn writers(&self, register: RegisterId) -> impl Iterator<Item = (u32, u32)> + '_ {
-        let producer = self.registers.get(register.0 as usize).and_then(|r| self.actors.get(r.producer.0 as usize));
+        let producer = self.registers.get(register).and_then(|r| self.actors.get(r.producer));
         let actions = producer.into_iter().flat_map(|actor| (0..).zip(&actor.actions));
         actions.flat_map(move |(a, action)| {
             let ports = (0..).zip(&action.outputs).filter(move |(_, output)| output.register == register);
@@ -250,7 +293,7 @@ impl Spec {
     /// The writes of a register in one step, in order: the writing action and its access. If several actions write the
     /// register, they write in the order of the actor's list.
     pub fn writes(&self, register: RegisterId) -> Vec<(u32, PieceAccess)> {
-        let Some(actor) = self.registers.get(register.0 as usize).map(|r| self.actor(r.producer)) else {
+        let Some(actor) = self.registers.get(register).map(|r| self.actor(r.producer)) else {
             return Vec::new();
         };
         let accesses = |(action, port): (u32, u32)| {
@@ -273,7 +316,7 @@ impl Spec {
 
     /// The action that publishes a piece; for an initial piece, the first writer.
     pub fn publisher(&self, register: RegisterId, piece: u64) -> Option<ActionRef> {
-        let spec = self.registers.get(register.0 as usize)?;
+        let spec = self.registers.get(register)?;
         let mut writers = self.writers(register).map(|(action, _)| action);
         let (first, more) = (writers.next()?, writers.next().is_some());
         let own = piece.checked_sub(u64::from(spec.initial)).filter(|_| more);
@@ -287,7 +330,7 @@ impl Spec {
 
     /// The input port through which an action reads a register.
     pub fn input(&self, register: RegisterId, reader: ActionRef) -> Option<&InputSpec> {
-        let action = self.actors.get(reader.actor.0 as usize)?.actions.get(reader.action as usize)?;
+        let action = self.actors.get(reader.actor)?.actions.get(reader.action as usize)?;
         action.inputs.iter().find(|input| input.register == register)
     }
 
@@ -299,7 +342,7 @@ impl Spec {
             }
             a
         };
-        let periods = self.registers.iter().map(|register| u64::from(register.period_steps()));
+        let periods = self.registers.values().map(|register| u64::from(register.period_steps()));
         periods.fold(1, |all: u64, own| (all / divisor(all, own)).saturating_mul(own))
     }
 }

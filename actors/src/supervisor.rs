@@ -1,4 +1,4 @@
-//! Shared state of a running session. The first failure ends the session: it aborts collectives and stops all actors.
+//! Shared state of a running session. The first failure ends the session: collectives are aborted and all actors stop.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
@@ -45,7 +45,7 @@ pub(crate) struct Session {
     pub(crate) hints: HostHints,
     pub(crate) failure: FirstFailure,
     pub(crate) departures: Mutex<Departures>,
-    /// Actor ids by ractor's id, so that a panic report can name the actor.
+    /// Pairs of ractor's id and our actor id, so that a panic report can name the actor.
     pub(crate) children: Mutex<Vec<(ractor::ActorId, ActorId)>>,
 }
 
@@ -191,6 +191,7 @@ impl Session {
             }
         };
         let process_of = |actor| self.bus.remote().process_of(actor);
+        let process_of_device = |device| self.bus.remote().directory.process_of(device);
         let hang_snapshot = HangSnapshot {
             spec: &self.spec,
             snapshots: &snapshots,
@@ -199,6 +200,7 @@ impl Session {
             is_acyclic: true,
             host_waits_for: u32::try_from(self.hints.waits_for.load(Ordering::Relaxed)).ok(),
             process_of: &process_of,
+            process_of_device: &process_of_device,
         };
         let is_stuck = is_still && self.steps.outstanding();
         let hang = is_stuck.then(|| hang::explain(hang_snapshot, self.steps.begun())).flatten();
@@ -212,12 +214,19 @@ impl Session {
     }
 
     pub(crate) fn waits(&self) -> Sample {
-        let process_of = |actor| self.bus.remote().process_of(actor);
-        slow::sample(&self.spec, &self.snapshot(), &self.collective_waits(), process_of)
+        let remote = self.bus.remote();
+        let of_device = |device| remote.directory.process_of(device);
+        slow::sample(
+            &self.spec,
+            &self.snapshot(),
+            &self.collective_waits(),
+            |actor| remote.process_of(actor),
+            of_device,
+        )
     }
 
     pub(crate) fn has_peers(&self) -> bool {
-        self.streams.len() < self.spec.actors.len()
+        !self.spec.actors.is_whole() || self.streams.len() < self.spec.actors.len()
     }
 
     fn panicked(&self, child: ractor::ActorId, message: String) {

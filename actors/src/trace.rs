@@ -46,7 +46,7 @@ pub struct FiringRecord {
     pub idle_ns: u64,
     /// When the firing was launched. From `idle_ns` until then, the actor waited for `cause`.
     pub launched_ns: u64,
-    /// When the actor received the signal of its first early output; `ended_ns` if there is none.
+    /// When the actor received the signal of its first early output; `ended_ns` if it has no early output.
     pub early_ns: u64,
     /// When the actor received the notification of the firing's end.
     pub ended_ns: u64,

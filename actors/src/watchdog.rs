@@ -9,24 +9,25 @@ use crate::error::Failure;
 use crate::slow::Tally;
 use crate::supervisor::Session;
 
-/// Receives a report on the checking thread. It must not call [`crate::shell::RunningSession::check_progress`].
+/// Receives a report on the checking thread. Must not call [`crate::shell::RunningSession::check_progress`].
 pub type OnStall = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// Options of the watchdog.
 #[derive(Clone)]
 pub struct WatchdogOptions {
-    /// Time without progress, with firings outstanding, after which the session counts as stalled. It must be longer
-    /// than the longest firing, since kernels in flight show no progress. Once the step time is known
+    /// Time without progress, with firings outstanding, after which the session counts as stalled. The time must exceed
+    /// that of the longest firing, since kernels in flight show no progress. Once the step time is known
     /// ([`crate::shell::Control::set_step_p99`]), the limit is five step times, at least 10 s and at most this value.
     pub stall_after: Duration,
     /// Interval of checks. With `None`, the host calls [`crate::shell::RunningSession::check_progress`].
     pub check_every: Option<Duration>,
-    /// Time without progress until [`Failure::Stalled`]. It must be longer than any firing. `None` means no limit.
+    /// Time without progress after which the session fails with [`Failure::Stalled`]. The time must exceed that of any
+    /// firing. `None` means no limit.
     pub abort_after: Option<Duration>,
     /// Receives stall reports, in addition to the log.
     pub on_stall: Option<OnStall>,
-    /// Receives a line about each slow process, in addition to the log. A process is slow if all streams here were idle
-    /// and waited for the process in 8 of the last 10 checks. The line repeats every 60 checks.
+    /// Receives a line about each slow process, in addition to the log. A process is slow if, in 8 of the last 10
+    /// checks, all streams of this process were idle and waited for the slow one. The line is repeated every 60 checks.
     pub on_slow: Option<OnStall>,
 }
 
@@ -59,7 +60,7 @@ impl fmt::Debug for WatchdogOptions {
     }
 }
 
-/// Minimum duration of a stall, in steps and as a time. Both limits apply.
+/// Minimum duration of a stall, as a number of steps and as a time. Both limits apply.
 const STALL_STEPS: u32 = 5;
 const STALL_MIN: Duration = Duration::from_secs(10);
 
@@ -169,7 +170,7 @@ mod tests {
         // A session without outstanding work never stalls.
         assert_eq!(observe(at(42), 7, false), None);
         assert_eq!(observe(at(99), 7, false), None);
-        assert_eq!(observe(at(108), 7, true), None, "the time counts from the begin of the work");
+        assert_eq!(observe(at(108), 7, true), None, "the time counts from the start of the work");
         assert_eq!(observe(at(109), 7, true), stall(10, false));
     }
 

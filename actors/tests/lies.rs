@@ -11,7 +11,7 @@ use shardflow_actors::builder::Builder;
 use shardflow_actors::error::{Failure, PeerError};
 use shardflow_actors::frame::{FRAME_BYTES, Frame, FrameError};
 use shardflow_actors::protocol::Message;
-use shardflow_actors::remote::{ByteRun, HostRoute, PeerSpec, Peers};
+use shardflow_actors::remote::{ByteRun, HostRoute, Listed, PeerSpec, Peers};
 use shardflow_actors::shell::{ActionProgram, ActorHost, LoadedPlan, RegisterMemory, RunningSession, start};
 use shardflow_actors::spec::{ActorId, Firing, Pieces, RegisterId, Spec};
 use shardflow_actors::watchdog::WatchdogOptions;
@@ -29,6 +29,8 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 const WORLD: SettledWorld = SettledWorld { session: SessionId([3; 16]), epoch: 2, processes: 8 };
 /// Process number of the malicious peer.
 const PEER: u32 = 7;
+/// The peer's device.
+const PEERS: usize = 1;
 /// A register from the peer to this process, with 2 slots of 8 bytes. The peer sends 4 bytes of each slot.
 const IN: RegisterId = RegisterId(0);
 /// A register from this process to the peer.
@@ -50,7 +52,8 @@ const TAKER: ActorId = ActorId(5);
 /// `source (peer) -> middle (here) -> sink (peer) -> end (peer)`, and `source -> user (here)`.
 fn spec() -> Spec {
     let mut b = Builder::new();
-    let actors = ["source", "middle", "sink", "end"].map(|name| b.actor(name, 0, Firing::Credit));
+    let devices = [("source", PEERS), ("middle", 0), ("sink", PEERS), ("end", PEERS)];
+    let actors = devices.map(|(name, device)| b.actor(name, device, Firing::Credit));
     let source = b.external(actors[0], "work", 1);
     let [middle, sink, end] = [1, 2, 3].map(|a| b.action(actors[a], "work", 1));
     for (name, writer, reader) in [("in", source, middle), ("out", middle, sink), ("theirs", sink, end)] {
@@ -107,15 +110,14 @@ fn running() -> (RunningSession, Connection, [Arena; 2]) {
     let half = || vec![ByteRun { offset: 0, bytes: 4 }];
     let peer = PeerSpec {
         process: PEER,
-        actors: [0, 2, 3].map(ActorId).into(),
         connection,
         pushes: BTreeMap::from([(OUT, half())]),
         mirrors: BTreeMap::from([(IN, half()), (WEIGHTS, half()), (TURNED, half())]),
         pipes: BTreeMap::new(),
     };
-    let host_ports =
-        [PEER, 0].map(|process| HostRoute { process, to: None, tensors: vec![(vec![2], DType::F32)] }).into();
-    let peers = Peers { peers: vec![peer], host_ports, ..Peers::default() };
+    let routes = [PEER, 0].map(|process| HostRoute { process, to: None, tensors: vec![(vec![2], DType::F32)] }).into();
+    let directory = Arc::new(Listed { processes: [(PEERS, PEER)].into(), routes });
+    let peers = Peers { peers: vec![peer], directory, ..Peers::default() };
     peer_end.write_all(&Frame::Ready { round: 1 }.encode()).unwrap();
     let loaded = LoadedPlan { spec: Arc::new(spec()), hosted: hosted.into(), memory: memory.into(), engine, peers };
     (start(loaded, WatchdogOptions::default()).unwrap(), peer_end, mirrors)

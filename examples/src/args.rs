@@ -124,7 +124,7 @@ pub struct GptArgs {
     /// Size in MiB at which the trace ends; the training continues.
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     pub trace_mib: u64,
-    /// Action of all processes on SIGUSR1, a notice of preemption. They act after the current step.
+    /// Action of all processes on SIGUSR1, a notice of preemption. They act after the current step or the next one.
     #[arg(long, value_enum, default_value_t = OnUsr1Arg::Checkpoint)]
     pub on_usr1: OnUsr1Arg,
     /// Under Slurm, save a checkpoint and end with code 75 before the job's end time. The lead time is this margin plus
@@ -162,7 +162,7 @@ pub enum DeviceArg {
     Cuda,
 }
 
-/// Maximum number of devices in a mesh, so that a typo such as `data=1000000000` is reported at once. `compile`
+/// Maximum number of devices in a mesh. The limit makes a typo such as `data=1000000000` an error at once. `compile`
 /// compares the mesh with the devices that exist.
 pub const DEVICES_MAX: usize = 4096;
 
@@ -186,7 +186,8 @@ fn usage(text: String) -> ProgramError {
     ProgramError::new(Exit::Usage, text, "see `gpt --help` for the flags and their defaults")
 }
 
-/// Returns a usage error if the heads do not divide the width. For other sizes, the exit code is `Refused`.
+/// Converts an uneven size to an error. If the heads do not divide the width, it is a usage error. For other sizes, the
+/// exit code is `Refused`.
 fn uneven(error: &UnevenSize) -> ProgramError {
     let &UnevenSize { size, value, divisor, parts } = error;
     let (below, above) = (value / parts * parts, error.next_value());
@@ -270,8 +271,8 @@ impl GptArgs {
         if processes > 1 { self.trace.as_ref().map(numbered) } else { self.trace.clone() }
     }
 
-    /// Checks that no other flag names an output file of any process. The same file is allowed for `--init-from` and
-    /// `--save`.
+    /// Checks that no two flags name the same file, if a process writes the file. Only `--init-from` and `--save` may
+    /// name the same file.
     ///
     /// # Errors
     /// If two flags name the same file. The error names the first two such flags.

@@ -82,7 +82,7 @@ impl Text {
         &self.identity
     }
 
-    /// Identity of the vocabulary. It lists the byte of each token id.
+    /// Identity of the vocabulary: length and checksum of the list of bytes by token id.
     pub fn vocabulary_identity(&self) -> String {
         identity_of(&self.vocabulary)
     }
@@ -118,12 +118,12 @@ impl Text {
         self.encode(b"\n").unwrap_or_else(|| self.train[..1].to_vec())
     }
 
-    /// Token ids of `text`; `None` for a byte outside the vocabulary.
+    /// Returns the token ids of `text`, or `None` if a byte is not in the vocabulary.
     pub fn encode(&self, text: &[u8]) -> Option<Vec<i32>> {
         text.iter().map(|b| self.vocabulary.binary_search(b).ok().map(|id| id as i32)).collect()
     }
 
-    /// The text of token ids; ids outside the vocabulary and bytes that are not UTF-8 become U+FFFD.
+    /// Returns the text of these token ids. Ids outside the vocabulary and bytes that are not UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[i32]) -> String {
         let byte = |id: &i32| usize::try_from(*id).ok().and_then(|id| self.vocabulary.get(id).copied());
         let bytes: Vec<u8> = ids.iter().map(|id| byte(id).unwrap_or(0xFF)).collect();

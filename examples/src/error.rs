@@ -25,7 +25,7 @@ pub enum Saved {
 
 /// The reason why the program ends early.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the texts say it")]
+#[expect(missing_docs, reason = "the error texts describe the variants")]
 pub enum GptError {
     /// Flags or data that cannot be used.
     #[error(transparent)]

@@ -1,4 +1,4 @@
-//! The output of a training run: records for programs, progress lines for people.
+//! The output of a training run: records for programs, and progress lines for people.
 
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ pub struct StepRecord {
 /// Memory of one device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct DeviceMemoryRecord {
-    /// Rank in the mesh.
+    /// Rank of the device in the mesh.
     pub device: usize,
     /// Peak memory that the plan predicts.
     pub planned_peak_bytes: usize,
@@ -56,8 +56,8 @@ pub struct Totals {
     pub devices: Vec<DeviceMemoryRecord>,
 }
 
-/// Prints progress to stdout: a line for the first and the last step, every few steps, and after a minute without a
-/// line. On a terminal, a live line below the other lines is updated at most once per second.
+/// Prints progress to stdout: a line for the first step, for the last step, for one step of every few, and after a
+/// minute without a line. On a terminal, a live line below the other lines is updated at most once per second.
 #[derive(Debug)]
 pub struct Progress {
     steps: u64,
@@ -75,7 +75,7 @@ pub struct Progress {
 const CLEAR_LINE: &str = "\r\x1b[K\x1b[?7l";
 const ENABLE_WRAP: &str = "\x1b[?7h";
 
-/// Longest time without a line. It is limited so that a reader of a file sees that the run continues.
+/// Longest time without a line. Because of this limit, a reader of an output file sees that the run continues.
 const SILENT_MAX: Duration = Duration::from_secs(60);
 
 /// Selects the steps to show. A step is due if either rule holds.

@@ -68,7 +68,7 @@ impl Sampler {
     }
 }
 
-/// Returns the bytes of each parameter as a whole tensor.
+/// Returns the size in bytes of each parameter as a whole tensor.
 fn parameter_bytes(plan: &Plan) -> impl Iterator<Item = u64> {
     plan.graph.parameters().into_iter().map(|v| 4 * plan.graph.shape(v).iter().product::<usize>() as u64)
 }
@@ -84,7 +84,7 @@ pub fn loading_bytes(plan: &Plan) -> u64 {
 }
 
 /// Returns the bytes that a process needs besides its plan to gather the parameters for a sampler and then to run it.
-/// The sampler runs after the session has ended, which releases `own_bytes` of the plan.
+/// The end of the session releases `own_bytes` of the plan, and the sampler runs after that.
 pub fn sampling_bytes(plan: &Plan, sampler: Option<&Sampler>, own_bytes: u64) -> u64 {
     // Memory for all devices' parts of a tensor, and for the whole tensor.
     let gathering = (plan.device_count() as u64 + 1) * largest_parameter_bytes(plan);

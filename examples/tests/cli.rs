@@ -227,7 +227,8 @@ fn a_stream_that_loses_records_ends_the_run() {
     assert!(run.stderr.contains("error: cannot write log /dev/full: No space left on device"), "{}", run.stderr);
 }
 
-/// If `gpt` opened the file again, the log would have a separate file position, and lines would be overwritten.
+/// `gpt` must write the log through its open stdout. If it opened `/dev/stdout` again, the log would have a separate
+/// file position, and would overwrite other lines.
 #[test]
 fn the_log_can_go_to_the_file_of_standard_output() {
     let folder = Folder::new("stdout");
@@ -417,7 +418,7 @@ fn a_training_serves_its_page_writes_a_trace_and_shows_its_plan() {
     let folder = Folder::new("watched");
     let ended = folder.gpt("--listen 127.0.0.1:0 --trace trace.json --mesh data=2");
     assert_eq!(ended.code, 0, "{}", ended.stderr);
-    assert!(ended.stderr.contains("watch it at http://127.0.0.1:"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("watch the training at http://127.0.0.1:"), "{}", ended.stderr);
     let trace = std::fs::read_to_string(folder.0.path().join("trace.json")).unwrap();
     let events: Vec<Value> = serde_json::from_str(&trace).unwrap();
     let forwards = events.iter().filter(|event| event["ph"] == "X" && event["name"] == "forward").count();

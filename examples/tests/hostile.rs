@@ -26,7 +26,7 @@ const TIMEOUT: Duration = Duration::from_secs(300);
 const STEPS: usize = 2000;
 const MODEL: &str = "--layers 4 --heads 4 --width 64 --context 32 --batch 8 --sample 0 --threads-per-device 1 --data text \
                      --micro-batches 2 --mesh data=2,stage=2 --steps 2000";
-/// Connections that are held open during an attack.
+/// Number of connections that are held open during an attack.
 const STRANGERS: usize = 500;
 /// Pause between two rounds of the attacking thread. It limits the attack to some hundred rounds per second. A faster
 /// attack would slow the training merely by using up the processors.
@@ -181,8 +181,8 @@ fn check_refusals(port: u16, secret: &Secret) -> Vec<u8> {
     recorded
 }
 
-/// Returns the bytes that stranger `number` sends before it falls silent: nothing, a part of a message, garbage, a
-/// message that is too long, or a replay.
+/// Returns the bytes that stranger (unauthenticated peer) `number` sends before it falls silent: nothing, a part of a
+/// message, garbage, a message that is too long, or a replay.
 fn opening(number: usize, recorded: &[u8]) -> Vec<u8> {
     let garbage = |bytes: usize| (0..bytes).map(|i| (i * number % 251) as u8).collect::<Vec<_>>();
     // The greeting of the recorded handshake.

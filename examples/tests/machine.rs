@@ -140,7 +140,7 @@ fn a_plan_above_the_limit_of_a_cgroup_is_refused() {
     }
     let needed = number_after(&printed, "the job needs ");
     let used = SMALL - number_after(&printed, "this node has ");
-    // The requirement in the error message is enough for the whole run, even with the parameter file.
+    // The number of bytes that the error message asks for is enough for the whole run, even with the parameter file.
     let enough = needed + used + (8 << 20);
     for flags in ["", "--save model"] {
         let (code, printed) = run(enough, &gpt(flags));

@@ -121,7 +121,8 @@ fn the_hint_after_a_signal_fits_the_resume_policy() {
     assert!(text.contains("hint: to continue from there, run the same command with --resume auto"), "{text}");
 }
 
-/// At the limit, the kernel sends SIGXFSZ. Without a handler, this signal would end the process without a message.
+/// At the limit on the size of a file (`ulimit -f`), the kernel sends SIGXFSZ. Without a handler, this signal would end
+/// the process without a message.
 #[test]
 fn a_limit_on_the_size_of_files_is_an_error_and_leaves_nothing_unfinished() {
     let folder = Folder::new("outputs-limit");

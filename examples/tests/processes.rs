@@ -107,7 +107,7 @@ fn traces_of_all_processes_can_be_joined() {
     assert!(code == Some(0) && !of_one.contains("\ndevice 2 compute "), "{of_one}");
     let (code, twice) = trace("trace.json.0 trace.json.0");
     assert!(
-        code == Some(65) && twice.contains("trace.json.0 and trace.json.0 both have 'device 0 "),
+        code == Some(65) && twice.contains("trace.json.0 and trace.json.0 both contain actor 'device 0 "),
         "{code:?} {twice}"
     );
     // The trace shows each device as a named process. A piece that crosses processes is written before it is read.

@@ -198,7 +198,7 @@ fn sigusr1_saves_a_checkpoint_and_the_training_continues() {
     assert!(checkpoints(&folder).len() > first.len(), "{}", run.text());
     let before = steps(&folder);
     train(&folder, &mut run, before + 20);
-    // The launcher's signal reaches the ranks in one or two steps. Each of the other two signals saves at most once.
+    // The launcher's signal reaches the ranks in one or two steps. Each of the two signals to single ranks saves at most once.
     let saved = checkpoints(&folder);
     assert!(saved.len() <= 4, "one request, one checkpoint: {saved:?}");
     signal(run.child.id(), "TERM");
@@ -279,7 +279,7 @@ fn a_stalled_reader_does_not_block_the_training() {
     let mut text = String::new();
     reader.read_to_string(&mut text).expect("text");
     assert_eq!(child.wait().expect("an end").code(), Some(0));
-    for part in ["watch it at", "step 300/300", "memory at most", "20 characters written by the model"] {
+    for part in ["watch the training at", "step 300/300", "memory at most", "20 characters written by the model"] {
         assert!(text.contains(part), "no {part:?}: {}", text.trim_start_matches('.'));
     }
     // A process whose reader stalls ends on SIGTERM, during the training and after it.

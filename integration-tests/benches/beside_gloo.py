@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Compares several processes on one machine with PyTorch over gloo, alternating in one run, and prints markdown tables.
+"""Compares Shardflow in processes of one machine with PyTorch over gloo, in alternating rounds. Prints markdown tables.
 
     cargo build --release && cargo bench -p shardflow-kernels --bench collectives --no-run
     python3 integration-tests/benches/beside_gloo.py --peers ../shared/peers --python VENV/bin/python [--rounds 3]
         [--only collectives|training] [--engines on-node,unix,tcp] [--worlds 2,4] [--sizes 1024,..]
 
---python must have torch and numpy; --peers holds `collectives.py`, `gpt_dp2.py`, `gpt_tp2.py` and `gpt_pp2.py`, which are not
-part of this repository. Machines are noisy: figures are medians of the rounds' medians, and only ratios are comparable. Exits
-with 1 if a training is slower than its peer, or a collective is slower than gloo, or takes over half of gloo's time from
-1 MiB on.
+--python must have torch and numpy. --peers is a folder with `collectives.py`, `gpt_dp2.py`, `gpt_tp2.py` and
+`gpt_pp2.py`, which are not part of this repository. Figures are medians of the rounds' medians. Machines are noisy, so
+only ratios are comparable. The exit code is 1 if a training is slower than PyTorch's, if a collective is slower than
+gloo's, or if a collective of at least 1 MiB takes more than half of gloo's time.
 """
 import json, os, statistics, subprocess, sys
 
@@ -39,7 +39,7 @@ def times(rows):
 
 
 def bench(a, engine):
-    """Returns one engine's times by (op, world, bytes)."""
+    """Returns the times of one engine by (op, world size, bytes)."""
     return times(lines(["cargo", "bench", "-q", "-p", "shardflow-kernels", "--bench", "collectives", "--", "--engine", engine,
                         "--worlds", a.worlds, "--sizes", a.sizes]))
 
@@ -67,7 +67,7 @@ def collectives(a):
         cells = []
         for engine in engines:
             own = statistics.median(r[engine][key] for r in rounds)
-            # Both ran under the same load within a round.
+            # Within a round, both ran under the same load.
             ratio = statistics.median(r["gloo"][key] / r[engine][key] for r in rounds)
             cells.append(f"{own:.1f} ({ratio:.2f})")
             if ratio < (2 if count >= 1 << 20 else 1):

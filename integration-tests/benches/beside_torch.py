@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Runs `gpt` and the PyTorch reference program in turn on the same model, text, batch and rules, and prints the ratio.
+"""Runs `gpt` and the PyTorch reference program in turn on the same model, text and batch. Prints the speed ratio.
 
     python3 integration-tests/benches/beside_torch.py --peers ../shared/peers --python VENV/bin/python [--config a] [--threads 2]
 
---python must have torch and numpy. Both programs train on the same text from the same weights; the script also compares
-their losses. Machines are noisy: figures are medians of the rounds' medians, and only their ratio is comparable.
+--python must have torch and numpy. Both programs train on the same text from the same weights, and the script also
+compares their losses. Figures are medians of the rounds' medians. Machines are noisy, so only ratios are comparable.
 """
 import json, os, statistics, subprocess, tempfile
 

@@ -1,5 +1,7 @@
-//! Measures the share of a training step outside kernels. Steps of a session alternate with direct runs of the same
-//! launches on one stream. Command: `cargo bench -p shardflow-integration-tests --bench overhead [-- THREADS]`.
+//! Measures the share of a training step that is not spent in kernels. Steps of a session alternate with direct runs of
+//! the same launches on one stream.
+//!
+//! Command: `cargo bench -p shardflow-integration-tests --bench overhead [-- THREADS]`
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -21,10 +23,10 @@ const ROUNDS: usize = 60;
 /// Returns the programs of the compute actor with their base addresses. Every register has one slot.
 fn bound_programs(plan: &Instance, arena: &Arena) -> Vec<(Arc<Program>, Vec<Base>)> {
     let mut out = Vec::new();
-    for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
+    for (actor, actions) in plan.spec.actors.values().zip(plan.actions.values()) {
         let is_compute = actor.stream == StreamKind::Compute;
         for (action, spec) in actions.iter().zip(&actor.actions).filter(|_| is_compute) {
-            let scratch = plan.memory[0].scratch.get(&actor.stream).map_or(0, |scratch| scratch.0);
+            let scratch = plan.memory(0).scratch.get(&actor.stream).map_or(0, |scratch| scratch.0);
             let offset = |base: &BaseKey| match base {
                 BaseKey::Fixed => 0,
                 BaseKey::Scratch => scratch,
@@ -57,7 +59,7 @@ fn main() {
     let plan = default_model::plan(threads).instance();
     let device = Device::cpu(0, threads, Arc::new(InProcess::new()));
     let stream = device.stream("direct", threads).expect("a thread");
-    let arena = device.arena(plan.memory[0].arena_bytes).expect("memory");
+    let arena = device.arena(plan.memory(0).arena_bytes).expect("memory");
     let programs = bound_programs(&plan, &arena);
     let mut session = Session::start((*plan.plan).clone(), &SessionOptions::default()).expect("a session");
     let (mut session_seconds, mut direct_seconds) = (Vec::new(), Vec::new());

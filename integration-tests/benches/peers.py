@@ -1,4 +1,4 @@
-"""Code shared by the scripts that compare with PyTorch: their flags, and a run of `gpt` that reads its log."""
+"""Code for the scripts that compare with PyTorch: their flags, and a function that runs `gpt` and reads its log."""
 import argparse, json, os, statistics, subprocess, tempfile
 
 
@@ -13,7 +13,7 @@ def parser(doc):
 
 
 def ours(command, data, steps, **flags):
-    """Trains with this command (a launcher or `gpt`); returns the median ms per step after the first fifth, and losses."""
+    """Trains with a launcher or `gpt`. Returns the median ms per step after the first fifth of them, and the losses."""
     with tempfile.TemporaryDirectory() as folder:
         log = os.path.join(folder, "log.jsonl")
         flags = dict(flags, data=os.path.abspath(data), steps=steps, sample=0, log_json=log)

@@ -1,6 +1,6 @@
 //! Measures the time and memory of planning large meshes, deep models, and a program whose layers all differ.
 //!
-//! `cargo bench -p shardflow-integration-tests --bench planning [PART OF A NAME]`
+//! Command: `cargo bench -p shardflow-integration-tests --bench planning [PART OF A NAME]`
 
 use std::time::Instant;
 
@@ -26,7 +26,7 @@ fn gpt(g: &mut Graph, config: &GptConfig) {
     g.minimize(loss, AdamW::default());
 }
 
-/// Builds a chain of layers that differ in width, layout or op. After all passes, it has about 20,000 ops.
+/// Builds a chain of layers that differ in width, layout or op. The compiled program has about 20,000 ops.
 fn unlike_layers(g: &mut Graph) {
     const LAYERS: usize = 1800;
     let layout = nn::batch_layout(g);

@@ -1,6 +1,7 @@
-//! Measures the cost of observation for a training step of the default model. Steps of a plain session alternate with
-//! steps of a session that records all metrics, is scraped and writes a trace. Command: `cargo bench -p
-//! shardflow-integration-tests --bench watched [-- THREADS]`.
+//! Measures how much monitoring slows down a training step of the default model. Steps of a plain session alternate
+//! with steps of a session that exports all metrics and writes a trace while it is scraped.
+//!
+//! Command: `cargo bench -p shardflow-integration-tests --bench watched [-- THREADS]`
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -13,7 +14,7 @@ use shardflow_integration_tests::default_model::{plan, step};
 use shardflow_integration_tests::measure::{median, timed};
 use shardflow_integration_tests::training::Scratch;
 
-/// Number of windows with one scrape each, that is, about one scrape per second. Prometheus scrapes every 15 s.
+/// Number of windows. Each window has one scrape, about one per second. Prometheus scrapes every 15 s.
 const WINDOWS: usize = 30;
 const STEPS: usize = 40;
 const WARM: usize = 4;

@@ -1,10 +1,11 @@
-"""Evaluates every expression of every dashboard and alert in a real Prometheus that scrapes a real training. Each must return a value.
+"""Checks that every expression of the dashboards and alerts returns a value in a Prometheus that scrapes a training.
 
 The training has two processes, commits checkpoints, and loses a process once, so that these metrics have values.
 
     check.py --programs target/debug
 
-Needs `prometheus` on PATH. Ends with 0, with 1 and the expressions that returned nothing, or with 77 if there is no Prometheus.
+Needs `prometheus` on PATH. The exit code is 0 if all expressions return a value, and 77 if there is no Prometheus.
+Otherwise, the program prints the expressions that return nothing, and the exit code is 1.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def wait(event, condition):
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             pass  # The server has not started yet, or has ended.
         time.sleep(0.2)
-    raise SystemExit(f"error: {event}: not within {DEADLINE_SECONDS} s")
+    raise SystemExit(f"error: timeout of {DEADLINE_SECONDS} s while waiting for {event}")
 
 
 def metric(port, name):
@@ -61,7 +62,7 @@ def metric(port, name):
 
 
 def trainings(launcher):
-    """Process ids of the training processes of the launcher."""
+    """Returns the ids of the launcher's training processes."""
     children = pathlib.Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     return [int(pid) for pid in children if pathlib.Path(f"/proc/{pid}/comm").read_text().strip() == "gpt"]
 
@@ -105,17 +106,17 @@ def expressions():
                 yield f"{path.name}, {panel['title']}", expr
     for group in json.loads(get(PROMETHEUS, "/api/v1/rules"))["data"]["groups"]:
         for rule in group["rules"]:
-            # `bool` makes a comparison return 0 or 1, so that an alert that does not fire returns a value.
+            # With `bool`, a comparison returns 0 or 1. An alert that does not fire then also returns a value.
             yield f"alerts.yaml, {rule['name']}", re.sub(r"(?<= )(>|<|==)(?= )", r"\1 bool", rule["query"])
 
 
 def has_no_value(result):
-    """True if the result is empty or has only NaN, such as a mean over no samples."""
+    """Returns whether the result is empty or only NaN. For example, a mean over no samples is NaN."""
     return all(sample["value"][1] == "NaN" for sample in result)
 
 
 def empty():
-    """The expressions that return nothing, and the number of all expressions."""
+    """Returns the expressions that return nothing, and the number of all expressions."""
     all_expressions = list(expressions())
     nothing = []
     for location, expr in all_expressions:

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Runs all checks for a machine with a GPU, in 8 minutes at most, and writes one folder with `report.json`. It needs Python, and
-# PyTorch for the comparisons with PyTorch; no Rust, no network.
+# Runs all checks for a machine with a GPU in at most 8 minutes, and writes one folder with `report.json`. The script
+# needs Python. The comparisons with PyTorch need PyTorch. The script needs neither Rust nor a network.
 #
 #     ./check.sh [--tiny] [--binaries FOLDER] [--deadline SECONDS] [--stage-seconds SECONDS] [--only "STAGE .."] [OUT]
 #
-# --binaries: folder with `gpu_check`, `conformance` and `cubins`; by default this script's folder
-# --tiny:     sizes for a software device; PyTorch then runs on the CPU
-# --deadline: time limit of the whole run; --stage-seconds: maximum time of a stage
+# --binaries: folder with `gpu_check`, `conformance` and `cubins`; the default is this script's folder
+# --tiny:     uses sizes for a software device; PyTorch then runs on the CPU
+# --deadline: time limit of the whole run in seconds
+# --stage-seconds: maximum time of a stage in seconds
 # --only:     runs only these stages
-# OUT:        folder of the results, ./results by default; it is emptied
-# PYTHON:     environment variable with the Python to use, python3 by default
+# OUT:        folder for the results, ./results by default; the script deletes old results in it
+# PYTHON:     environment variable with the Python program to use, python3 by default
 #
-# Exit code: 0 if each stage passed or was skipped with a reason; 1 if one did not pass, or a required one was not run for lack of
-# time; 2 for bad arguments.
+# The exit code is 0 if each stage passed or was skipped with a reason. It is 1 if a stage did not pass, or if a
+# required stage was not run because time ran out. It is 2 if an argument is invalid.
 set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 binaries=$here tiny="" only="" seconds_max=470 stage_max=470 out=results
@@ -37,9 +38,9 @@ for given in "--deadline $seconds_max" "--stage-seconds $stage_max"; do
     [[ ${given#* } =~ ^[1-9][0-9]{0,5}$ ]] || { echo "error: ${given%% *} takes seconds, not '${given#* }'" >&2; exit 2; }
 done
 python=${PYTHON:-python3}
-command -v "$python" >/dev/null || { echo "error: no program $python; set PYTHON to the Python to use" >&2; exit 2; }
+command -v "$python" >/dev/null || { echo "error: $python not found; set PYTHON to a Python program" >&2; exit 2; }
 for needed in gpu_check conformance; do
-    [ -x "$binaries/$needed" ] || { echo "error: no program $binaries/$needed; pack.sh builds it" >&2; exit 2; }
+    [ -x "$binaries/$needed" ] || { echo "error: $binaries/$needed not found; pack.sh builds it" >&2; exit 2; }
 done
 # Removes the results of an earlier run, so that they do not count as results of this one. A folder with other files is refused.
 if [ -d "$out" ]; then
@@ -67,14 +68,16 @@ finish() {
 trap finish EXIT
 trap 'exit 1' INT TERM HUP
 
-# Prints library folders for LD_LIBRARY_PATH: those of Python's packages, and that of the driver if the linker does not find it.
+# Prints library folders for LD_LIBRARY_PATH: the folders of Python's packages, and the driver's folder if the dynamic
+# linker does not find the driver.
 libraries() {
-    # The timeout is for a driver that does not answer: the script must still write its report.
+    # If the driver does not answer, the timeout ends this program, so that the script still writes its report.
     timeout 20 "$python" - "$scratch/lib" <<'PYTHON'
 import ctypes, glob, os, sys
 
 folders = [folder for root in sys.path for folder in sorted(glob.glob(os.path.join(root, "nvidia", "*", "lib")))]
-# Our programs first load these without a version, and would otherwise find the libraries of a toolkit on the machine.
+# Our programs first try to load these libraries without a version in the name. Without these links, they would find the
+# libraries of a CUDA toolkit on the machine.
 links = sys.argv[1]
 os.mkdir(links)
 for name in ("libcublasLt.so", "libnvrtc.so"):
@@ -94,7 +97,7 @@ PYTHON
 torch_libraries=${LD_LIBRARY_PATH-}
 found=$(libraries)
 ours=$torch_libraries${torch_libraries:+${found:+:}}$found
-# The software device has the names of libraries that PyTorch needs, so PyTorch must not load it.
+# Files of the software device have the names of libraries that PyTorch needs. PyTorch must not load these files.
 [ -z "$tiny" ] || torch_libraries=""
 
 # stage NAME SECONDS COMMAND..: runs the command, and stores its output and its exit status. A failure does not end the script.
@@ -130,15 +133,15 @@ skip() {
 # gpu_stage NAME SECONDS COMMAND..: a stage that needs a GPU.
 gpu_stage() {
     [ -n "$gpu" ] || { skip "$1" "no usable GPU: see the stage versions"; return; }
-    # The launcher sets EAGER and 32. If no GPU waits for another one, loading all of NVIDIA's kernels would only take time, in each
-    # of many processes.
+    # `shardflow launch` sets EAGER and 32. EAGER loads all of NVIDIA's kernels in each process, which takes time. EAGER
+    # is needed only if GPUs wait for each other.
     local module_loading=${loading-LAZY}
     stage "$1" "$2" env LD_LIBRARY_PATH="$ours" CUDA_MODULE_LOADING="${CUDA_MODULE_LOADING-$module_loading}" \
         CUDA_MODULE_DATA_LOADING="${CUDA_MODULE_DATA_LOADING-$module_loading}" \
         CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS-32}" "${@:3}"
 }
 
-# nccl_stage NAME SECONDS COMMAND..: a stage that needs two GPUs, for members of a group.
+# nccl_stage NAME SECONDS COMMAND..: a stage that needs two GPUs, because NCCL permits only one rank per GPU.
 nccl_stage() {
     [ -z "$gpu" ] || [ "$gpus" -ge 2 ] || { skip "$1" "this stage needs two GPUs, and $gpus can be used"; return; }
     loading=EAGER gpu_stage "$@"
@@ -149,34 +152,35 @@ train_stage() {
     loading=EAGER gpu_stage "$1" "$2" "${train[@]}" "${@:3}"
 }
 
-# torch_stage NAME SECONDS LIKE SCRIPT ARGS..: runs PyTorch with the sizes from the output of our stage LIKE.
+# torch_stage NAME SECONDS LIKE SCRIPT ARGS..: runs a PyTorch script with the sizes from the output of our stage LIKE.
 torch_stage() {
     local name=$1 limit=$2 like=$3 script=$4
     shift 4
     if [ -z "$gpu" ] || ! grep -q '^ended 0 ' "$out/$like.status" 2>/dev/null; then
-        skip "$name" "there is nothing to compare with: see the stage $like"
+        skip "$name" "the stage $like has no result to compare with"
         return
     fi
     stage "$name" "$limit" env LD_LIBRARY_PATH="$torch_libraries" TORCHINDUCTOR_CACHE_DIR="$scratch/inductor" \
         "$python" "$here/$script" --like "$out/$like.out" "${torch_device[@]}" "$@"
 }
 
-# conformance NAME SECONDS [CASE]: runs one case of the suite that CI runs on the software device.
+# conformance NAME SECONDS [CASE]: runs one case of the conformance suite, which CI runs on the software device.
 suite=("$binaries/conformance" --ignored --exact child --nocapture)
 conformance() {
     gpu_stage "conformance-$1" "$2" env SHARDFLOW_TEST_CASE="${3:-$1}" "${suite[@]}"
 }
 
-# sanitized TOOL COMMAND..: runs the command under compute-sanitizer. Returns 77 if that is not available or does not support the GPU.
+# sanitized TOOL COMMAND..: runs the command under compute-sanitizer. Returns 77 if compute-sanitizer is missing or does
+# not support the GPU.
 sanitized() {
     local path code
     path=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) ||
         { echo "compute-sanitizer is not on this machine" >&2; return 77; }
-    # With our own attention fewer kernels of other libraries run. API errors are not reported: libraries probe for functions that the
-    # driver does not have, and polling an event that is not complete yet is not an error.
+    # With our own attention, fewer kernels of other libraries run. API errors are not reported: libraries probe for
+    # functions that the driver lacks, and polling an incomplete event is not an error.
     SHARDFLOW_ATTENTION=own "$path" --tool "$1" --report-api-errors no --error-exitcode 9 "${@:2}"
     code=$?
-    # compute-sanitizer prints this to its standard output, which the report shows too.
+    # compute-sanitizer prints this message to its standard output, which the report also shows.
     [ "$code" = 0 ] || ! grep -qi 'device not supported' "$out/sanitizer-$1.out" ||
         { echo "compute-sanitizer does not support this device" >&2; return 77; }
     return "$code"
@@ -194,7 +198,7 @@ export out
 } >"$out/info"
 
 small=(--layers 2 --heads 2 --width 32 --context 16 --vocabulary 97)
-# --batch 0: the largest batch that fits.
+# `--batch 0` selects the largest batch that fits.
 batch=(--batch 0) timed=(--timed 30) ceilings=() delays=() torch_device=() sizes=()
 if [ -n "$tiny" ]; then
     batch=(--batch 4) timed=(--timed 5 --steps 3) torch_device=(--device cpu) sizes=("${small[@]}")
@@ -205,7 +209,7 @@ train=("$check" train "${sizes[@]}")
 
 gpu=1
 gpu_stage versions 90 "$check" versions
-# The stage lists devices even if a library is missing. If it was not requested or has not finished, assume a GPU.
+# The stage `versions` lists devices even if a library is missing. If it has not run to its end, assume a GPU.
 ! grep -Eqs '^ended [0-9] ' "$out/versions.status" || grep -q '"capability"' "$out/versions.out" || gpu=""
 gpus=0
 if [ -n "$gpu" ]; then
@@ -213,7 +217,7 @@ if [ -n "$gpu" ]; then
     [ -f "$versions" ] || { versions=$scratch/versions && LD_LIBRARY_PATH=$ours timeout 30 "$check" versions >"$versions" 2>/dev/null; }
     gpus=$(grep -o '"capability"' "$versions" | wc -l)
 fi
-# The first import of PyTorch from disk is slow; this warms the page cache.
+# The first import of PyTorch from disk is slow. This import warms the page cache for the later stages.
 if [ -n "$gpu" ] && [ -z "$tiny$only" ]; then
     timeout 120 "$python" -c 'import torch, torch._dynamo, triton' >/dev/null 2>&1 </dev/null &
 fi

@@ -3,9 +3,9 @@
 
     python3 gpt2_torch.py [--compile] [--device cpu] [--like OURS.json] [--layers 12 ..] [--steps 10] [--timed 30]
 
-Weights are float32; with --precision bf16 the forward pass runs under autocast. --like takes sizes from the output of
-`gpu_check train`. Timed steps do not wait for their losses: they are timed in groups with one synchronisation at the end.
-Exit code 77: it cannot run here; the last line states the reason.
+Weights are float32. With --precision bf16, the forward pass runs under autocast. --like takes sizes from the output of
+`gpu_check train`. Timed steps do not wait for their losses. They are timed in groups, and each group has one
+synchronisation at its end. Exit code 77 means that the program cannot run here; the last line states the reason.
 """
 
 import argparse
@@ -27,14 +27,14 @@ except ImportError as error:
 SEED, DATA_SEED, STD = 1337, 4242, 0.02
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.99), 1e-8, 0.1
 SIZES = dict(layers=12, heads=12, width=768, context=1024, vocabulary=50304, batch=16)
-# Steps of a timed group.
+# Number of steps in a timed group.
 GROUP = 5
-# Elements of a weight that one task generates.
+# Number of elements of a weight that one task generates.
 CHUNK = 1 << 20
 
 
 def mix(x):
-    """SplitMix64's output function on an array of uint64."""
+    """Applies SplitMix64's output function to an array of uint64."""
     with np.errstate(over="ignore"):
         z = np.asarray(x, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -50,7 +50,7 @@ def fnv1a(text):
 
 
 def normal(name, count):
-    """Elements of the weight `name`: Box and Muller's cosine branch on counters, as in runtime/src/init.rs."""
+    """Returns elements of the weight `name`: the cosine branch of Box-Muller on counters, as in runtime/src/init.rs."""
     key = mix([SEED ^ fnv1a(name)])[0]
 
     def part(first):
@@ -60,7 +60,7 @@ def normal(name, count):
         u2 = (mix(i + np.uint64(1)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         return (np.sqrt(-2.0 * np.log(u1)) * np.cos(2.0 * np.pi * u2) * STD).astype(np.float32)
 
-    # numpy releases the GIL.
+    # Threads run in parallel, because numpy releases the GIL.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         return np.concatenate(list(pool.map(part, range(0, count, CHUNK))))
 
@@ -71,7 +71,7 @@ def token(i, vocabulary):
 
 
 def batch(a, step):
-    """Tokens and targets of a step, in the host's memory."""
+    """Returns the tokens and targets of a step in host memory."""
     positions = np.arange(step * a.batch * a.context, (step + 1) * a.batch * a.context, dtype=np.uint64)
     positions = positions.reshape(a.batch, a.context)
     both = [torch.from_numpy(token(positions + np.uint64(shift), a.vocabulary)) for shift in (0, 1)]
@@ -96,7 +96,7 @@ class Block(nn.Module):
 
 
 class Gpt(nn.Module):
-    """The model of shardflow's `nn::gpt`: no biases, exact GELU, a head that does not share the embedding's weights."""
+    """The model of shardflow's `nn::gpt`. It has an exact GELU, a separate head matrix and no biases."""
 
     def __init__(self, a):
         super().__init__()
@@ -112,12 +112,12 @@ class Gpt(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.view(-1))
 
 
-# Shardflow's names of layers, if they differ from those of the modules above.
+# Shardflow's names of layers that differ from the names of the modules above.
 NAMES = {"proj": "attn.proj", "fc": "mlp.fc", "out": "mlp.proj"}
 
 
 def weight(name, shape):
-    """The initial values of one of the modules' weights."""
+    """Returns the initial values of the weight of one module."""
     if len(shape) == 1:
         return np.ones(shape, np.float32)
     *front, layer, _ = name.split(".")
@@ -154,7 +154,7 @@ def main():
         print("PyTorch sees no GPU", file=sys.stderr)
         sys.exit(77)
     on_gpu = a.device == "cuda"
-    # Disable TF32 regardless of the environment: Shardflow computes in float32.
+    # Disable TF32 regardless of the environment, because Shardflow computes in float32.
     torch.set_float32_matmul_precision("highest")
     model = Gpt(a)
     with torch.no_grad():

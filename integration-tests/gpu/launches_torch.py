@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Times in PyTorch the products and attentions that `gpu_check launches` timed, and prints one line of JSON: for each, our
-milliseconds and PyTorch's.
+"""Times, in PyTorch, the matrix products and attentions that `gpu_check launches` has timed in Shardflow. For each
+product or attention, prints the milliseconds of both, in one line of JSON.
 
     python3 launches_torch.py --like LAUNCHES.json [--device cpu]
 
-Both cycle through more memory than a cache holds. PyTorch writes a product of bf16 inputs in bf16 where we write float32.
-Exit code 77: it cannot run here; the last line states the reason.
+Both programs cycle through more memory than a cache holds. For a product of bf16 inputs, PyTorch writes bf16, but
+Shardflow writes float32. Exit code 77 means that the program cannot run here; the last line states the reason.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "i32": torch.int32}
 
 
 def calls(row, device, copies):
-    """Functions without arguments that do the row's work, each on separate tensors."""
+    """Returns functions without arguments. Each function does the work of the row on its own tensors."""
     def tensors(kind):
         return [(torch.rand(b["shape"], device=device) + 0.1).to(TYPES[b["type"]]) for b in row[kind]]
 
@@ -35,7 +35,7 @@ def calls(row, device, copies):
         reads = tensors("reads")
         if row["op"] == "einsum":
             return lambda: torch.einsum(row["spec"], *reads)
-        # PyTorch's layout is [b, h, t, d], ours is [b, t, h, d].
+        # PyTorch's layout is [b, h, t, d], and Shardflow's layout is [b, t, h, d].
         q, k, v = (x.transpose(1, 2) for x in (reads if row["op"] == "attention" else reads[1:4]))
         if row["op"] == "attention":
             return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -48,8 +48,8 @@ def calls(row, device, copies):
 
 
 def captured(play):
-    """Captures the calls of `play` as a CUDA graph, and returns a function that replays it without Python between the calls; None
-    if the capture fails."""
+    """Captures the calls of `play` as a CUDA graph. Returns a function that replays the graph without Python between
+    the calls, or None if the capture fails."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -61,7 +61,7 @@ def captured(play):
 
 
 def measure(row, device):
-    """Milliseconds of one call."""
+    """Returns the milliseconds of one call."""
     buffers = row["reads"] + row["writes"]
     size = sum(math.prod(b["shape"]) * TYPES[b["type"]].itemsize for b in buffers)
     copies = 1 if device == "cpu" else min(max(-(-ROUND_BYTES // max(size, 1)), 1), COPIES_MAX)
@@ -86,7 +86,7 @@ def measure(row, device):
     one = milliseconds(lambda: run(1))
     count = min(max(math.ceil(ROUND_MS / max(one, 1e-3)), 1), IN_A_ROW_MAX)
     play = lambda: run(count)
-    # A small product ends before Python issues the next one.
+    # A small product ends before Python issues the next product.
     if device == "cuda" and row["op"] == "einsum":
         play = captured(play) or play
     milliseconds(play)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the files that a machine with a GPU needs for check.sh: programs, cubins, scripts, in one folder and one archive beside it.
-# Needs Rust, g++, and PyPI for NVRTC; no GPU. Fails if the folder is larger than 64 MiB.
+# Builds the programs, cubins and scripts that a machine with a GPU needs for check.sh. Puts them into one folder, and
+# into one archive beside the folder. Needs Rust, g++ and PyPI (for NVRTC), no GPU. Fails if the folder exceeds 64 MiB.
 #
 #     integration-tests/gpu/pack.sh [FOLDER]      target/gpu-check by default
 set -euo pipefail
@@ -9,14 +9,14 @@ export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$PWD/target}"
 out="${1:-$CARGO_TARGET_DIR/gpu-check}"
 bytes_max=$((64 << 20))
 
-# The same virtual environment as in the CI stage `cuda`.
+# The CI stage `cuda` uses the same virtual environment.
 venv="$CARGO_TARGET_DIR/cuda-wheels" wanted=kernels/cuda/requirements.txt
 if ! cmp -s "$wanted" "$venv/installed"; then
     python3 -m venv --clear "$venv"
     "$venv/bin/pip" install -q --disable-pip-version-check --only-binary :all: -r "$wanted"
     cp "$wanted" "$venv/installed"
 fi
-# Includes Blackwell, because NVRTC may lack headers on a machine that has only PyTorch's packages.
+# Includes Blackwell: where only PyTorch's packages are installed, NVRTC may lack the headers to compile for it.
 architectures=(--arch sm_80 --arch sm_90 --arch sm_90a --arch sm_100 --arch sm_120)
 "$venv/bin/python" kernels/cuda/build_cubins.py "${architectures[@]}" --out "$CARGO_TARGET_DIR/cubins" >"$CARGO_TARGET_DIR/cubins.log" ||
     { tail -n 20 "$CARGO_TARGET_DIR/cubins.log" >&2; exit 1; }
@@ -25,15 +25,15 @@ cargo build --release -p shardflow-integration-tests --bin gpu_check
 # The test program that the CI stage `test` runs on the software device.
 conformance=$(cargo test -p shardflow-kernels --test cuda --no-run --message-format=json |
     sed -n 's/.*"kind":\["test"\].*"executable":"\([^"]*\)".*/\1/p')
-[ -x "$conformance" ] || { echo "error: cargo lists no program of the test cuda: $conformance" >&2; exit 1; }
-# With a name that matches no test, the program would run none and pass.
+[ -x "$conformance" ] || { echo "error: cargo lists no program for the test cuda: $conformance" >&2; exit 1; }
+# If no test had this name, the program would run no test and succeed.
 "$conformance" --list --ignored | grep -x "child: test" >/dev/null || { echo "error: $conformance has no test named child" >&2; exit 1; }
 
 rm -rf "$out"
 mkdir -p "$out/cubins"
 strip -o "$out/gpu_check" "$CARGO_TARGET_DIR/release/gpu_check"
 strip -o "$out/conformance" "$conformance"
-# Copies only cubins of existing sources: an older build may have left others.
+# Copies only cubins of existing sources, because an older build may have left other cubins.
 for source in kernels/src/cuda/*.cu; do
     cp "$CARGO_TARGET_DIR/cubins/$(basename "$source" .cu)".*.cubin "$out/cubins"
 done
@@ -42,7 +42,7 @@ echo "$(git rev-parse HEAD)$(git diff --quiet HEAD || echo ' with changes')" >"$
 bytes=$(du -sb "$out" | cut -f1)
 if [ "$bytes" -gt "$bytes_max" ]; then
     du -sb "$out"/* >&2
-    echo "error: $out has $bytes bytes, more than the limit of $bytes_max; the sizes are listed above" >&2
+    echo "error: $out has $bytes bytes, more than the limit of $bytes_max bytes; the sizes are listed above" >&2
     exit 1
 fi
 tar -C "$(dirname "$out")" -czf "$out.tar.gz" "$(basename "$out")"

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Collects the results of check.sh's stages in a folder into its `report.json`. The exit code is 1 if a stage did not pass, a
-required one was not run, or the required speed was not measured.
+"""Collects the results of the stages of check.sh from a folder, and writes them to `report.json` in that folder. The
+exit code is 1 if a stage did not pass, if a required stage was not run, or if the required speed was not measured.
 
     python3 report.py FOLDER
 
-For each name in FOLDER/stages: NAME.status is `running LIMIT`, or `ended CODE SECONDS LIMIT WANTED` (LIMIT is less than WANTED if
-the deadline left less time), or `skipped REASON`, or `not-run REASON`. NAME.out ends with a line of JSON, if the stage has figures.
-NAME.err is the standard error. Needs no package.
+FOLDER/stages has the names of the stages. For each NAME, NAME.status is `running LIMIT`, `skipped REASON`,
+`not-run REASON` or `ended CODE SECONDS LIMIT WANTED`. LIMIT is less than WANTED if the deadline left less time.
+NAME.out is the standard output. It ends with a line of JSON if the stage has figures. NAME.err is the standard error.
+This program needs only Python's own library.
 """
 
 import json
@@ -16,15 +17,16 @@ import re
 import sys
 import time
 
-# Maximum relative difference of the first losses from PyTorch's. In f32 the orders of sums differ, in bf16 the places of rounding.
-# On CPUs, four steps of GPT-2 124M on 128 tokens, it was 9e-8 and 1.5e-4.
+# Maximum relative difference between our first losses and PyTorch's. In f32, the two programs add in different orders.
+# In bf16, they also round at different places. On CPUs, with four steps of GPT-2 124M on 128 tokens, the difference was
+# 9e-8 in f32 and 1.5e-4 in bf16.
 LOSSES_MAX = {"f32": 1e-4, "bf16": 5e-3}
-# Required share of torch.compile's tokens/s.
+# Required ratio of Shardflow's tokens/s to torch.compile's tokens/s.
 SPEED_MIN = 0.9
 TAIL_LINES, TAIL_CHARACTERS = 40, 6000
-# Stages that may be left out for lack of time, by a part of their names: second rounds, and long stages of little importance.
+# Stages that may be left out if time runs out, by a part of their names: second rounds and unimportant long stages.
 OPTIONAL = ("-2", "any-order", "sanitizer-")
-# Dense bf16 TFLOP/s of NVIDIA's data sheets, by a part of the device name in the driver.
+# bf16 TFLOP/s without sparsity from NVIDIA's data sheets, by a part of the device name that the driver reports.
 DATASHEET = {"H200": 989.4, "H100 80GB HBM3": 989.4, "H100 PCIe": 756.0, "A100": 312.0, "L40S": 362.0}
 
 
@@ -36,7 +38,7 @@ def text(path):
 
 
 def figures(path):
-    """The JSON object in the last line, or None."""
+    """Returns the JSON object in the last line of the file, or None."""
     lines = text(path).strip().splitlines()
     try:
         # Inf and NaN become null in the report.
@@ -52,8 +54,8 @@ def tail(folder, name):
 
 
 def reason(lines):
-    """The first error of a program; or the message of a test's last panic, because some tests panic on purpose before; or the last
-    Python exception; else the last line."""
+    """Returns the first error of a program. If there is none, returns the message of a test's last panic (some tests
+    first panic on purpose), the last Python exception, or the last line, whichever exists first in this order."""
     panics = [following for line, following in zip(lines, lines[1:]) if "panicked at" in line]
     exceptions = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
     known = [line for line in lines if line.startswith("error")][:1] + panics[-1:] + exceptions[-1:] + lines[-1:]
@@ -69,12 +71,12 @@ def stage(name, folder):
         out.update(state=word, why=rest)
     elif word == "ended":
         code, seconds, limit, wanted = (int(number) for number in rest.split())
-        # 124: ended by `timeout`. 137: killed, by `timeout` if its time limit has passed.
+        # 124: `timeout` has ended the stage. 137: the stage was killed, by `timeout` if its time limit has passed.
         late = code == 124 or code == 137 and seconds >= limit
         state = "timed-out" if late else {0: "ok", 77: "skipped"}.get(code, "failed")
         out.update(state=state, seconds=seconds, limit_seconds=limit, exit_code=code)
         if state == "timed-out" and limit < wanted:
-            # With its full time the stage might have passed.
+            # The stage might have passed with its full time.
             out.update(state="not-run", why=f"the deadline left {limit} of the {wanted} s of this stage")
         if state in ("skipped", "failed"):
             lines = text(folder / f"{name}.err").strip().splitlines()
@@ -90,13 +92,13 @@ def derived(name, state, why=None, results=None):
 
 
 def losses(name, ours, other, precision, other_key="torch"):
-    """Compares the first losses of two trainings. The report lists the second one under `other_key`."""
+    """Compares the first losses of two trainings. The report names the second training `other_key`."""
     if not ours or not other:
         return derived(name, "skipped", "at least one of the two trainings to compare is missing")
     if ours["weights"] != other["weights"]:
         return derived(name, "failed", f"{ours['weights']} weights here, {other['weights']} there")
     pairs = list(zip(ours["losses"], other["losses"]))
-    # A loss that is not finite is null.
+    # A loss that is Inf or NaN is null in JSON, that is, None.
     differences = [abs(a - b) / abs(b) if None not in (a, b) else float("inf") for a, b in pairs]
     most = max(differences, default=float("inf"))
     results = dict({"ours": ours["losses"], other_key: other["losses"]}, relative=most if most < float("inf") else None,
@@ -106,7 +108,7 @@ def losses(name, ours, other, precision, other_key="torch"):
 
 
 def guarded(name, compute, *args):
-    """Computes a stage or a comparison. Unreadable input fails only this one."""
+    """Computes a stage or a comparison. If its input is unreadable, only this stage or comparison fails."""
     try:
         return compute(name, *args)
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
@@ -114,24 +116,26 @@ def guarded(name, compute, *args):
 
 
 def best(results, *stages):
-    """The round of a training with the most tokens/s."""
+    """Returns the round of a training with the most tokens/s."""
     rounds = [results.get(name) for name in stages]
     rounds = [r for r in rounds if r and r.get("tokens_per_s")]
     return max(rounds, key=lambda r: r["tokens_per_s"], default=None)
 
 
 def speed(name, results, info):
-    """Tokens/s compared with PyTorch's, and the share of the machine's peak."""
+    """Compares the tokens/s with PyTorch's, and computes the share of the machine's peak FLOP/s."""
     runs = {kind: best(results, f"gpt2-{kind}-1", f"gpt2-{kind}-2") for kind in ("ours", "eager", "compile")}
     ours = runs["ours"]
-    # cuDNN's gradient of attention as PyTorch may use it, without the same bits each time. Not part of the requirement.
+    # In this training, cuDNN may add in any order when it computes the gradient of attention, as in PyTorch. Its
+    # results are not deterministic, so the required speed does not refer to this training.
     runs["any_order"] = best(results, "gpt2-any-order")
     if not ours:
         return derived(name, "skipped", "there is no training by Shardflow")
     rate = {kind: run["tokens_per_s"] if run else None for kind, run in runs.items()}
     over = {f"over_{kind}": rate["ours"] / rate[kind] for kind in ("eager", "compile") if rate[kind]}
     m = ours["model"]
-    # Lookups in the embedding's tables take no FLOPs. Attention is counted as in PaLM (Chowdhery et al. 2022), for all scores.
+    # Lookups in the embedding tables take no FLOPs. As in PaLM (Chowdhery et al. 2022), all scores of attention are
+    # counted, also those that the causal mask removes.
     matrices = ours["weights"] - (m["vocabulary"] + m["context"]) * m["width"]
     flops = 6 * matrices + 12 * m["layers"] * m["width"] * m["context"]
     tflops = flops * rate["ours"] / 1e12
@@ -143,7 +147,7 @@ def speed(name, results, info):
                datasheet_tflops=sheet, memory={kind: run and run["memory"] for kind, run in runs.items()})
     launches = results.get("launches")
     if launches:
-        # A launch that is timed separately is not fused with its neighbour, so the sum may be more than a step.
+        # A launch that is timed alone is not fused with its neighbour, so the sum may exceed the time of a step.
         total = launches["sum_ms_per_step"]
         rows = launches["launches"][:20]
         out.update(ms_per_step=ours["ms_per_step"], launches_ms_per_step=total, where_the_time_goes=[
@@ -152,7 +156,7 @@ def speed(name, results, info):
     if info.get("sizes") == "tiny":
         return derived(name, "skipped", "tiny sizes do not measure speed", out)
     if "over_compile" not in over:
-        # The stage was not requested, or it gave no figure.
+        # The stage of torch.compile was not requested, or it gave no figure.
         requested = any(key.startswith("gpt2-compile-") for key in info["requested"])
         state = "not-measured" if requested else "skipped"
         return derived(name, state, "torch.compile gave no figure to compare with", out)
@@ -166,10 +170,10 @@ def main():
     stages = [guarded(name, stage, folder) for name in text(folder / "stages").split()]
     info = dict(line.split("=", 1) for line in text(folder / "info").splitlines() if "=" in line)
     results = {s["name"]: s["results"] for s in stages}
-    # Only complete stages are compared.
+    # Compare only complete stages.
     complete = {s["name"]: s["results"] for s in stages if s["state"] == "ok"}
     if any(name.startswith("gpt2-") for name in results):
-        # The first complete round of PyTorch: all rounds begin with the same losses, except for rounding.
+        # Take the first complete round of PyTorch. All rounds begin with the same losses, except for rounding.
         rounds = [f"gpt2-{kind}-{n}" for kind in ("eager", "compile") for n in (1, 2)]
         for precision, ours, others in [("f32", "gpt2-f32-ours", ["gpt2-f32-eager"]), ("bf16", "gpt2-ours-1", rounds)]:
             other = next((complete[name] for name in others if complete.get(name)), None)

@@ -2,8 +2,9 @@
 //
 //     node check.mjs PROGRAMS MODULES [PICTURES]
 //
-// PROGRAMS is the folder with `gpt`, `shardflow` and `watched`. MODULES is the folder where playwright-core is installed. If PICTURES is
-// given, screenshots of the page are saved there. CHROMIUM is the path of the browser. Ends with 0, or with 1 and the errors.
+// PROGRAMS is the folder with `gpt`, `shardflow` and `watched`. MODULES is the folder where playwright-core is
+// installed. If PICTURES is given, the script saves screenshots of the page in this folder. The environment variable
+// CHROMIUM is the path of the browser. The exit code is 0, or 1 if there are errors; the script prints them.
 
 import assert from 'node:assert/strict';
 import { execFileSync, spawn } from 'node:child_process';
@@ -26,7 +27,7 @@ const SHARE_DIFFERENCE_MAX = 0.15;
 
 const pause = (ms) => new Promise((resume) => setTimeout(resume, ms));
 
-// Waits until `condition` returns a true value, and returns it.
+// Waits until `condition` returns a true value, and returns this value.
 async function until(event, condition) {
   const deadline = performance.now() + DEADLINE_MS;
   let last = '';
@@ -39,7 +40,7 @@ async function until(event, condition) {
     }
     await pause(POLL_MS);
   }
-  throw new Error(`${event}: not within ${DEADLINE_MS / 1000} s${last}`);
+  throw new Error(`timeout of ${DEADLINE_MS / 1000} s while waiting for ${event}${last}`);
 }
 
 async function freePort() {
@@ -80,7 +81,7 @@ const SMALL = ['--mesh=stage=2', '--micro-batches=4', '--layers=2', '--width=32'
 
 let browser;
 
-// Opens the page on this port. `wrong` collects errors and warnings; with `mayBreak`, messages about broken connections are ignored.
+// Opens the page on this port. `wrong` collects errors and warnings. With `mayBreak`, broken connections are no errors.
 async function openPage(port, options = {}, mayBreak = false) {
   const context = await browser.newContext({ viewport: { width: 1200, height: 900 }, ...options });
   const page = await context.newPage();
@@ -94,7 +95,7 @@ async function openPage(port, options = {}, mayBreak = false) {
   page.on('console', (message) => {
     if (['error', 'warning'].includes(message.type()) && !isBroken(message.text())) wrong.push(message.text());
   });
-  // A label that begins left of its canvas is clipped.
+  // A label that begins to the left of its canvas is clipped.
   await page.exposeFunction('reportClipped', (label) => wrong.push(`the label ${label} is clipped`));
   await page.addInitScript(() => {
     const proto = CanvasRenderingContext2D.prototype;
@@ -121,7 +122,7 @@ async function metrics(port) {
   }));
 }
 
-// The page must show the values of `/metrics` and `/plan` at the same step.
+// Checks that the page shows the values that `/metrics` and `/plan` have at the same step.
 async function matchesMetrics() {
   const port = await freePort();
   const training = await start('gpt', gptArgs(port, ...SMALL), port, { SHARDFLOW_RESTART_CAUSES: '137,75' });
@@ -171,7 +172,7 @@ async function matchesMetrics() {
   await end(training);
 }
 
-// Cases that no short run produces: missing values and NaN, and passes over the plan that repeat a step or return to an earlier one.
+// Checks what no short run produces: missing values, NaN, and passes that repeat a step or return to an earlier one.
 async function rareValues(page) {
   const seen = await page.evaluate(async () => {
     const [{ number }, { Model }] = [await import('./page/format.js'), await import('./page/model.js')];
@@ -181,7 +182,7 @@ async function rareValues(page) {
   assert.deepEqual(seen, { numbers: ['-', 'NaN', '1.3'], steps: [61, 62, 62, 63, 64, 61, 62] });
 }
 
-// The incidents list earlier attempts, the oldest first.
+// Checks that the incidents list earlier attempts, with the oldest attempt first.
 async function restarts(page, got) {
   const incidents = await page.locator('#incidents li').allTextContents();
   assert.match(incidents[0], /^restart after .*: attempt 0 of the job ended with code 137: SIGKILL$/);
@@ -190,7 +191,7 @@ async function restarts(page, got) {
   assert.deepEqual(counted, [1, 1]);
 }
 
-// An edge with more bytes per step is wider.
+// Checks that an edge with more bytes per step is wider.
 async function widths(page, plan) {
   const edges = await page.evaluate(() => [...document.querySelectorAll('.edge')].map((edge) => [
     Number(edge.dataset.register), edge.getAttribute('aria-label'), Number(edge.querySelector('path').getAttribute('stroke-width')),
@@ -207,7 +208,7 @@ async function widths(page, plan) {
   assert.ok(sized[sized.length - 1][1] > 2 * sized[0][1], 'widths of edges differ');
 }
 
-// The row of a compute actor shows measured forward and backward bars in their colours, below paler predicted bars.
+// Checks that a compute actor's row shows coloured bars for measured forward and backward, below paler predicted bars.
 async function colours(page) {
   const seen = await page.evaluate(() => {
     const canvas = document.getElementById('gantt');
@@ -235,7 +236,7 @@ async function colours(page) {
   assert.ok(seen.predicted.pale > 20 && seen.predicted.full === 0, JSON.stringify(seen));
 }
 
-// Compares the share of busy time and of collectives of each actor, as shown by its bar, with `/metrics`.
+// Compares with `/metrics` the shares of busy time and of collectives that the bar of each actor shows.
 async function busy(page, port, [before, then]) {
   await until('seconds', () => performance.now() - before > 4000);
   const bars = await page.evaluate(() => [...document.querySelectorAll('#breakdown tbody tr')].map((row) => [
@@ -258,7 +259,7 @@ async function busy(page, port, [before, then]) {
   assert.ok(bars.some(([, parts]) => parts[1] > 0.01), 'some actor is in collectives');
 }
 
-// The Tab key reaches rows and edges, arrow keys change the row and the step, Enter opens a register.
+// Checks the keyboard: Tab reaches rows and edges, arrow keys change the row and the step, and Enter opens a register.
 async function keyboard(page, port) {
   await page.locator('#timeline').focus();
   await page.keyboard.press('Tab');
@@ -292,7 +293,7 @@ const appearance = (page) => page.evaluate(() => ({
 const LIGHT = 'rgb(255, 255, 255)';
 const DARK = 'rgb(20, 23, 28)';
 
-// The page fits a narrow window, follows the dark colour scheme, and has no animations under reduced motion.
+// Checks that the page fits a narrow window, follows the dark colour scheme, and respects reduced motion.
 async function fits(port) {
   const { page, wrong, close } = await openPage(port, { viewport: { width: 360, height: 700 }, colorScheme: 'dark', reducedMotion: 'reduce' });
   await until('an event', async () => (await text(page, 'step')) !== '-');
@@ -305,11 +306,11 @@ async function fits(port) {
   await close();
 }
 
-// An open page follows changes of the colour scheme and of the window's width.
+// Checks that an open page follows changes of the colour scheme and of the window's width.
 async function follows(page) {
   const before = await appearance(page);
   assert.deepEqual([before.background, before.animated], [LIGHT, true]);
-  // Whether the chart contains the grid's colour of the style sheet.
+  // Whether the chart contains the colour that the style sheet gives to the grid.
   const hasGrid = () => page.evaluate(() => {
     const canvas = document.querySelector('#chart-loss canvas');
     const copy = Object.assign(document.createElement('canvas'), { width: canvas.width, height: canvas.height }).getContext('2d', { willReadFrequently: true });
@@ -329,7 +330,7 @@ async function follows(page) {
   assert.ok((await appearance(page)).width <= 700);
 }
 
-// With several processes, each page shows the actors of its process, and links to the pages of the others.
+// Checks several processes: each page shows the actors of its process, and has links to the other pages.
 async function processes() {
   const port = await twoPorts();
   const launched = ['launch', '--nproc-per-node=2', `--log-dir=${path.join(modules, 'logs')}`, '--', path.join(programs, 'gpt')];
@@ -387,7 +388,7 @@ async function sendNonsense(pid) {
   socket.close();
 }
 
-// The bubble of four evenly loaded stages must agree with the prediction and with the formula of the schedules' authors.
+// Checks that the bubble of four evenly loaded stages agrees with the prediction and the published formula.
 async function bubble(schedule) {
   const [port, microBatches, stages] = [await freePort(), 8, 4];
   const training = await watched(port, `stage=${stages}`, schedule, microBatches, 20);
@@ -395,7 +396,7 @@ async function bubble(schedule) {
   const shares = () => page.evaluate(() => ['bubble', 'bubble-predicted'].map((id) => Number(document.getElementById(id).dataset.share)));
   await until('a prediction', async () => (await shares()).every((share) => share > 0));
   const expected = (stages - 1) / (microBatches + stages - 1);
-  // On a busy machine, single steps are longer, so this waits for agreement in three events in a row.
+  // On a busy machine, single steps are longer. The check therefore waits until three events in a row agree.
   let [seen, inARow, both] = ['', 0, []];
   await until('bubbles that agree', async () => {
     const now = await text(page, 'step');
@@ -413,7 +414,7 @@ async function bubble(schedule) {
   await end(training);
 }
 
-// An edge that blocks its reader turns red, and the incidents show the cause. After the stall, the page recovers.
+// Checks a stall: the edge that blocks its reader turns red, the incidents show the cause, and the page recovers later.
 async function stall() {
   const port = await freePort();
   const training = await watched(port, 'stage=2', '1f1b', 4, 2);
@@ -427,7 +428,7 @@ async function stall() {
   await until('health', async () => (await text(page, 'health')) === 'running, edges are blocked');
   await until('the waiting actor', async () => /waits for piece/.test(await text(page, 'breakdown')));
   await until('an incident', async () => /device 1 compute forward has not ended, and waits for no other action/.test(await text(page, 'incidents')));
-  // `shardflow status` prints the same.
+  // `shardflow status` prints the same information.
   const status = execFileSync(path.join(programs, 'shardflow'), ['status', '--at', `127.0.0.1:${port}`], { encoding: 'utf8' });
   assert.match(status, /^no progress for [1-9]\d+\.\d s; run `shardflow explain-hang` for the cause$/m);
   assert.match(status, /device 1 compute forward is in flight$/m);
@@ -446,7 +447,7 @@ async function stall() {
   await end(training);
 }
 
-// When the server ends and another one starts in its place, the page reports this and shows the new session.
+// Checks that the page reports the end of its server. If another server follows, the page shows its session.
 async function reconnects() {
   const port = await freePort();
   let training = await watched(port, 'stage=2', '1f1b', 4, 2);
@@ -458,7 +459,7 @@ async function reconnects() {
   await until('the new session', async () => /stage=4/.test(await text(page, 'what')));
   await until('fresh', async () => /^\d\.\d s ago$/.test(await text(page, 'fresh')));
   assert.equal(await page.locator('#rows button').count(), (await (await fetch(`http://127.0.0.1:${port}/plan`)).json()).actors.length);
-  // A stopped server does not break the connection at first, but its data becomes stale.
+  // A stopped server does not close the connection at first, but its data becomes stale.
   training.child.kill('SIGSTOP');
   await until('stale', async () => /^stale, /.test(await text(page, 'fresh')));
   training.child.kill('SIGCONT');
@@ -468,7 +469,7 @@ async function reconnects() {
   await end(training);
 }
 
-// Measures the bytes of events per second for a plan with a thousand actors, and checks that the page shows it.
+// Measures the bytes of events per second for a plan with a thousand actors, and checks that the page shows this plan.
 async function manyActors() {
   const port = await freePort();
   const training = await watched(port, 'data=100,stage=4', '1f1b', 2, 0);
@@ -496,7 +497,7 @@ async function manyActors() {
   await end(training);
 }
 
-// Saves light and dark screenshots of a training.
+// Saves screenshots of a training in the light and in the dark colour scheme.
 async function takePictures() {
   const port = await freePort();
   const training = await start('gpt', gptArgs(port, '--mesh=stage=4', '--micro-batches=8', '--threads-per-device=1', '--layers=4', '--width=64', '--heads=4', '--context=64', '--batch=32', '--clip=1'), port);

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Runs `gpt` under a real Slurm with two nodes on this machine's loopback: with srun, with docs/deploy/job.sbatch, with a killed
-# process, and with the launcher. The argument is the folder of the release programs. Ends with 77 when it cannot run here.
+# Runs `gpt` under a real Slurm with two nodes on this machine's loopback interface. The runs use srun,
+# docs/deploy/job.sbatch and the launcher, and one run kills a process. The argument is the folder of the release
+# programs. The exit code is 77 if the script cannot run here.
 #
-# Everything runs in separate namespaces (mounts, processes, network, host names): it does not see another Slurm on this machine,
-# has its own host names node1 and node2, and leaves no processes behind.
+# Everything runs in separate namespaces for mounts, processes, network and host names. The runs do not see another
+# Slurm on this machine, have their own host names node1 and node2, and leave no processes behind.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -19,7 +20,7 @@ fail() {
     exit 1
 }
 
-# within SECONDS COMMAND..: repeats the command until it succeeds. If it never does, prints its last output and fails.
+# within SECONDS COMMAND..: repeats the command until it succeeds. After that time, prints its last output and fails.
 within() {
     local deadline=$((SECONDS + $1)) output
     shift
@@ -32,16 +33,17 @@ within() {
 outside() {
     local programs=$1 as_root=() folder program code=0
     if [ "$(id -u)" != 0 ]; then
-        sudo -n true 2>/dev/null || skip "neither root nor sudo without a password"
+        sudo -n true 2>/dev/null || skip "this needs root, or sudo without a password"
         as_root=(sudo -n)
     fi
     PATH="$PATH:/usr/sbin:/sbin"
     for program in slurmctld slurmd munged srun ip pgrep; do
-        command -v "$program" >/dev/null || skip "no program $program: install Debian's slurm-wlm, munge, iproute2 and procps"
+        command -v "$program" >/dev/null ||
+            skip "$program not found: install Debian's slurm-wlm, munge, iproute2 and procps"
     done
     "${as_root[@]}" unshare --mount --pid --net --uts --ipc --fork true 2>/dev/null || skip "namespaces are not permitted (unshare)"
     folder=$(mktemp -d)
-    # The processes inside end when this process closes the pipe, even when it is killed.
+    # The processes in the namespaces end when the pipe closes, and the pipe closes even if this process is killed.
     mkfifo "$folder/alive"
     exec 9<>"$folder/alive"
     trap 'exit 130' INT
@@ -53,7 +55,7 @@ outside() {
     exit "$code"
 }
 
-# ---- The functions below run in the namespaces, as root.
+# ---- The functions below run as root in the namespaces.
 
 start_slurm() {
     ip link set lo up
@@ -74,7 +76,7 @@ SlurmctldHost=node1
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A requeued job waits until its old credentials expire, by default two minutes.
+# A requeued job waits until its old credentials expire, which takes two minutes by default.
 AuthInfo=socket=$folder/munge/socket,cred_expire=5
 CryptoType=crypto/munge
 ProctrackType=proctrack/linuxproc
@@ -115,19 +117,19 @@ both_idle() {
     [ "$(sinfo --noheader --Node --format=%T)" = $'idle\nidle' ] || { sinfo --Node; return 1; }
 }
 
-# losses FILE: prints step and loss of each line, as written. The text of a number determines its bits. A step that was repeated
-# after a restart may occur twice, with the same loss.
+# losses FILE: prints the step and the loss of each line as they are written. The text of a loss determines its bits. A
+# step that was repeated after a restart may occur twice, but with the same loss.
 losses() {
     grep -o '"step":[^,]*,\|"loss":[^,]*,' "$1" | paste -d ' ' - - | sort -u
 }
 
-# same_losses FILE ONE: fails unless both have the same steps with the same losses, and at least one step.
+# same_losses FILE ONE: fails unless both files have the same steps and losses, and at least one step.
 same_losses() {
     logged "$1" 1 || fail "$1 has no step"
     diff <(losses "$2") <(losses "$1") >&2 || fail "the losses differ from those of one process: $1"
 }
 
-# pid_of VARIABLE=VALUE: prints the process id of the gpt with this variable in its environment.
+# pid_of VARIABLE=VALUE: prints the process id of the `gpt` process that has this variable in its environment.
 pid_of() {
     local pid
     for pid in $(pgrep -x gpt); do
@@ -151,12 +153,12 @@ check_srun() {
                 $gpt $mesh --steps 5 --log-json "srun-$tasks-$transport" >"out-$tasks-$transport" 2>&1 ||
                 { cat "out-$tasks-$transport" >&2; fail "srun of $tasks tasks ended with $?"; }
             same_losses "srun-$tasks-$transport" one
-            echo "$tasks processes on 2 nodes with $transport: the bits of one process"
+            echo "$tasks processes on 2 nodes with $transport: the losses are bit-identical to those of one process"
         done
     done
 }
 
-# Kills a process: the others must notice and name it, and srun must end with a code of docs/guide/troubleshooting.md.
+# Kills a process. The others must name this process, and srun must end with a code of docs/guide/troubleshooting.md.
 check_kill() {
     local begin code=0 victim
     srun --nodes=2 --ntasks=4 --kill-on-bad-exit=0 --wait=60 --label \
@@ -168,10 +170,10 @@ check_kill() {
     kill -KILL "$victim"
     within 30 gone "$job"
     wait "$job" || code=$?
-    # srun returns the highest code: that of the killed process is 128 + 9.
-    [ $code = 137 ] || { cat out-killed >&2; fail "process 3 was killed, and srun ended with $code, not 137"; }
+    # srun returns the highest exit code. This is the code of the killed process, 128 + 9.
+    [ $code = 137 ] || { cat out-killed >&2; fail "process 3 was killed, but srun ended with $code, not 137"; }
     grep -q 'error:.*rank 3' out-killed || { cat out-killed >&2; fail "no process named rank 3"; }
-    echo "process 3 killed: named by the others, srun ended with $code after $((SECONDS - begin)) s"
+    echo "process 3 was killed: the other processes named it, and srun ended with $code after $((SECONDS - begin)) s"
     grep 'error:' out-killed
 }
 
@@ -179,13 +181,13 @@ gone() {
     ! kill -0 "$1" 2>/dev/null
 }
 
-# Runs job.sbatch unchanged. On SIGTERM in the middle, it must requeue itself and continue from its checkpoint.
+# Runs job.sbatch unchanged, and sends SIGTERM. The job must requeue itself and continue from its checkpoint.
 check_sbatch() {
     local job steps=600
     timeout 60 $gpt --steps $steps --mesh data=2,stage=2 --micro-batches 4 --log-json one-batch >/dev/null
     job=$(PATH="$PATH:$programs" sbatch --parsable "$root/docs/deploy/job.sbatch" $model --steps $steps --log-json batch)
     within 30 logged batch 50
-    # Slurm sends this signal two minutes before the end of the job's time.
+    # Slurm sends this signal two minutes before the time limit of the job.
     scancel --signal=TERM "$job"
     within 60 grep -qs 'code 143, requeued (1 of ' "gpt-$job.out"
     within 90 has_ended "$job"
@@ -194,11 +196,11 @@ check_sbatch() {
     grep -q 'continuing from step' "gpt-$job.out" ||
         { cat "gpt-$job.out" >&2; fail "the second run did not continue from the checkpoint"; }
     same_losses batch one-batch
-    echo "job.sbatch: ended by SIGTERM, requeued, continued from its checkpoint to the losses of one process"
+    echo "job.sbatch ended on SIGTERM, was requeued, continued from its checkpoint, and has the losses of one process"
     grep 'job.sbatch:\|continuing from' "gpt-$job.out"
 }
 
-# Runs the commands of docs/slurm.md for the launcher, with a smaller model. A process is killed, and all must be restarted.
+# Runs the commands of docs/slurm.md for the launcher, with a smaller model. Kills a process; all must restart.
 check_launcher() {
     local job victim
     { echo '#!/bin/bash'; awk '/^## / { ours = /With the launcher/ } /^```/ { code = !code; next } code && ours' \
@@ -217,7 +219,7 @@ check_launcher() {
     grep -q 'continuing from step' out-launched ||
         { cat out-launched >&2; fail "the restarted processes did not continue from the checkpoint"; }
     same_losses launched one-launched
-    echo "docs/slurm.md with the launcher: process 2 killed, all continued to the losses of one process"
+    echo "launcher of docs/slurm.md: process 2 was killed, and all processes continued to the losses of one process"
     grep 'continuing from' out-launched
 }
 
@@ -230,7 +232,7 @@ has_ended() {
     esac
 }
 
-# This is process 1 of its namespace, so all other processes end with it: after the checks, or when the pipe is closed.
+# This process has the id 1 in its namespace, so its end (after the checks, or when the pipe closes) ends all others.
 inside() {
     programs=$1 folder=$2
     local code=0

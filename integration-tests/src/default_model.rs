@@ -1,4 +1,4 @@
-//! For benchmarks: the model that `gpt` trains by default.
+//! The model that `gpt` trains by default, for benchmarks.
 
 use shardflow::graph::{AdamW, Graph};
 use shardflow::nn::{self, GptConfig};

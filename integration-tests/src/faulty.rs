@@ -1,5 +1,5 @@
-//! An object store that fails at its k-th operation: it kills the process, reports a full disk, never answers, or
-//! freezes the process. It can instead lack hard links or conditional puts.
+//! An object store with a fault at its k-th operation: it kills the process, reports a full disk, never answers, or
+//! freezes the process. Other faults are missing hard links and missing conditional puts.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -21,13 +21,13 @@ type Work = Box<dyn FnOnce() + Send>;
 /// How the store fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StoreFault {
-    /// The process freezes, and continues once the given work is done.
+    /// The process freezes while the work given to [`FaultyStore::meanwhile`] runs, and then continues.
     Freeze,
     /// The process is killed and leaves a half-written file.
     Kill,
-    /// From then on, all writes fail.
+    /// From this operation on, all writes fail.
     Full,
-    /// From then on, all operations hang.
+    /// From this operation on, all operations hang.
     Stall,
     /// Exclusive creation fails, because the file system has no hard links.
     NoLinks,
@@ -41,7 +41,7 @@ struct Trigger {
     /// The operation that fails, counted from 0.
     at: AtomicUsize,
     fault: StoreFault,
-    /// Folder of the files, in which a half-written file is left.
+    /// Folder of the store's files. `Kill` leaves a half-written file in it.
     root: Option<PathBuf>,
     /// Runs while the process is frozen.
     meanwhile: Mutex<Option<Work>>,
@@ -54,7 +54,7 @@ impl fmt::Debug for Trigger {
 }
 
 impl Trigger {
-    /// Runs before each operation. `part` is the path and content that the operation writes.
+    /// This function is called before each operation. `part` is the path and the content that the operation writes.
     async fn before_operation(&self, part: Option<(&Path, &PutPayload)>) -> Result<()> {
         let (index, at) = (self.done.fetch_add(1, SeqCst), self.at.load(SeqCst));
         match self.fault {
@@ -164,7 +164,7 @@ impl ObjectStore for FaultyStore {
         locations.then(each).boxed()
     }
 
-    /// Lists in the order of names, so that the k-th operation is the same on every machine.
+    /// Lists the files in the order of their names, so that the k-th operation is the same on every machine.
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
         let (inner, trigger) = (self.inner.list(prefix), self.trigger.clone());
         let sorted = async move {

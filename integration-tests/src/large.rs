@@ -1,5 +1,5 @@
-//! Checks gradients whose squares overflow f32, on any kind of device: the norm is finite, clipping works, and an
-//! update that would make a parameter or moment infinite is skipped.
+//! Checks gradients whose squares overflow f32, on any kind of device. The norm is finite, clipping works, and a step
+//! skips an update that would make a parameter or a moment infinite.
 
 use shardflow::graph::optimizer::Overflow;
 use shardflow::graph::{AdamW, Graph};
@@ -14,10 +14,10 @@ use shardflow_kernels::tensor::{DType, HostTensor};
 
 use crate::training::{LEARNING_RATE, Scratch, bits, options, relative};
 
-/// 2^80, about 1.2e24. It scales gradients of about 0.01 exactly; their squares are then far beyond f32's range.
+/// 2^80, about 1.2e24. This factor scales gradients of about 0.01 exactly. The squares of the results overflow f32.
 const LARGE: f32 = 1_208_925_819_614_629_174_706_176.0;
 
-/// A limit below the norm of the unscaled gradients.
+/// Maximum norm for clipping. It is below the norm of the unscaled gradients.
 const MAX_NORM: f32 = 1e-3;
 
 const BATCH: usize = 8;

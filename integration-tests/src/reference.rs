@@ -1,5 +1,5 @@
-//! A plain GPT in float64 on one thread, which is the reference for every layout. It shares no code with the kernels,
-//! except that `shardflow::init` generates the initial weights.
+//! A plain GPT in float64 on one thread. It is the reference for every layout. Apart from `shardflow::init`, which
+//! generates the initial weights, it shares no code with the library.
 //!
 //! The model has no biases, an exact GELU, layer norms with eps 1e-5, causal attention and an untied head. AdamW decays
 //! only matrices.
@@ -40,10 +40,10 @@ impl ReferenceConfig {
     }
 }
 
-/// Values by parameter name, such as `h.0.attn.q.weight`, each row-major.
+/// Row-major values of tensors by parameter name, such as `h.0.attn.q.weight`.
 pub type Tensors = BTreeMap<String, Vec<f64>>;
 
-/// Returns the names and shapes of a model's parameters.
+/// Returns the names and shapes of the parameters of a model.
 pub fn parameter_shapes(config: &ReferenceConfig, vocab: usize) -> BTreeMap<String, Vec<usize>> {
     let (width, mut shapes) = (config.width, BTreeMap::new());
     let mut add = |name: String, shape: &[usize]| shapes.insert(name, shape.to_vec());
@@ -74,8 +74,8 @@ pub fn initial_parameters(config: &ReferenceConfig, vocab: usize) -> Tensors {
     parameter_shapes(config, vocab).into_iter().map(make).collect()
 }
 
-/// Converts a text to ids, which number its distinct bytes in ascending order. Returns the number of distinct bytes,
-/// and the ids of the first nine tenths of the text.
+/// Converts a text to ids: the distinct bytes of the text are numbered in ascending order. Returns the number of
+/// distinct bytes, and the ids of the first nine tenths of the text.
 pub fn tokens(text: &[u8]) -> (usize, Vec<usize>) {
     let mut alphabet = text.to_vec();
     alphabet.sort_unstable();
@@ -125,7 +125,7 @@ pub fn train(config: &ReferenceConfig, text: &[u8], steps: usize) -> Vec<f64> {
     losses
 }
 
-/// The update of AdamW, <https://arxiv.org/abs/1711.05101>, with betas 0.9 and 0.99 and eps 1e-8.
+/// Applies the update of AdamW, <https://arxiv.org/abs/1711.05101>, with the betas 0.9 and 0.99 and the eps 1e-8.
 #[allow(clippy::too_many_arguments)]
 fn adam_w(p: &mut [f64], g: &[f64], m: &mut [f64], v: &mut [f64], scale: f64, lr: f64, decay: f64, t: i32) {
     let (beta1, beta2) = (0.9, 0.99);
@@ -151,7 +151,7 @@ struct Saved {
     gelu: Vec<f64>,
 }
 
-/// Returns the mean loss of `ids` against `targets` (each `[samples, context]`), and its gradient for each parameter.
+/// Returns the mean loss of `ids` against `targets` (each `[samples, context]`), and the gradient for each parameter.
 pub fn loss_and_gradients(config: &ReferenceConfig, p: &Tensors, ids: &[usize], targets: &[usize]) -> (f64, Tensors) {
     let width = config.width;
     let mut x = vec![0.0; ids.len() * width];
@@ -199,7 +199,7 @@ fn layer_forward(config: &ReferenceConfig, p: &Tensors, layer: usize, x: &mut [f
     Saved { norm1, q, k, v, attention, norm2, fc, gelu }
 }
 
-/// In `dx`, replaces the gradient with respect to the layer's output by the gradient with respect to its input.
+/// Before the call, `dx` is the gradient with respect to the layer's output; after it, with respect to the input.
 fn layer_backward(config: &ReferenceConfig, p: &Tensors, layer: usize, saved: &Saved, dx: &mut [f64], g: &mut Tensors) {
     let (width, name) = (config.width, |part: &str| format!("h.{layer}.{part}.weight"));
     let mut dfc = linear_backward(dx, &saved.gelu, &name("mlp.proj"), p, g, 4 * width);
@@ -229,7 +229,7 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 /// Computes `y = x w^T`, where x is `[rows, inputs]` and w is `[outputs, inputs]`.
 fn linear(x: &[f64], w: &[f64], inputs: usize) -> Vec<f64> {
     let outputs = w.len() / inputs;
-    // Transpose w first. The inner loop then runs along rows, which is fast enough for a test.
+    // Transpose w first. The inner loop then runs along rows, and this is fast enough for a test.
     let mut transposed = vec![0.0; w.len()];
     for (i, value) in w.iter().enumerate() {
         transposed[i % inputs * outputs + i / inputs] = *value;
@@ -306,8 +306,8 @@ struct Attention {
 }
 
 impl Attention {
-    /// Calls `f(query row, key row, first column, index of the probability)` for each query and each key that the query
-    /// attends to.
+    /// Calls `f(query row, key row, first column, index of the probability)` for each query and each key to which the
+    /// query attends.
     fn pairs(config: &ReferenceConfig, rows: usize, mut f: impl FnMut(usize, usize, usize, usize)) {
         let (t, heads) = (config.context, config.heads);
         for sample in 0..rows / t {
@@ -373,7 +373,7 @@ impl Attention {
     }
 }
 
-/// Returns the mean over the rows of `-log softmax(logits)[target]`, and its gradient.
+/// Returns the mean over the rows of `-log softmax(logits)[target]`, and its gradient for `logits`.
 fn cross_entropy(logits: &[f64], targets: &[usize]) -> (f64, Vec<f64>) {
     let (vocab, n) = (logits.len() / targets.len(), targets.len() as f64);
     let (mut loss, mut dlogits) = (0.0, Vec::with_capacity(logits.len()));
@@ -387,7 +387,7 @@ fn cross_entropy(logits: &[f64], targets: &[usize]) -> (f64, Vec<f64>) {
 }
 
 /// Computes `(1 + erf(z / sqrt 2)) / 2` by the series `erf(x) = 2/sqrt(pi) exp(-x^2) sum 2^n x^(2n+1) / (2n+1)!!`
-/// (Abramowitz and Stegun 7.1.6). All its terms have the sign of x, so nothing cancels.
+/// (Abramowitz and Stegun 7.1.6). All terms of this series have the sign of x, so no digits cancel.
 fn normal_cdf(z: f64) -> f64 {
     let x = z / 2f64.sqrt();
     if x.abs() > 6.0 {

@@ -1,5 +1,5 @@
-//! A proxy in front of every listener of a job's processes. It splits streams into random pieces and delays each
-//! direction of each connection independently. It loses no bytes of a stream, but drops some heartbeats.
+//! A proxy in front of every listener of a job's processes. It splits streams into pieces of random sizes, and delays
+//! each direction of each connection independently. It loses no bytes of a stream, but drops some heartbeats.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,23 +17,23 @@ use shardflow_kernels::hash::SplitMix64;
 
 use crate::training::Scratch;
 
-/// log2 of the largest piece's size in bytes, that is, of 64 KiB.
+/// The largest piece has 2^16 bytes, that is, 64 KiB.
 const PIECE_BITS: u64 = 16;
 /// Interval at which a thread that waits for a datagram checks whether the relay has been dropped.
 const POLL_EVERY: Duration = Duration::from_millis(20);
 
-/// The relay drops one of this many heartbeats.
+/// On average, the relay drops one of this number of heartbeats.
 const DROPPED_ONE_IN: u64 = 8;
 
-/// Delays of a relay.
+/// Options of a relay.
 #[derive(Clone, Copy, Debug)]
 pub struct RelayOptions {
-    /// Seed of all random choices. Only the timing of threads does not depend on it.
+    /// Seed of all random choices. The timing of threads still differs between runs.
     pub seed: u64,
-    /// Each direction stalls once, for this time, before the piece with this number. Each process's first heartbeat
-    /// stalls, too.
+    /// The number of a piece, and a time. Each direction of each connection stalls for this time before this piece. The
+    /// first heartbeat to each process stalls for the same time.
     pub long_stall: Option<(u64, Duration)>,
-    /// Whether the relayed bytes are kept for [`Relay::recorded`].
+    /// Whether the relay keeps all bytes for [`Relay::recorded`].
     pub records: bool,
 }
 
@@ -45,7 +45,7 @@ impl Rng {
         self.0.draw()
     }
 
-    /// Returns the number of bytes of the next piece, from 1 to 64 KiB. Each power of two is equally frequent.
+    /// Returns the number of bytes of the next piece, 1 to 65536. The logarithm of this number is roughly uniform.
     fn piece_bytes(&mut self) -> usize {
         let top = 1 << (self.next() % (PIECE_BITS + 1));
         (top - self.next() % (top / 2 + 1)).max(1) as usize
@@ -90,7 +90,7 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// The relay's address in front of each listener, by the listener's own address.
+    /// The front addresses: for each listener's own address, the address at which the relay accepts connections for it.
     fronts: BTreeMap<Address, Address>,
     open_connections: Vec<Connection>,
     threads: Vec<JoinHandle<()>>,
@@ -183,7 +183,7 @@ impl Shared {
                     self.stall(time);
                 }
                 if to.write_all(piece).is_err() {
-                    // The receiver has closed this direction. Bytes in the other direction are still delivered.
+                    // The receiver has closed this direction. The relay still delivers bytes of the other direction.
                     return;
                 }
                 let counts = &mut self.state.lock().counts;
@@ -191,7 +191,7 @@ impl Shared {
                 counts.bytes += piece.len() as u64;
             }
         }
-        // The other direction may continue.
+        // The other direction of the connection may continue.
         drop(to.shutdown(Shutdown::Write));
     }
 

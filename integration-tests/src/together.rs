@@ -1,5 +1,5 @@
-//! Helpers for jobs whose processes are threads of a test, or child processes: their rendezvous, and their agreement on
-//! a checkpoint.
+//! Helpers for jobs whose processes are threads or child processes of a test: the rendezvous of the processes, and
+//! their agreement on a checkpoint.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,7 +13,7 @@ use shardflow::cluster::{Cluster, ClusterOptions};
 use shardflow::job::env::{Endpoint, LaunchContext, Launched, LaunchedBy, SecretSource};
 use shardflow::job::secret::Secret;
 
-/// Returns the cluster of one process of a node. The processes meet at a Unix socket.
+/// Returns the cluster handle of one process. All processes are on one node, and their rendezvous is a Unix socket.
 pub fn cluster_at(socket: &Path, process: u32, processes: u32, options: ClusterOptions) -> Cluster {
     let world = Launched {
         process,
@@ -47,7 +47,7 @@ pub struct SharedMemoryAgreement {
 }
 
 impl SharedMemoryAgreement {
-    /// Creates the agreement of this number of processes.
+    /// Creates the agreement for this number of processes.
     pub fn new(processes: usize) -> Self {
         Self { processes, saves: Mutex::default(), changed: Condvar::new() }
     }
@@ -90,7 +90,7 @@ impl SaveAgreement for SharedMemoryAgreement {
     }
 }
 
-/// Saves a checkpoint. Each process writes one part of it, on the process's own thread. Returns the reports by rank.
+/// Saves a checkpoint. Each process has its own thread and writes one part. Returns the reports by rank.
 pub fn save_together(store: &Store, parts: &[Snapshot], epoch: u64, keep: usize) -> Vec<SaveReport> {
     let agreement = SharedMemoryAgreement::new(parts.len());
     let processes = parts.len() as u32;

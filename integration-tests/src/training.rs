@@ -1,5 +1,5 @@
 //! Trains a small GPT through the public API on an embedded text, on any mesh. Every layout uses the same samples and
-//! initial weights. [`crate::reference`] also uses them.
+//! initial weights as [`crate::reference`].
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -70,7 +70,7 @@ pub struct Model {
     pub batch: usize,
     /// Dropout probability.
     pub dropout: f32,
-    /// Gradients with a larger norm are clipped; infinite for no clipping.
+    /// Gradients with a larger norm are clipped. If this is infinite, no gradient is clipped.
     pub max_norm: f32,
 }
 
@@ -171,7 +171,7 @@ impl Model {
 pub struct TrainingResult {
     /// Loss of each step, before its update.
     pub losses: Vec<f32>,
-    /// Norm of all gradients together, for each step.
+    /// For each step, the norm of all gradients together.
     pub norms: Vec<f64>,
     /// Whole parameter tensors after the last step.
     pub parameters: BTreeMap<String, HostTensor>,

@@ -1,5 +1,5 @@
-//! When ranks pass different values, the call fails on all ranks and changes nothing, and the error names the value. A
-//! resume also compares the declared values. The processes are threads of this test, each with its own session.
+//! If ranks pass different values to a call, the call fails on all ranks and changes nothing, and the error names the
+//! value. A resume also compares the declared values. The processes are threads, each with its own session.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -60,7 +60,7 @@ fn options_with(cluster: Cluster) -> SessionOptions {
     SessionOptions { cluster, ..SessionOptions::default() }
 }
 
-/// Replaces these elements by other tokens of the vocabulary.
+/// Returns the tensor with other tokens of the vocabulary at these elements.
 fn changed(tensor: &HostTensor, elements: impl Iterator<Item = usize>) -> HostTensor {
     let mut tensor = tensor.clone();
     let HostData::I32(tokens) = &mut tensor.data else { panic!("tokens are integers") };
@@ -74,7 +74,7 @@ fn losses(mesh: &str, steps: usize) -> Vec<u32> {
     (0..steps).map(|_| model().step(&mut session).loss.expect("a loss").to_bits()).collect()
 }
 
-/// Returns the text of an error, which must be a disagreement.
+/// Returns the text of the error. The error must be a disagreement of ranks.
 fn disagreement_text<T>(result: Result<T, SessionError>) -> String {
     match result {
         Err(error @ SessionError::Disagreement(_)) => {
@@ -91,7 +91,7 @@ type LoadFile = fn(&mut Session, &Path) -> Result<Vec<String>, SessionError>;
 /// A function that loads a saved state and returns the notes.
 type Load<'a> = &'a dyn Fn(&mut Session) -> Result<Vec<String>, SessionError>;
 
-/// The failed step changes nothing. The next steps use equal learning rates, and their bits equal an undisturbed run's.
+/// The failed step changes nothing. The next steps use equal learning rates, and have the losses of an undisturbed run.
 #[test]
 fn learning_rates_are_compared_in_each_step() {
     within(SECONDS, || {
@@ -134,7 +134,7 @@ fn elements_that_several_ranks_feed_are_compared_in_each_step() {
                 let [(ids, tokens), (targets, other)] = model().batch(0);
                 // A micro-batch has two samples. Sample 3 is in the second half of the last micro-batch.
                 let of_sample = |sample: usize| sample * model().context..(sample + 1) * model().context;
-                // Samples that only the other rank feeds on the axis `data`.
+                // Samples that this rank does not feed if the mesh has the axis `data`.
                 let peer_samples = if rank == 0 { [1, 3] } else { [0, 2] };
                 let elements: Vec<usize> = match expected {
                     Some(_) if rank == changing => of_sample(3).collect(),
@@ -174,8 +174,8 @@ fn elements_that_several_ranks_feed_are_compared_in_each_step() {
     });
 }
 
-/// Each rank supplies only its data rank's part; the losses equal those of the whole batch. The parts of ranks with the
-/// same data coordinate are compared.
+/// Each rank supplies only the samples of its data coordinate, and the losses equal those of the whole batch. Ranks
+/// with the same data coordinate must supply the same samples.
 #[test]
 fn ranks_may_supply_only_their_part_of_a_batch() {
     within(SECONDS, || {
@@ -242,8 +242,8 @@ fn wrong_parts_of_a_batch_are_named() {
     });
 }
 
-/// Two stages read one input, and the first stage splits it over `data`. Each rank's elements are compared with those
-/// of other ranks. If the second stage splits another dim, only elements common to row and column blocks are compared.
+/// Two stages read one input, and the first stage splits it by rows over `data`. Elements that several ranks feed are
+/// compared. If the second stage splits the input by columns, two ranks have only some elements of a row in common.
 #[test]
 fn an_input_of_several_placements_is_one_tensor() {
     within(SECONDS, || {
@@ -294,7 +294,7 @@ fn an_input_of_several_placements_is_one_tensor() {
     });
 }
 
-/// Rank 0 assembles the outputs. The other ranks get all outputs, or only the values that decide about the update.
+/// Rank 0 gets all outputs. An option selects whether other ranks get all, or only those that decide about the update.
 #[test]
 fn outputs_go_to_the_ranks_that_want_them() {
     within(SECONDS, || {
@@ -383,8 +383,8 @@ fn loaded_files_are_compared_before_anything_changes() {
     });
 }
 
-/// Each rank sees its own folder, with a checkpoint of the same step from another training. The trainings differ in the
-/// seed or in the learning rate.
+/// Each rank sees its own folder. The folders have checkpoints of the same step, but of two trainings, which differ in
+/// the seed or in the learning rate.
 #[test]
 fn checkpoints_of_folders_that_ranks_do_not_share_are_compared() {
     within(SECONDS, || {
@@ -412,7 +412,7 @@ fn checkpoints_of_folders_that_ranks_do_not_share_are_compared() {
     });
 }
 
-/// If a rank fails outside of a step, for example on a full disk, the other ranks end with its cause and exit code.
+/// If a rank fails outside of a step, for example on a full disk, the other ranks end with its cause and its exit code.
 #[test]
 fn an_abort_of_one_rank_ends_the_others_with_its_cause() {
     within(SECONDS, || {
@@ -570,8 +570,8 @@ fn a_program_that_only_computes_leaves_optimizer_states_out() {
     });
 }
 
-/// After weights are loaded, the next steps equal those of a session that began with these weights, because the load
-/// discards moments, steps and updates.
+/// A load of weights discards moments and the counts of steps and updates. The next steps are therefore the same as in
+/// a session that began with these weights.
 #[test]
 fn optimizer_state_is_fresh_after_a_load_of_weights() {
     within(SECONDS, || {
@@ -591,7 +591,7 @@ fn optimizer_state_is_fresh_after_a_load_of_weights() {
                 .collect::<Vec<_>>()
         };
         let expected = train(&mut local_session(ONE));
-        assert!(train(&mut first) == expected, "something of the steps before is left");
+        assert!(train(&mut first) == expected, "the load has not discarded all state of earlier steps");
     });
 }
 
@@ -619,7 +619,7 @@ fn tensors_of_16_bits_are_converted_and_other_types_named() {
             assert_eq!(bits(&loaded)[name.as_str()], expected, "{name}");
             assert_eq!(tensor.shape, parameters[name].shape);
         }
-        // The f16 values 1.5 and -2^-24, the negative number of smallest magnitude.
+        // The f16 values 1.5 and -2^-24, which is the negative number of the smallest magnitude.
         for (half, expected) in [(0x3E00u16, 1.5), (0x8001, -(2f32.powi(-24)))] {
             let loaded = write(Dtype::F16, &|_| half.to_le_bytes().to_vec()).expect("f16");
             assert!(loaded.values().all(|t| t.as_f32().expect("floats").iter().all(|v| *v == expected)), "{expected}");
@@ -630,7 +630,7 @@ fn tensors_of_16_bits_are_converted_and_other_types_named() {
     });
 }
 
-/// Files and checkpoints record the declared values and the seed. A resume compares the values and takes the seed.
+/// Files and checkpoints record the declared values and the seed. A resume compares the values and takes over the seed.
 #[test]
 fn files_and_checkpoints_record_what_was_declared() {
     within(SECONDS, || {

@@ -11,8 +11,8 @@ use shardflow_kernels::collective::CollectiveKind;
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::{element_count, split_range};
 
-/// Returns the bytes that each device receives in a step, except those for clipping. The numbers follow from the
-/// graph's layout changes and the bucket sizes.
+/// Returns the bytes that each device receives from collectives in a step. This does not include clipping. The numbers
+/// follow from the layout changes in the graph and from the sizes of the gradient buckets.
 fn predicted(plan: &Instance) -> Vec<u64> {
     let mut bytes = vec![0; plan.device_count()];
     for node in plan.graph.nodes() {
@@ -34,11 +34,11 @@ fn predicted(plan: &Instance) -> Vec<u64> {
     bytes
 }
 
-/// Returns the bytes of all-reduces of whole gradient slots, by device. In a group of n members, each member receives
-/// `(n - 1) * own chunk + (all - own chunk)`.
+/// For each device, returns the bytes that it receives from all-reduces of gradient buckets. A bucket is a whole
+/// register slot. In a group of n members, each member receives `(n - 1) * own chunk + (all - own chunk)` elements.
 fn buckets(plan: &Instance) -> BTreeMap<usize, u64> {
     let mut bytes = BTreeMap::new();
-    for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
+    for (actor, actions) in plan.spec.actors.values().zip(plan.actions.values()) {
         for (action, spec) in actions.iter().zip(&actor.actions).filter(|a| a.0.name.starts_with("all-reduce")) {
             assert_eq!(spec.per_step, 1);
             for launch in &action.launches {
@@ -79,8 +79,8 @@ fn a_device_and_a_pipeline_of_single_devices_run_no_collective() {
     assert_eq!(check("stage=2", 2), [0, 0]);
 }
 
-/// Gradients are reduced once per step for any number of micro-batches. With two devices, each device receives half of
-/// the gradients twice.
+/// Gradients are reduced once per step, for any number of micro-batches. With two devices, each device receives half of
+/// the gradients in the reduce-scatter, and half of them in the all-gather of an all-reduce.
 #[test]
 fn data_parallelism_reduces_gradients_once_per_step() {
     let bytes = check("data=2", 1);

@@ -1,5 +1,5 @@
-//! Checkpoints under faults: a process killed at each operation of a save, altered and truncated files, a full disk, a
-//! stalled store. The newest complete checkpoint always loads, a torn checkpoint never loads, and training continues.
+//! Checkpoints under faults: a process killed during a save, altered and truncated files, a full disk, a hanging store.
+//! The newest complete checkpoint always loads, a torn checkpoint never loads, and training continues.
 
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
@@ -62,7 +62,7 @@ fn check_contents(reader: &CheckpointReader) {
     assert!(whole.as_f32().expect("floats").iter().enumerate().all(|(i, v)| *v == expected(i)), "step {step}");
 }
 
-/// Sets the part size so low that each shard needs several parts.
+/// Sets a low part size. Each shard then needs several parts.
 fn small_parts(store: Store) -> Store {
     store.with_part_bytes(512)
 }
@@ -117,8 +117,9 @@ fn open(folder: &Path) -> Store {
     small_parts(Store::open(folder.to_str().expect("a path of UTF-8")).expect("a folder"))
 }
 
-/// A save by two processes is killed (`kill -9`) before each of its operations, and leaves half-written files. Every
-/// listed checkpoint is complete, the commit is atomic, and the next start of the job saves and cleans up.
+/// A save by two processes is killed (`kill -9`) before one of its operations, and leaves half-written files. Each case
+/// selects another operation. Every listed checkpoint is complete, the commit is atomic, and the next start of the job
+/// saves and removes the half-written files.
 #[test]
 fn a_save_killed_at_any_operation_is_complete_or_absent() {
     within(120, || {
@@ -160,8 +161,8 @@ fn a_save_killed_at_any_operation_is_complete_or_absent() {
     });
 }
 
-/// A job freezes before each operation of a save. Its successor commits the same step, and then the job continues. The
-/// first commit stays complete, and only the job that made it reports a commit.
+/// A job freezes before one operation of a save; each case selects another operation. The job's successor commits the
+/// same step, and then the frozen job continues. The first commit stays complete, and only its job reports it.
 #[test]
 fn a_job_that_resumes_after_a_freeze_commits_nothing_twice() {
     within(60, || {
@@ -200,8 +201,8 @@ fn files(folder: &Path) -> usize {
     entries.map(|path| if path.is_dir() { files(&path) } else { 1 }).sum()
 }
 
-/// The disk fills up at each operation of a save. The error names the file, no checkpoint is listed, and the next save
-/// succeeds once there is space.
+/// The disk fills up at one operation of a save; each case selects another operation. The error names the file, no
+/// checkpoint is listed, and the next save succeeds after there is space again.
 #[test]
 fn a_full_disk_fails_only_the_save() {
     within(60, || {
@@ -242,8 +243,8 @@ fn a_full_disk_fails_only_the_save() {
     });
 }
 
-/// At each operation of a read, a training commits newer checkpoints and deletes the older ones. The read returns the
-/// old checkpoint or a newer one, and never reports damage.
+/// A training commits newer checkpoints and deletes older checkpoints at one operation of a read; each case selects
+/// another operation. The read returns the old checkpoint or a newer one, and never reports damage.
 #[test]
 fn a_checkpoint_that_is_deleted_during_a_read_is_not_damaged() {
     within(60, || {
@@ -277,8 +278,8 @@ fn a_checkpoint_that_is_deleted_during_a_read_is_not_damaged() {
     });
 }
 
-/// The store hangs from some operation on. Each save ends by its deadline and names the file, and the previous
-/// checkpoint still loads.
+/// The store hangs from one operation on; each case selects another operation. The save ends by its deadline, its error
+/// names the file, and the previous checkpoint still loads.
 #[test]
 fn a_stalled_store_ends_the_save_by_its_deadline() {
     within(60, || {
@@ -313,7 +314,7 @@ fn a_stalled_store_ends_the_save_by_its_deadline() {
             let threads: Vec<_> = (0..operations).map(|at| scope.spawn(move || stall_at(at))).collect();
             let committed = threads.into_iter().map(|t| t.join().expect("no assertion failed"));
             let committed: Vec<bool> = committed.collect();
-            assert!(committed.is_sorted(), "the commit must depend on one operation: {committed:?}");
+            assert!(committed.is_sorted(), "exactly one operation must decide about the commit: {committed:?}");
             assert!(!committed[0] && committed[operations - 1]);
         });
     });
@@ -401,8 +402,8 @@ fn state(session: &Session) -> Vec<Vec<u32>> {
     pieces.iter().map(|p| p.data.as_f32().expect("floats").iter().map(|v| v.to_bits()).collect()).collect()
 }
 
-/// In 200 cases one bit is flipped, and in another 200 cases the file is truncated. The loaded state is always correct,
-/// and skipped checkpoints are named.
+/// In 200 cases one bit of a file is flipped, and in another 200 cases a file is truncated. The loaded state is always
+/// correct, and the result names each checkpoint that was skipped.
 #[test]
 fn altered_and_cut_files_are_found_and_named() {
     within(120, || {
@@ -462,7 +463,7 @@ fn altered_and_cut_files_are_found_and_named() {
             blocking(memory.put(path, files[path].clone().into())).expect("written");
         }
         assert!(skipped > 150, "{skipped} of 400 were skipped");
-        // If all checkpoints are damaged, an error is reported, because a new training would in time delete them.
+        // If all checkpoints are damaged, the restore fails, because a new training would later delete all of them.
         for path in files.keys().filter(|path| path.as_ref().ends_with("safetensors")) {
             blocking(memory.delete(path)).expect("deleted");
         }

@@ -104,7 +104,7 @@ fn a_store_without_conditional_puts_is_refused_and_named() {
     assert!(error.to_string().contains("lacks conditional puts"), "{error}");
 }
 
-/// Without hard links, a step is still committed only once, even if a writer died between its claim and the commit.
+/// Without hard links, each step is still committed only once, even if a writer died between claim and commit.
 #[test]
 fn a_file_system_without_hard_links_is_enough() {
     within(60, || {
@@ -150,7 +150,7 @@ fn a_file_system_without_hard_links_is_enough() {
     });
 }
 
-/// Process 0 sees the files of process 1 a minute later, as can happen with two nodes of a network file system.
+/// Process 0 sees the files of process 1 a minute later. This can happen if two nodes share a network file system.
 #[test]
 fn a_file_with_delayed_visibility_is_not_damage() {
     within(60, || {
@@ -161,7 +161,7 @@ fn a_file_with_delayed_visibility_is_not_damage() {
             let store = open(&here).with_hidden(Duration::from_secs(hidden)).with_clock(clock.clone());
             let mut session = session();
             Model::default().step(&mut session);
-            // Until then, the files of process 1 are in another folder.
+            // Until process 0 may see the files of process 1, they are in another folder.
             let files = "step-000000000001/e0-0";
             let (from, to) = (there.join(files), here.join(files));
             clock.on_wait(move |now: Duration| {
@@ -221,7 +221,7 @@ fn some_checkpoints_are_kept_for_good() {
     });
 }
 
-/// A replaced cursor applies to its checkpoint immediately. It does not apply to another checkpoint of the same step.
+/// A replaced cursor applies immediately, but only to its own checkpoint, not to another checkpoint of the same step.
 #[test]
 fn a_replaced_cursor_takes_effect_immediately() {
     within(60, || {
@@ -235,7 +235,7 @@ fn a_replaced_cursor_takes_effect_immediately() {
         assert_eq!(session().restore_newest(&store).expect("loads").found, Some((1, cursor.clone())));
         step_and_save(&mut here, &mut saver).expect("saved");
         assert_eq!(store.read(1).expect("a kept checkpoint").manifest().cursor, cursor, "pruning keeps the cursor");
-        // A torn cursor is damage. A cursor that belongs to another manifest is ignored.
+        // A torn cursor file is reported as damage. A cursor file that belongs to another manifest is ignored.
         let file = scratch.path().join("step-000000000001/cursor.json");
         let text = std::fs::read(&file).expect("an existing file");
         std::fs::write(&file, &text[..text.len() / 2]).expect("written");
@@ -246,8 +246,8 @@ fn a_replaced_cursor_takes_effect_immediately() {
     });
 }
 
-/// A damaged checkpoint is replaced when training reaches its step again. The damage may be visible in the manifest, or
-/// only to a full verification.
+/// A damaged checkpoint is replaced when training reaches its step again. The damage is in the manifest, or in a shard,
+/// where only a full verification finds it.
 #[test]
 fn a_damaged_checkpoint_is_replaced_when_its_step_is_repeated() {
     within(60, || {
@@ -309,7 +309,7 @@ fn a_store_without_space_is_refused_before_training() {
         assert!(matches!(error, CheckpointError::NoRoom { .. }) && error.exit_code() == 73, "{error}");
         assert!(error.to_string().contains("bytes are free"), "{error}");
         assert!(names(scratch.path()).is_empty(), "files remain: {:?}", names(scratch.path()));
-        // The store needs space only for the planned saves.
+        // The store needs free space only for the planned saves.
         let schedule = |steps| Some(SaveSchedule { every: 1, steps });
         here.saver(&open(scratch.path()), SaverOptions { schedule: schedule(2), ..options }).expect("space for two");
         // Checkpoints that are kept permanently also need space.
@@ -331,7 +331,7 @@ fn set_immutable(path: &Path, sign: &str) -> bool {
 fn a_store_that_is_not_writable_is_refused_before_training() {
     within(60, || {
         let mut here = session();
-        // New folders are not permitted in procfs.
+        // procfs does not permit new folders.
         let error = checkpoint_error(saver(&mut here, &open(Path::new("/proc/self/checkpoints"))));
         assert_eq!(error.exit_code(), 73, "{error}");
         assert!(error.to_string().contains("/proc/self/checkpoints"), "{error}");

@@ -1,5 +1,5 @@
-//! Sharded checkpoints: a checkpoint of any mesh and any number of processes loads bit for bit on any other, and a
-//! resumed training matches an uninterrupted one.
+//! Sharded checkpoints. A checkpoint of any mesh and number of processes loads bit for bit on any other mesh and number
+//! of processes. A resumed training matches an uninterrupted training.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -35,7 +35,7 @@ fn store(folder: &Path) -> Store {
     Store::open(folder.to_str().expect("a path of UTF-8")).expect("a folder")
 }
 
-/// Returns the parts of a session's state that each of this number of processes would hold.
+/// Splits a session's state into the parts that this number of processes would hold.
 fn parts(session: &Session, processes: usize) -> Vec<Snapshot> {
     let devices = session.plan().graph.mesh().device_count();
     let part = |p| session.snapshot_of(split_range(devices, processes, p), None).expect("a running session");
@@ -62,7 +62,8 @@ fn save_all(store: &Store, session: &Session, processes: usize) {
     }
 }
 
-/// Tensors stay bit-identical from 4 to 2 to 8 processes, in split and broadcast layouts, on two and four stages.
+/// Tensors stay bit-identical when a state moves from 4 processes to 2 and then to 8. The layouts are split and
+/// broadcast, and the meshes have two or four stages.
 #[test]
 fn every_mesh_loads_the_checkpoint_of_every_other_mesh() {
     within(60, || {
@@ -262,7 +263,7 @@ fn a_committed_step_is_never_committed_again() {
             }
         }
         assert!(exported(&store, 1, scratch.path()) == before);
-        // After the checkpoint was set aside, as damaged checkpoints are, the step can be committed again.
+        // The checkpoint is set aside, as a damaged checkpoint would be. Then the step can be committed again.
         store.set_aside(1).expect("renamed");
         assert!(store.steps().expect("listed").is_empty());
         assert!(save_together(&store, &other, 2, 1).iter().all(|r| matches!(r.result, Ok(SaveOutcome::Committed))));
@@ -275,7 +276,7 @@ fn filled(shape: &[usize], value: f32) -> HostTensor {
     HostTensor::f32(shape, vec![value; shape.iter().product()])
 }
 
-/// Every process reports the process that cannot write, and nothing is committed.
+/// If one process cannot write, every process reports this process, and nothing is committed.
 #[test]
 fn a_checkpoint_is_committed_only_if_all_processes_write() {
     within(60, || {

@@ -17,16 +17,16 @@ use shardflow_integration_tests::training::{Model, Scratch, options, within};
 
 const SEEDS: u64 = 200;
 const STEPS: usize = 3;
-/// Number of seeds that run at the same time. They mostly wait.
+/// Number of seeds that run at the same time. Their trainings mostly wait.
 const AT_ONCE: u64 = 3;
-/// One of this many seeds has long stalls, in each direction of each connection.
+/// One of this number of seeds has a long stall in each direction of each connection.
 const LONG_EVERY: u64 = 20;
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(50);
-/// Duration of a long stall: longer than ten heartbeat periods, and below the deadline.
+/// Duration of a long stall. It is longer than ten heartbeat periods, and shorter than the deadline for heartbeats.
 const LONG: Duration = Duration::from_millis(600);
 const DEADLINE: Duration = Duration::from_secs(4);
 
-/// Mesh, number of processes and transport; seeds cycle through them.
+/// Mesh, number of processes, and transport. The seeds use these cases in turn.
 const CASES: [(&str, u32, Transport); 6] = [
     ("data=2,stage=2", 4, Transport::Tcp),
     ("data=2,stage=2", 2, Transport::Unix),
@@ -79,7 +79,7 @@ fn cluster(
     cluster_at(&visible, process, processes, options)
 }
 
-/// Trains through a relay with this seed. All processes must get the expected losses.
+/// Trains through a relay with this seed. Checks that all processes get the expected losses.
 fn check(seed: u64, expected: &[(&str, Vec<u32>)]) -> RelayCounts {
     let (mesh, processes, transport) = CASES[seed as usize % CASES.len()];
     let long_stall = (seed % LONG_EVERY == LONG_EVERY - 1).then_some((8, LONG));

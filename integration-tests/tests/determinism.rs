@@ -1,4 +1,4 @@
-//! The same program gives the same bits in every run, for any timing and number of threads.
+//! A program gives the same bits in every run, for any timing and any number of threads.
 
 use shardflow::passes::CompileOptions;
 use shardflow::plan::Schedule::OneFOneB;

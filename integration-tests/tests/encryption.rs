@@ -1,4 +1,4 @@
-//! An observer of the network can read no tensor if encryption is on, and can never read a control message.
+//! An observer of the network can never read a control message. With encryption, this also holds for tensors.
 
 use std::sync::Arc;
 use std::thread;
@@ -10,9 +10,9 @@ use shardflow_integration_tests::relay::{Relay, RelayOptions};
 use shardflow_integration_tests::together::cluster_at;
 use shardflow_integration_tests::training::{Model, Scratch, options, within};
 
-/// The weights of a layer norm before the first step. No ciphertext contains this pattern.
+/// The weights of a layer norm before the first step. A ciphertext does not contain this pattern.
 const ONES: [[u8; 4]; 8] = [1f32.to_le_bytes(); 8];
-/// An activity that every process reports to the others over the control plane.
+/// An activity that every process reports to the other processes over the control plane.
 const ACTIVITY: &[u8] = b"running the program";
 
 fn contains(stream: &[u8], pattern: &[u8]) -> bool {

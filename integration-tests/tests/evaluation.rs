@@ -1,5 +1,5 @@
-//! Evaluation: dropout is the identity and costs nothing, and nothing is trained. A program whose mode is unknown is
-//! refused with the line of its dropout.
+//! Evaluation. Dropout is the identity and costs nothing, and no weight changes. If a program has dropout but no mode,
+//! the error names the line of the dropout.
 
 use shardflow::prelude::*;
 use shardflow_integration_tests::training::{Model, ONE, bits, within};
@@ -48,12 +48,12 @@ fn step(plan: Plan) -> StepReport {
 
 fn launches(plan: &Plan) -> Vec<String> {
     let actions = plan.clone().instance().actions;
-    actions.iter().flatten().flat_map(|action| &action.launches).map(|launch| launch.op.name().to_owned()).collect()
+    actions.values().flatten().flat_map(|action| &action.launches).map(|launch| launch.op.name().to_owned()).collect()
 }
 
 fn has_dropout(plan: &Plan) -> bool {
     let is_dropout = |launch: &shardflow_kernels::op::Launch| matches!(launch.op, Op::Dropout { .. });
-    plan.clone().instance().actions.iter().flatten().flat_map(|action| &action.launches).any(is_dropout)
+    plan.clone().instance().actions.values().flatten().flat_map(|action| &action.launches).any(is_dropout)
 }
 
 #[test]
@@ -107,13 +107,13 @@ fn a_program_without_a_mode_is_refused() {
     for want in ["dropout: ", "minimises nothing", "Mode::Evaluation", &format!("evaluation.rs:{line}")] {
         assert!(text.contains(want), "{want:?} is not in: {text}");
     }
-    // A program without dropout needs no mode. A program that minimises a loss needs none either.
+    // Two kinds of programs need no mode: those without dropout, and those that minimise a loss.
     compile(forward(ONE, None), &options(1, None)).expect("a plan");
     assert!(has_dropout(&Model { dropout: 0.1, ..Model::default() }.plan(ONE, &options(1, None))));
 }
 
-/// A training program is compiled for evaluation. It has the loss of the model without dropout, and its weights do not
-/// change.
+/// A training program that is compiled for evaluation gives the loss of the model without dropout, and its weights do
+/// not change.
 #[test]
 fn evaluation_of_a_training_program_trains_nothing() {
     within(60, || {
@@ -127,14 +127,14 @@ fn evaluation_of_a_training_program_trains_nothing() {
             assert!((loss - want).abs() < 1e-5 * want, "{mesh}: {loss}, not {want}");
             assert_eq!((report.grad_norm, session.updates()), (None, 0), "{mesh}");
             assert!(bits(&session.parameters().expect("parameters")) == bits(&before), "{mesh}: the weights changed");
-            let bytes = |session: &Session| session.plan().memory.iter().map(|m| m.total_bytes()).sum::<usize>();
-            assert!(bytes(&session) < bytes(&training), "{mesh}: evaluation needs less memory than training");
+            let bytes = |session: &Session| session.plan().memories().map(|m| m.total_bytes()).sum::<usize>();
+            assert!(bytes(&session) < bytes(&training), "{mesh}: evaluation needs no less memory than training");
         }
     });
 }
 
-/// A copy of a program evaluates correctly, and so does a copy with an additional output, even if the tensors of the
-/// copy have other numbers.
+/// A copy of a program gives the same results in evaluation. The same holds for a copy with an additional output, even
+/// if the tensors of this copy have other numbers.
 #[test]
 fn copies_of_a_program_can_be_evaluated() {
     within(60, || {

@@ -24,7 +24,7 @@ enum FailureKind {
     Panic,
 }
 
-/// An op that copies its input, until one firing of one shard fails.
+/// An op that copies its input. One firing of one shard fails.
 #[derive(Debug)]
 struct Fragile {
     kind: FailureKind,
@@ -122,7 +122,7 @@ fn failure(error: SessionError) -> Failure {
     }
 }
 
-/// `devices` hold row 0 of a micro-batch on the last stage. One of these devices fails first.
+/// Checks the error if one of `devices` fails first. These devices hold row 0 of a micro-batch on the last stage.
 fn check(mesh: &'static str, schedule: Schedule, devices: &'static [usize], kind: FailureKind) {
     within(60, move || {
         let op = Fragile { kind, firing: MICRO_BATCHES + 2, row: 0 };
@@ -138,13 +138,13 @@ fn check(mesh: &'static str, schedule: Schedule, devices: &'static [usize], kind
             other => panic!("mesh {mesh}: {other:?}"),
         };
         assert!(text.ends_with("at firing 6"), "mesh {mesh}: {first}");
-        assert_eq!(session.steps(), 1, "a failed step counted");
+        assert_eq!(session.steps(), 1, "a failed step was counted");
         // Later calls report the same cause and do not wait.
         match step(&mut session) {
             Err(SessionError::Failed(again)) => assert_eq!(again, first),
             other => panic!("mesh {mesh}: {other:?}"),
         }
-        // The parameters may be those of a half-finished step. They cannot be read, and no file is replaced.
+        // The parameters may be those of a half-finished step. The session does not return or save them.
         assert_eq!(failure(session.parameters().expect_err("the session has failed")), first, "mesh {mesh}");
         let path = std::env::temp_dir().join(format!("shardflow-failed-{}-{mesh}", std::process::id()));
         assert_eq!(failure(session.save(&path).expect_err("the session has failed")), first, "mesh {mesh}");
@@ -194,7 +194,7 @@ fn a_session_can_be_dropped_without_a_step() {
     within(60, || drop(start("data=2,stage=2", OneFOneB, Fragile { kind: FailureKind::Error, firing: 0, row: 0 })));
 }
 
-/// A shard of the table cannot detect a bad token, so the session checks all tokens before anything runs.
+/// A shard of the embedding table cannot detect a bad token. The session therefore checks all tokens first.
 #[test]
 fn a_token_outside_the_vocabulary_is_named() {
     for mesh in [ONE, "data=2,stage=2,tensor=2"] {

@@ -1,7 +1,7 @@
-//! Training on software GPUs. On any mesh, the losses match CPU devices within a tolerance and the driver calls have no
-//! findings. A case may have one GPU per device, all devices on one GPU, or more devices than GPUs. If a device dies or
-//! hangs, the session ends with its cause. Each case runs in a child process, whose dynamic linker loads the software
-//! device instead of NVIDIA's libraries.
+//! Training on software GPUs. On any mesh, the losses match those of CPU devices within a tolerance, and the software
+//! device finds no errors in the driver calls. A case may have one GPU per mesh device, one GPU for all mesh devices,
+//! or several GPUs that mesh devices share. If a GPU dies or hangs, the session ends with the cause. Each case runs in
+//! a child process, whose dynamic linker loads the software device instead of NVIDIA's libraries.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -20,15 +20,15 @@ const STEPS: usize = 3;
 /// Largest relative difference from the CPU backend's losses. The CPU backend adds in another order, and its exp and
 /// erf round differently.
 const F32_MAX: f64 = 1e-4;
-/// The same limit in bf16, which has a rounding error of 2^-9.
+/// Largest relative difference in bf16, which has a rounding error of 2^-9.
 const BF16_MAX: f64 = 2e-3;
 
 /// Number of seeds for each policy in the long run.
 const SEEDS: u64 = 50;
 
-/// Time without progress after which a session with a hung device ends.
+/// A session with a hung device ends after this time without progress.
 const STALL: Duration = Duration::from_secs(2);
-/// A session may end up to this long after a device's death or after [`STALL`], because the software device is slow.
+/// After a device's death or after [`STALL`], a session ends within this time. The software device is slow.
 const LATE_MAX: Duration = Duration::from_secs(8);
 
 fn model() -> Model {
@@ -154,8 +154,8 @@ fn gpus_of_a_session_enable_peer_access() {
     }
 }
 
-/// The device's peak memory equals the plan exactly. This includes cuDNN attention, cuBLASLt products, NCCL collectives
-/// and collectives between devices that share a GPU.
+/// The peak memory of each device equals the planned memory exactly. The cases include cuDNN attention, cuBLASLt
+/// products, NCCL collectives, and collectives between mesh devices that share a GPU.
 #[test]
 fn device_memory_matches_the_plan_exactly() {
     for (mesh, gpus) in [("data=2", 2), ("stage=2", 2), ("tensor=2", 2), ("data=2,tensor=2", 2), ("tensor=2", 1)] {
@@ -236,7 +236,7 @@ fn fifty_seeds_of_each_policy() {
     }
 }
 
-/// Returns the driver and library calls, by class and name, of a training with this number of steps and layers.
+/// Returns the numbers of driver and library calls of a training with these steps and layers, by class and name.
 fn calls(name: &str, steps: u64, layers: u64, mesh: &str, gpus: usize) -> BTreeMap<String, u64> {
     let SimReport { findings, calls, classes, .. } =
         run_child(&format!("count {name} {steps} {layers} {mesh}"), gpus, "in-order", 1, None).report;
@@ -244,7 +244,7 @@ fn calls(name: &str, steps: u64, layers: u64, mesh: &str, gpus: usize) -> BTreeM
     calls.into_iter().chain(classes).collect()
 }
 
-/// Checks the calls per step and per layer. docs/performance.md shows these numbers.
+/// Checks the numbers of calls per step and per layer. docs/performance.md shows these numbers.
 #[test]
 fn a_step_neither_allocates_nor_synchronizes() {
     const MORE: u64 = 4;
@@ -259,7 +259,7 @@ fn a_step_neither_allocates_nor_synchronizes() {
             assert_eq!(shallow(name), 0.0, "{precision} {mesh}: {name} in each step");
         }
         // Each collective writes two words. Without NCCL, each of the four devices has one collective for its gradients
-        // and one for their norm.
+        // and one for the norm of the gradients.
         let collectives = if mesh == "data=2,stage=2" { 8.0 } else { shallow("ncclAllReduce") };
         assert_eq!(shallow("cuStreamWriteValue32_v2"), 2.0 * collectives, "{precision} {mesh}");
         assert!(gpus == 1 || collectives > 0.0, "{precision} {mesh}");
@@ -276,8 +276,8 @@ fn a_step_neither_allocates_nor_synchronizes() {
     }
 }
 
-/// A session creates all resources of its steps when it starts. A later creation could wait for a collective on the GPU
-/// while that collective waits for the creating process.
+/// A session creates all resources of its steps when it starts. A call that creates a resource later could wait for a
+/// collective on the GPU while this collective waits for the same process.
 #[test]
 fn the_first_step_creates_no_resources() {
     const CREATING_CALLS: [&str; 9] = [
@@ -326,7 +326,7 @@ fn a_killed_device_ends_the_session_with_its_cause() {
         println!("{mesh}: {took:?}, {code}: {text}");
         assert!(took <= LATE_MAX, "{mesh}: {took:?}: {text}");
         assert_eq!(code, 70, "{mesh}: {text}");
-        // After a fault, CUDA returns its error to the next call of any stream of the device.
+        // After a fault, CUDA returns the error from the next call for any stream of the device.
         let is_named = |stream: &str| {
             let actor = format!("device {device} {stream}");
             text.contains(&format!("{actor} on device {device}, action "))

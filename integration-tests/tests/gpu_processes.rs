@@ -1,7 +1,7 @@
-//! Training on software GPUs in several processes of one node. On any mesh, the losses match CPU devices within a
-//! tolerance, and no process's driver calls have findings. Every process sees all GPUs of the node, as on real
-//! hardware, and uses its share. Each process is this test program with its own software device. Transfers between GPUs
-//! of two processes use the sockets of the software NCCL or Shardflow's own connections.
+//! Training on software GPUs in several processes of one node. On any mesh, the losses match those of CPU devices
+//! within a tolerance, and the software device finds no errors in the driver calls. Every process sees all GPUs of the
+//! node, as on real hardware, and uses some of them. Each process is this test program with its own software device.
+//! Transfers between GPUs of two processes use the sockets of the software NCCL, or Shardflow's own connections.
 
 use std::path::Path;
 use std::process::{Child, Output, Stdio};
@@ -21,7 +21,7 @@ const STEPS: usize = 3;
 /// Largest relative difference from the CPU backend's losses. The CPU backend adds in another order, and its exp and
 /// erf round differently.
 const LOSS_MAX: f64 = 1e-4;
-/// Much longer than two processes need to start, compile kernels, fail and report.
+/// Much longer than two processes need to start, compile kernels, fail, and report the failure.
 const ENDS_WITHIN: Duration = Duration::from_secs(60);
 
 fn model() -> Model {
@@ -53,8 +53,8 @@ fn child() {
     session.shutdown().expect("an end");
 }
 
-/// A training in several processes on one node. `by` is the transport of registers between the processes: `pipes` or
-/// `connections`.
+/// A training in several processes on one node. `by` is the transport of registers between the processes: `pipes` (NCCL
+/// between GPUs) or `connections`.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     mesh: &'static str,
@@ -91,8 +91,8 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// Checks that a process's planned memory equals the allocated bytes and the GPUs' peak. The plan includes mirrors of
-/// remote registers.
+/// Checks that the planned memory of each device of a process equals the allocated bytes and the peak of the GPU. The
+/// plan includes the local copies of registers of other processes.
 fn check_memory(at: &str, stdout: &str, peak_bytes: &[u64]) {
     let line = stdout.lines().find_map(|line| line.strip_prefix("= ")).expect("memory");
     let devices: Vec<(usize, u64, u64)> =
@@ -161,8 +161,8 @@ fn a_pipeline_over_two_processes() {
     }
 }
 
-/// NCCL connects ranks on first use. Before the first step, a session therefore connects each pipe with a send from
-/// each side.
+/// NCCL connects two ranks when they first exchange a message. Before the first step, a session therefore sends a
+/// message in each direction of each pipe.
 #[test]
 fn pipes_are_connected_when_the_session_starts() {
     for (by, expected) in [("pipes", [1, 1]), ("connections", [0, 0])] {
@@ -184,7 +184,7 @@ fn devices_that_do_not_divide_evenly() {
     check("data=3", 2, 3, "pipes", "random", 60);
 }
 
-/// Returns the error text of process 0 after process 1 meets the fault.
+/// Returns the error text of process 0 after the fault in process 1.
 fn survivor_error(mesh: &'static str, by: &'static str, seed: u64, fault: &str) -> String {
     let started = Instant::now();
     let ended = run(Case { mesh, processes: 2, gpus: 2, by, steps: STEPS as u32 }, "random", seed, Some(fault));

@@ -1,5 +1,5 @@
-//! Tests `gpu/check.sh` without a GPU, on a software GPU, with a stage that hangs, and with an interruption. The script
-//! always writes a report of the results. It needs Python; these tests skip the comparisons with PyTorch.
+//! Tests `gpu/check.sh` without a GPU, on software GPUs, with a stage that hangs, and with an interruption. The script
+//! always writes a report of the results. The script needs Python. These tests skip its comparisons with PyTorch.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -82,7 +82,8 @@ fn without_a_gpu_every_other_stage_is_skipped() {
     assert!(states.len() > 20 && states[1..].iter().all(|(_, state)| state == "skipped"), "{states:?}");
 }
 
-/// Returns how often a stage ran attention: forward by cuDNN, forward by our own kernels, then the same for backward.
+/// Returns how often a stage ran attention: the forward pass by cuDNN and by our own kernels, then the backward pass by
+/// cuDNN and by our own kernels.
 fn attentions(report: &Value, stage: &str) -> [u64; 4] {
     let stage = report["stages"].as_array().expect("stages").iter().find(|s| s["name"] == stage).expect("the stage");
     ["forward_cudnn", "forward_own", "backward_cudnn", "backward_own"]
@@ -130,7 +131,7 @@ fn shardflow_stages_run_on_a_software_device() {
         let [_, _, backward, own] = attentions(&report, stage);
         assert!(backward > 0 && own == 0, "{stage}: {report:#}");
     }
-    // The last process on the device, a training, has written this report.
+    // The last process on the software device was a training, which has written this report.
     assert_eq!(SimReport::read(scratch.path()).expect("a report").findings, []);
 }
 
@@ -158,8 +159,8 @@ fn nccl_needs_two_gpus() {
     }
 }
 
-/// Runs `report.py` on a folder of stages, each with its status and its last line. Returns the states of the stages,
-/// and whether `report.py` succeeded.
+/// Runs `report.py` on a folder of stages. Each stage has a name, a status and the last line of its output. Returns the
+/// states of the stages, and whether `report.py` succeeded.
 fn run_report(name: &str, info: &str, stages: &[(&str, &str, &str)]) -> (Vec<(String, String)>, bool) {
     let scratch = Scratch::new(name);
     let write = |name: &str, text: &str| fs::write(scratch.path().join(name), text).expect("a file");
@@ -184,7 +185,7 @@ fn an_unreadable_status_fails_only_its_stage() {
     assert!(!passed);
 }
 
-/// A speed is a valid result only together with torch.compile's speed. With tiny sizes, this comparison is skipped.
+/// A measured speed counts only together with the speed of torch.compile. With tiny sizes, this comparison is skipped.
 #[test]
 fn a_speed_without_a_comparison_does_not_pass() {
     if !has_python() {
@@ -253,7 +254,7 @@ fn a_failure_is_reported_with_its_cause() {
     }
 }
 
-/// If no time is left for a stage, the code has not failed. A required stage that did not run has not passed, however.
+/// A stage for which no time is left has not failed. If it is required, however, the whole run has not passed.
 #[test]
 fn a_stage_without_time_is_not_run() {
     if !has_python() {

@@ -38,7 +38,8 @@ impl Gate {
     }
 }
 
-/// An op that copies its input. The shard that starts at this row and column passes the gate, forward or backward.
+/// An op that copies its input. In the forward or in the backward pass, the shard that starts at this row and column
+/// waits at the gate.
 #[derive(Clone, Debug)]
 struct Gated {
     gate: Arc<Gate>,
@@ -88,7 +89,8 @@ impl CustomKernel for GatedKernel {
     }
 }
 
-/// Starts two linear layers with the gate between them. An axis `stage` gives them two stages; `tensor` splits them.
+/// Starts two linear layers with the gate between them. If the mesh has an axis `stage`, the layers are on two stages.
+/// If the mesh has an axis `tensor`, it splits the layers.
 fn start(mesh: &str, op: Gated) -> Session {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     let staged = g.mesh().axis("stage").is_ok();
@@ -130,7 +132,7 @@ fn a_hang_report_names_the_cause_and_the_wait_chain() {
             ("data=2", 2, 0, "device 1 compute forward"),
             ("stage=2", 0, 0, "device 1 compute backward"),
             ("data=2,stage=2", 2, 0, "device 3 compute forward"),
-            // The other device waits for this one inside a collective that both have started.
+            // The other device waits for the blocked device inside a collective that both devices have started.
             ("tensor=2", 0, 2, "device 1 compute forward"),
             ("tensor=2", 0, 2, "device 1 compute backward"),
             ("tensor=2", 0, 0, "device 0 compute backward"),

@@ -1,6 +1,6 @@
-//! In every layout that an op's rule permits, the op's result equals its result on whole tensors. The layouts are 1-D
-//! on 2, 3 and 4 devices and 2-D on 2x2 and 2x3. Dims are uneven, and shards are empty if a dim is shorter than an
-//! axis.
+//! In every layout that an op's rule permits, the op's result equals its result on whole tensors. The meshes have one
+//! axis of 2, 3 or 4 devices, or two axes of 2x2 or 2x3 devices. Dims do not divide evenly, and shards are empty if a
+//! dim is shorter than a mesh axis.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use shardflow_kernels::op::{Buffer, Einsum, Launch, Op, Program};
 use shardflow_kernels::stream::{Notification, Stream, Submission};
 use shardflow_kernels::tensor::{DType, HostTensor, Region};
 
-/// Returns values in about -1..1. They differ for each `key`.
+/// Returns values between about -1 and 1. Each `key` gives other values.
 fn values(shape: &[usize], key: u64) -> HostTensor {
     let count = shape.iter().product::<usize>() as u64;
     let unit = |i: u64| (mix(key * 1_000_003 + i) >> 40) as f32 / (1 << 23) as f32 - 1.0;
@@ -41,7 +41,7 @@ impl Runner {
         Self { device, stream }
     }
 
-    /// Runs an op. `before` is the initial content of the outputs of an op that updates them in place.
+    /// Runs an op. `before` is the initial content of the outputs, for an op that updates its outputs in place.
     fn run(&self, op: &Op, reads: &[HostTensor], before: Vec<HostTensor>) -> Vec<HostTensor> {
         let (mut end, mut buffers) = (0, Vec::new());
         for tensor in reads.iter().chain(&before) {
@@ -98,7 +98,7 @@ fn einsum(spec: &str, a: &[usize], b: &[usize]) -> Case {
     case(Op::Einsum(Einsum::parse(spec).expect("a product")), vec![values(a, 1), values(b, 2)])
 }
 
-/// Returns every op that a graph can contain, on uneven shapes. `b` may be shorter than an axis.
+/// Returns every op that a graph can contain, with uneven shapes. The dim `b` may be shorter than a mesh axis.
 fn cases(runner: &Runner) -> Vec<Case> {
     let (b, t, c, h, d, v) = (3, 5, 7, 3, 4, 11);
     let (btc, bt, bthd, btv) = ([b, t, c], [b, t], [b, t, h, d], [b, t, v]);
@@ -164,7 +164,8 @@ fn cases(runner: &Runner) -> Vec<Case> {
     all
 }
 
-/// Runs one signature and compares the result. Returns false for layouts with partial integers, which cannot exist.
+/// Runs an op in the layouts of one signature, and compares the result. Returns false if an integer tensor has a
+/// partial layout, because such a layout cannot exist.
 fn check(runner: &Runner, case: &Case, whole: &[HostTensor], signature: &NdSignature, placement: &Placement) -> bool {
     let integer_partial = |(t, l): (&HostTensor, &NdSbp)| t.dtype() == DType::I32 && l.partial().is_some();
     if case.inputs.iter().zip(&signature.inputs).any(integer_partial) {
@@ -177,7 +178,7 @@ fn check(runner: &Runner, case: &Case, whole: &[HostTensor], signature: &NdSigna
         .enumerate()
         .map(|(i, (t, l))| scatter(t, l, placement, i as u64).expect("a layout that fits"))
         .collect();
-    // Tensors that are updated in place have the output's layout. If the output is partial, they start as NaN.
+    // Tensors that are updated in place have the layout of the output. In a partial layout, they start as NaN.
     let before = |index: usize| -> Vec<HostTensor> {
         let part = |(t, l): (&HostTensor, &NdSbp)| {
             let region = local_region(&t.shape, l, placement, index);
@@ -198,7 +199,7 @@ fn check(runner: &Runner, case: &Case, whole: &[HostTensor], signature: &NdSigna
             all.push(made);
         }
     }
-    // The random terms of partial inputs are integers much larger than the values, so the sum has less precision.
+    // Partial inputs have random integer terms much larger than the values, so sums of them are less precise.
     let has_terms = signature.inputs.iter().any(|l| l.partial().is_some());
     let tolerance = if has_terms { 5e-4 } else { 1e-5 };
     for ((expected, layout), parts) in whole.iter().zip(&signature.outputs).zip(&outputs) {
@@ -211,7 +212,7 @@ fn check(runner: &Runner, case: &Case, whole: &[HostTensor], signature: &NdSigna
         let scale = values.iter().fold(1.0f32, |m, v| m.max(v.abs()));
         for (i, (a, b)) in got.as_f32().expect("floats").iter().zip(values).enumerate() {
             let close = (a - b).abs() <= tolerance * scale || a == b;
-            assert!(close, "{} as {signature} on {placement}: element {i} is {a}, unsharded {b}", case.op.name());
+            assert!(close, "{} as {signature} on {placement}: element {i} is {a}, but {b} unsharded", case.op.name());
         }
     }
     true

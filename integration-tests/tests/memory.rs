@@ -55,8 +55,8 @@ fn the_measured_peak_is_within_a_tenth_of_the_planned_one() {
     });
 }
 
-/// The plan includes the streams' memory for each thread and for widening bf16. Nothing else in the plan depends on the
-/// number of threads.
+/// The plan includes the memory that a stream needs for each thread, and for converting bf16 to f32. Nothing else in
+/// the plan depends on the number of threads.
 #[test]
 fn all_allocated_memory_is_planned_for_any_number_of_threads() {
     within(120, || {
@@ -65,7 +65,7 @@ fn all_allocated_memory_is_planned_for_any_number_of_threads() {
             let plans = [1, 3].map(|threads| model().plan("data=2,stage=2", &options(threads)));
             assert_eq!(plans[0].hash(), plans[1].hash(), "{precision:?}");
             let bytes = plans.each_ref().map(|plan| plan.memory(0).total_bytes());
-            // In bf16, a widened launch needs the most scratch memory, for any number of threads.
+            // In bf16, a launch that converts operands to f32 needs the most scratch memory, for any number of threads.
             assert!(bytes[0] < bytes[1] || precision == Precision::BF16, "{precision:?}: {bytes:?}");
             for threads in [1, 3] {
                 let mut session = model().session("data=2,stage=2", &options(threads));
@@ -78,7 +78,7 @@ fn all_allocated_memory_is_planned_for_any_number_of_threads() {
     });
 }
 
-/// If a session uses all cores of its process, it plans memory for them and computes the same bits.
+/// If a session uses all cores of its process, the plan has memory for these cores, and the results have the same bits.
 #[test]
 fn a_session_can_use_all_cores_of_its_process() {
     within(60, || {

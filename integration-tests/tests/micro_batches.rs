@@ -1,5 +1,5 @@
 //! The results of a step do not depend on the number of micro-batches. This includes outputs of every kind and dropout
-//! masks. A program for which this is impossible is refused with the user's line.
+//! masks. A program for which this is impossible is refused, and the error names the user's line.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ fn graph(mesh: &str) -> Graph {
     Graph::new(&Mesh::parse(mesh).expect("a mesh"))
 }
 
-/// `x [b, t] -> y [t]`: the maximum over the batch.
+/// `x [b, t] -> y [t]`: y is the maximum of x over the batch.
 #[derive(Debug)]
 struct Largest;
 
@@ -192,7 +192,7 @@ fn outputs_are_combined_as_requested() {
     });
 }
 
-/// A program, and the parts that its error must contain when the batch is divided.
+/// A program, and the parts that the error text must contain if the batch is divided.
 type Refused = (fn(&mut Graph), &'static [&'static str]);
 
 fn floats(g: &mut Graph, name: &str, shape: &[usize]) -> Var {
@@ -299,7 +299,7 @@ const REFUSED: &[Refused] = &[
     ),
 ];
 
-/// Each program compiles undivided. With a divided batch, it is refused with one error that names a line of this file.
+/// Each program compiles with an undivided batch. With a divided batch, its only error names a line of this file.
 #[test]
 fn programs_that_depend_on_the_number_of_micro_batches_are_refused() {
     for (build, wants) in REFUSED {
@@ -317,7 +317,7 @@ fn programs_that_depend_on_the_number_of_micro_batches_are_refused() {
     }
 }
 
-/// A program, and a part that its error must contain.
+/// A program, and a part that the error text must contain.
 type Wrong = (fn(&mut Graph), &'static str);
 
 #[test]
@@ -357,7 +357,7 @@ fn wrong_dims_of_batches_and_outputs_are_refused() {
                 let x = g.input("x", &[8], DType::I32, Layout::broadcast());
                 g.output_with("x", x, Combine::Sum)
             },
-            "x: `Combine::Sum` combines F32, got I32",
+            "x: `Combine::Sum` requires F32, got I32",
         ),
     ];
     for (build, want) in cases {
@@ -369,8 +369,8 @@ fn wrong_dims_of_batches_and_outputs_are_refused() {
     }
 }
 
-/// Returns the masks that dropout applies to ones. The batch is in a different dim of each tensor; one more tensor has
-/// another batch size.
+/// Returns the results of dropout on tensors of ones, that is, its masks. Three tensors have the batch in different
+/// dims, and one more tensor has another batch size.
 fn masks(mesh: &str, micro_batches: usize, seed: u64, steps: usize) -> BTreeMap<String, HostTensor> {
     let mut g = graph(mesh);
     let has = |axis: &str| mesh.contains(axis);
@@ -427,8 +427,8 @@ fn masks_depend_only_on_the_position_in_the_whole_tensor() {
     });
 }
 
-/// The gradient of a dropped element is 0. Without weight decay, an update therefore changes exactly the elements of a
-/// parameter that are kept.
+/// The gradient of an element that dropout drops is 0. Without weight decay, an update therefore changes exactly those
+/// elements of a parameter that dropout keeps.
 #[test]
 fn dropped_parameters_are_not_updated() {
     within(60, || {
@@ -456,7 +456,7 @@ fn dropped_parameters_are_not_updated() {
     });
 }
 
-/// For any batch dim, dropout masks the gradient in the same way as the value, so trained parameters agree.
+/// For any batch dim, dropout masks the gradient in the same way as the value, so the trained parameters agree.
 #[test]
 fn gradients_are_masked_like_values() {
     within(120, || {

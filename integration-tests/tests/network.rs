@@ -1,6 +1,6 @@
-//! Runs `gpt` on two nodes, each a network namespace with its own host name. Covers partitions, a short interruption,
-//! dropped TCP packets, a slow link and a slow process. The tests need root, `ip`, `nft` and `tc`, so they are ignored
-//! by default; `.ci/run network` runs them.
+//! Runs `gpt` on two nodes. Each node is a network namespace with its own host name. The tests cover partitions, a
+//! short interruption, dropped TCP packets, a slow link and a slow process. They need root, `ip`, `nft` and `tc`, so
+//! they are ignored by default. `.ci/run network` runs them.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,11 +16,13 @@ use shardflow_integration_tests::training::Scratch;
 
 /// Much longer than any of these runs.
 const TIMEOUT: Duration = Duration::from_secs(240);
-/// Time limit for noticing a partition.
+/// Time within which both nodes must report a partition.
 const NOTICED_WITHIN: Duration = Duration::from_secs(10);
-/// A blocked write fails within 10 s. Then its process reports the failure, and all processes end within 2 s more.
+/// A blocked write fails within 10 s. Then the writing process reports the failure, and all processes end within 2 more
+/// seconds. The rest of this limit is a margin.
 const WRITE_FAILS_WITHIN: Duration = Duration::from_secs(14);
-/// Permitted growth of resident memory with a slow peer: mapped pages and caches of libraries, but no queued data.
+/// Permitted growth of resident memory while a peer is slow. This is enough for mapped pages and caches of libraries,
+/// but not for queued data.
 const GROWTH_KIB_MAX: u64 = 8 << 10;
 /// Beginning of the message about a slow process or link.
 const SLOW: &str = "waiting for rank";
@@ -175,7 +177,7 @@ impl Running {
             };
             self.seen.push(line);
             let (at, line) = self.seen.last().expect("pushed");
-            // Messages about a slow rank come before those about a lost rank, so only match lines of the same kind.
+            // A line about a slow rank may also contain the text for a lost rank, so match only lines of the same kind.
             if line.contains(text) && line.contains(SLOW) == text.contains(SLOW) {
                 return *at;
             }
@@ -271,7 +273,7 @@ impl Job {
         }
     }
 
-    /// Waits until each node prints its message. Returns the seconds until the later message.
+    /// Waits until each node has printed its message. Returns the seconds until the later message.
     fn wait_for_messages(&mut self, since: Instant, within: Duration, messages: [&str; 2]) -> f64 {
         let at = [0, 1].map(|node| {
             let left = (since + within).saturating_duration_since(Instant::now());
@@ -281,7 +283,8 @@ impl Job {
         at[0].max(at[1]).as_secs_f64()
     }
 
-    /// Waits for the end. Checks that all steps have the losses of one process and are committed once and complete.
+    /// Waits for the end of the job. Checks that all losses equal those of a training in one process, and that each
+    /// checkpoint was committed once and is complete.
     fn finish(mut self) -> String {
         for node in &mut self.nodes {
             assert_eq!(node.wait(), Some(0), "{}", node.text());
@@ -309,7 +312,7 @@ fn wait_and_read(job: &mut Job, time: Duration) {
 }
 
 /// Separates the nodes for 30 s. Each node must report the lost rank in time, and both nodes must continue afterwards.
-/// Returns their output.
+/// Returns the output of both nodes.
 fn partition(name: &str, cut_by: impl Fn(&Net), messages: [&str; 2]) -> Option<String> {
     let mut job = Job::start(name, 600, "data=2")?;
     let cut = Instant::now();
@@ -334,8 +337,8 @@ fn a_partition_is_noticed_and_nothing_is_committed_twice() {
 #[test]
 #[ignore = "needs root: run by .ci/run network"]
 fn a_one_way_partition_is_noticed_by_both() {
-    // Node `a` cannot send, so it learns of the partition from the other node: by a letter or, if the letter is lost,
-    // by a heartbeat.
+    // Node `a` cannot send. The other node reports the partition to node `a` by a letter (a message of the control
+    // plane), or by a heartbeat if the letter is lost.
     partition("oneway", |net| net.cut("output", ""), ["(seen by process 1)", "rank 0: no heartbeat"]);
 }
 
@@ -365,7 +368,8 @@ fn a_half_open_socket_fails_its_write_in_time() {
     // Heartbeats still arrive, because they use UDP.
     job.net.cut("output", "meta l4proto tcp");
     job.net.cut("input", "meta l4proto tcp");
-    // The process whose write fails first reports the failure, also by heartbeats. Either process may be the first.
+    // The process whose write fails first reports the failure to the other process, also by heartbeats. Either process
+    // may be the first.
     let noticed = job.wait_for_messages(cut, WRITE_FAILS_WITHIN, ["error: rank", "error: rank"]);
     job.net.heal();
     let output = job.finish();
@@ -388,8 +392,8 @@ fn resident_kib(job: &Job) -> Vec<u64> {
     ours.filter_map(resident).collect()
 }
 
-/// Checks that the job reports the slow rank and does not use more memory. Returns the seconds until the report and the
-/// growth in KiB.
+/// Checks that the job reports the slow rank and does not use more memory. Returns the seconds until the report, and
+/// the growth of memory in KiB.
 fn check_slow_rank(job: &mut Job, node: usize, rank: u32) -> (f64, u64) {
     let (before, begin) = (resident_kib(job), Instant::now());
     assert_eq!(before.len(), 2);

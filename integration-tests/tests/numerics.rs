@@ -17,7 +17,7 @@ const LENGTH: usize = 3;
 const TOKENS: usize = 5;
 const WIDTH: usize = 6;
 
-/// `(x, fault) -> (y)`: copies x, with NaN where `fault > 1/2`. The gradient has NaN where `fault < -1/2`.
+/// `(x, fault) -> (y)`: y is x, but NaN where `fault > 1/2`. The gradient is NaN where `fault < -1/2`.
 #[derive(Debug)]
 struct NanOp {
     backward: bool,
@@ -203,7 +203,7 @@ fn after_a_finite_step(mut session: Session) -> BTreeMap<String, HostTensor> {
     session.parameters().expect("parameters")
 }
 
-/// Skipped steps do not advance the bias correction, so the first update has its full size on any mesh.
+/// Skipped steps do not advance AdamW's bias correction. The first update therefore has its full size on any mesh.
 #[test]
 fn skipped_steps_do_not_count_as_updates() {
     within(120, || {
@@ -244,8 +244,8 @@ fn the_first_update_after_skipped_steps_equals_the_learning_rate() {
 /// A name, and a function that loads a saved state into a session.
 type Loader<'a> = (&'a str, &'a dyn Fn(&mut Session));
 
-/// Every way to resume restores the number of updates: a file, a checkpoint, an exported or resharded checkpoint, and a
-/// return to an earlier step.
+/// A resume restores the number of updates from a file, from a checkpoint, and from an exported or resharded
+/// checkpoint. This also holds if a session returns to an earlier step.
 #[test]
 fn the_number_of_updates_is_saved() {
     within(120, || {

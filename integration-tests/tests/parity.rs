@@ -1,5 +1,5 @@
-//! Every mesh, schedule and number of micro-batches trains the same model. Pipelines match bit for bit, and other
-//! layouts match within a tolerance. All of them match the float64 reference.
+//! Every mesh, schedule and number of micro-batches trains the same model. Pipelines match one device bit for bit, and
+//! other layouts match it within a tolerance. All layouts match the float64 reference.
 
 use std::collections::BTreeMap;
 
@@ -145,7 +145,7 @@ fn clipping_is_the_same_on_every_mesh() {
     });
 }
 
-/// f32 losses differ from float64 losses only by rounding: by 1e-5 at first, and by 1e-3 after 20 steps of AdamW.
+/// f32 losses differ from float64 losses only by rounding: up to 1e-5 at first, and up to 1e-3 after 20 steps.
 #[test]
 fn training_matches_the_float64_reference() {
     within(SECONDS_MAX, || {
@@ -164,7 +164,7 @@ fn training_matches_the_float64_reference() {
     });
 }
 
-/// Compares the gradient of every parameter. After one step, the gradient is ten times AdamW's first moment (beta 0.9).
+/// Compares the gradient of every parameter. After a step, the gradient is ten times AdamW's first moment (beta 0.9).
 #[test]
 fn gradients_match_the_float64_reference() {
     within(SECONDS_MAX, || {

@@ -19,7 +19,7 @@ const PROCESSES: u32 = 4;
 const PHASES: [&str; 4] = ["forward", "backward", "collective", "update"];
 /// Much longer than any of these runs.
 const TIMEOUT: Duration = Duration::from_secs(90);
-/// Required time limits in seconds.
+/// Time limits of the cases in seconds.
 const NEXT_STEP_WITHIN: f64 = 10.0;
 const FREEZE_NOTICED_WITHIN: f64 = 5.0;
 const NO_CHILD_AFTER: Duration = Duration::from_secs(5);
@@ -76,13 +76,13 @@ impl Running {
 /// The log of a run, over all its restarts.
 #[derive(Debug, Default)]
 struct Log {
-    /// Bits of the losses by step; a repeated step must have the same loss.
+    /// Bits of the losses by step. A step that is repeated after a restart must have the same loss.
     losses: BTreeMap<u64, u32>,
     /// Steps and their times, in the order of the log.
     done: Vec<(u64, u64)>,
-    /// For each start, the step from which it resumed and the number of log entries before it.
+    /// For each start of the job, the step from which it resumed, and the number of steps in the log at that time.
     from: Vec<(u64, usize)>,
-    /// The last step that was known to be committed before the last start.
+    /// The last step that the log reports as committed before the last start.
     committed: u64,
 }
 
@@ -123,7 +123,7 @@ fn seconds(from_ns: u64, to_ns: u64) -> f64 {
     to_ns.saturating_sub(from_ns) as f64 * 1e-9
 }
 
-/// Returns the time of death and the text, from the file `died`.
+/// Returns the time of the death and the whole text from the file `died`.
 fn read_death(folder: &Path) -> Option<(u64, String)> {
     let text = std::fs::read_to_string(folder.join("died")).ok()?;
     Some((text.split(' ').next()?.parse().ok()?, text))
@@ -136,7 +136,7 @@ fn has_process_in(folder: &Path) -> bool {
     all.into_iter().any(|entry| std::fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd == here))
 }
 
-/// Waits for the launcher's death in the phase. The launcher's processes must end soon afterwards.
+/// Waits for the death of the launcher, then for the end of its processes. Returns the seconds between the two.
 fn launcher_dies(folder: &Path, launcher: Running) -> f64 {
     let (code, lines) = launcher.wait();
     assert_eq!(code, None, "the launcher was killed: {lines:?}");
@@ -219,7 +219,7 @@ fn a_death_in_any_phase_is_survived() {
     check("LAUNCHER", 1, 14, "backward");
 }
 
-/// Runs each phase five times with changing ranks. This takes some minutes.
+/// Runs each phase five times, with another rank each time. This takes some minutes.
 fn soak(target: &str, rank: impl Fn(u32) -> u32) {
     let mut all = Vec::new();
     for phase in PHASES {

@@ -1,5 +1,5 @@
-//! Training with activations and gradients in bf16. Losses are close to f32 on every mesh, with less memory and the
-//! same bits in every run. Weights, their gradients and their moments are in f32.
+//! Training with activations and their gradients in bf16. On every mesh, losses are close to those in f32, the training
+//! needs less memory, and every run has the same bits. Weights, their gradients and their moments are in f32.
 
 use shardflow::graph::{NodeOp, Role};
 use shardflow::passes::precision::Precision;
@@ -64,10 +64,10 @@ fn pipelines_and_repetitions_give_the_same_bits() {
 
 /// Returns the bytes of all registers: stashed activations, stage transfers, and weights that other actions read.
 fn register_bytes(plan: &Plan) -> u64 {
-    plan.clone().instance().spec.registers.iter().map(|r| u64::from(r.slots) * r.slot_bytes as u64).sum()
+    plan.clone().instance().spec.registers.values().map(|r| u64::from(r.slots) * r.slot_bytes as u64).sum()
 }
 
-/// Returns the bytes of all devices, without scratch memory.
+/// Returns the memory of all devices in bytes, without scratch memory.
 fn bytes_without_scratch(plan: &Plan) -> usize {
     plan.memories().map(|memory| memory.fixed_bytes + memory.register_bytes).sum()
 }
@@ -163,7 +163,7 @@ fn collectives_move_f32_and_stages_bf16() {
     let plan =
         Model::default().plan("data=2,stage=2", &CompileOptions { boxing: Boxing::Automatic, ..bf16_options(2) });
     let (mut collectives, mut transfers) = (0, 0);
-    for launch in plan.clone().instance().actions.iter().flatten().flat_map(|action| &action.launches) {
+    for launch in plan.clone().instance().actions.values().flatten().flat_map(|action| &action.launches) {
         let has_bf16 = launch.reads.iter().chain(&launch.writes).any(|buffer| buffer.dtype == DType::BF16);
         match launch.op {
             Op::Collective(_) => {
@@ -177,8 +177,8 @@ fn collectives_move_f32_and_stages_bf16() {
     assert!(collectives > 0 && transfers > 0, "{collectives} collectives, {transfers} transfers");
 }
 
-/// Data that exists before a step is transferred in f32 and cast by its reader. Examples are the float input of the
-/// whole mesh, and a weight of a later stage that the first stage reads.
+/// Data that exists before a step is transferred in f32, and the reader casts it. Examples are a float input that is
+/// fed on the whole mesh, and a weight of a later stage that the first stage reads.
 #[test]
 fn transferred_inputs_and_weights_are_cast_by_their_reader() {
     let mut g = Graph::new(&Mesh::parse("stage=2").expect("a mesh"));
@@ -200,7 +200,7 @@ fn transferred_inputs_and_weights_are_cast_by_their_reader() {
     assert!(losses[19] < losses[0] - 0.1, "{losses:?}");
 }
 
-/// The terms of an f32 sum are in f32, for a weight that is used twice and for a reduction over devices.
+/// The terms of an f32 sum are in f32. Examples are a weight that is used twice, and a reduction over devices.
 #[test]
 fn terms_of_sums_are_not_rounded() {
     let mut g = Graph::new(&Mesh::parse("data=2").expect("a mesh"));

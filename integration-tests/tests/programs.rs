@@ -1,5 +1,5 @@
-//! Programs that are not a simple chain of layers: tensors that skip stages, a parameter used twice, devices without
-//! data, and outputs without inputs. Also invalid programs, which `compile` and `step` report with the user's line.
+//! Programs that are not a simple chain of layers: tensors that skip stages, a parameter that is used twice, devices
+//! without data, and outputs without inputs. For invalid programs, `compile` and `step` report the user's line.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ const LENGTH: usize = 3;
 const TOKENS: usize = 11;
 const WIDTH: usize = 6;
 const STAGES: usize = 4;
-/// Less than the norm of the first gradients, so that they are clipped.
+/// Maximum norm. It is below the norm of the first gradients, so these are clipped.
 const MAX_NORM: f32 = 0.02;
 const WEIGHTS: Init = Init::Normal { std: 0.3 };
 
@@ -45,7 +45,7 @@ fn layer(g: &mut Graph, name: &str, x: Var) -> Var {
     g.add(x, h)
 }
 
-/// One table is the embedding on the first stage and the head on the last stage. The stage of `owner` holds it.
+/// One table is the embedding on the first stage and the head on the last stage. The stage of `owner` holds the table.
 fn tied_on(g: &mut Graph, owner: usize) -> Var {
     place(g, 0);
     let ids = input(g, "ids");
@@ -71,7 +71,7 @@ fn tied_late(g: &mut Graph) -> Var {
     tied_on(g, STAGES - 1)
 }
 
-/// All stages use one matrix, which the third quarter owns.
+/// All stages use one matrix. The stage of the third quarter of the model holds this matrix.
 fn shared_by_all(g: &mut Graph) -> Var {
     place(g, 2);
     let shared = g.parameter("shared", &[WIDTH, WIDTH], WEIGHTS, Layout::broadcast());
@@ -89,7 +89,7 @@ fn shared_by_all(g: &mut Graph) -> Var {
     g.cross_entropy(logits, targets)
 }
 
-/// The data path visits all stages in turn, two or four times, so devices hold several chunks. It ends where it began.
+/// The data passes through all stages two or four times, so devices hold several chunks. The head is on stage 0.
 fn returning(g: &mut Graph) -> Var {
     let stages = g.mesh().axis("stage").map_or(1, |axis| g.mesh().axes()[axis].size);
     let visit = |g: &mut Graph, chunk: usize| {
@@ -153,7 +153,7 @@ fn overlapping(g: &mut Graph) -> Var {
     g.cross_entropy(logits, targets)
 }
 
-/// The last two stages also read outputs of the first two stages. Only the first stage is fed ids and targets.
+/// The last two stages also read outputs of the first two stages. Only the first stage gets ids and targets.
 fn skipping(g: &mut Graph) -> Var {
     place(g, 0);
     let (ids, targets) = (input(g, "ids"), input(g, "targets"));
@@ -215,7 +215,7 @@ fn clipping_uses_the_norm_over_all_placements() {
         assert!(largest > 1e-5);
         for mesh in ["stage=2", "stage=4"] {
             let got = moments(mesh);
-            // The limit is low enough to detect a norm that lacks a placement.
+            // The limit is low enough to detect a norm without the gradients of one placement.
             let difference = got.iter().zip(&want).fold(0.0f32, |most, (a, b)| most.max((a - b).abs())) / largest;
             assert!(difference < 1e-5, "{mesh}: the moments differ by {difference} of the largest");
         }
@@ -298,7 +298,7 @@ fn placements_can_overlap() {
 
 #[test]
 fn tensors_and_inputs_can_skip_stages() {
-    // Gradient terms of one stage are first added on that stage, so three terms are summed in another order.
+    // Gradient terms of one stage are first added on that stage, so a sum of three terms has another order.
     check_program(skipping, false);
 }
 
@@ -316,7 +316,7 @@ fn run(g: Graph, inputs: &[(&str, HostTensor)]) -> StepReport {
     reports.next().expect("three steps")
 }
 
-/// Ops that depend on no input also run in each step. They do not run ahead of the step.
+/// Ops that depend on no input also run in each step, but not before the step begins.
 #[test]
 fn outputs_need_no_input() {
     within(60, || {
@@ -338,7 +338,8 @@ fn outputs_need_no_input() {
     });
 }
 
-/// If a table is never updated, a later stage reads it directly from the table's own stage, also after a load.
+/// If a matrix is never updated, another stage reads it directly from the matrix's own stage. After a load, the other
+/// stage reads the new values.
 #[test]
 fn other_stages_can_read_weights_without_updates() {
     within(60, || {
@@ -423,7 +424,7 @@ fn with_gradients(g: &mut Graph, fault: &'static str) {
     g.minimize(loss, AdamW::default());
 }
 
-/// An invalid program, and a part that its error must contain.
+/// An invalid program, and a part that the error text must contain.
 type Wrong = (fn(&mut Graph), &'static str);
 
 /// Each program has exactly one error.

@@ -1,5 +1,5 @@
-//! A session waits for a slow process and reports it. The wait has a limit, and ends immediately if the slow process
-//! ends. The processes are threads of this test, each with its own session; a channel blocks the slow process.
+//! A session waits for a slow process and reports this process. The wait has a time limit, and ends immediately if the
+//! slow process ends. The processes are threads, each with its own session. A channel blocks the slow process.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -35,14 +35,14 @@ fn cluster(process: u32, socket: &Path, lines: Sender<String>) -> Cluster {
 
 /// What rank 1 does while rank 0 waits for it.
 enum Rank1 {
-    /// Rank 1 is blocked until the channel receives or closes.
+    /// Rank 1 is blocked until a value arrives in the channel or the channel closes.
     Until(Receiver<()>),
     /// Rank 1 ends without an error.
     Ends,
 }
 
-/// Rank 0 sets the weights. Rank 1 sets them late or never. Returns rank 0's result and how long its call took. Rank
-/// 0's messages go to `lines`.
+/// Rank 0 sets the weights, and rank 1 sets them late or never. Returns the result of rank 0 and the duration of its
+/// call. Messages of rank 0 go to `lines`.
 fn set_weights(
     name: &str,
     wait_max: Duration,

@@ -1,5 +1,5 @@
-//! Checks the repository's layout and style: import arrows, layers of modules, purity of the protocol, file headers and
-//! lengths, `unsafe`, sleeps in tests, links of the docs, banned phrases, and names of public types.
+//! Checks the repository's layout and style: imports between crates, layers of modules, purity of the protocol, headers
+//! and lengths of files, `unsafe`, sleeps in tests, links of the docs, banned phrases, and names of public types.
 //!
 //! The rules are pure functions of file texts. `tidy/rule_tests.rs` tests each rule on a small bad input.
 
@@ -93,7 +93,8 @@ const UNSAFE_FILES: &[&str] = &[
     "kernels/src/memory/heap.rs",
 ];
 
-/// Phrases that plain terms must replace. Each contains a `~`, which the rule removes, so this list passes the rule.
+/// Banned phrases, which plain terms must replace. Each contains a `~`, which the rule removes, so the list itself
+/// passes.
 const PHRASES: &[&str] = &[
     "te~ll",
     "te~lls",
@@ -111,7 +112,7 @@ const TYPE_KEYWORDS: &[&str] = &["struct", "enum", "trait", "type", "union"];
 const LINES_MAX: usize = 700;
 const SAFETY_LINES_MAX: usize = 6;
 
-/// A file: its path from the repository's root, with `/` as separator, and its text.
+/// A file. The path is relative to the repository's root, with `/` as the separator.
 struct Source<'a> {
     path: &'a str,
     text: &'a str,
@@ -137,7 +138,7 @@ fn finding(source: &Source, line: usize, rule: &'static str, todo: impl Into<Str
     Finding { path: source.path.into(), line, rule, todo: todo.into() }
 }
 
-/// Replaces each character of comments and literals by a space. Line ends stay.
+/// Replaces each character of comments and literals by a space, but keeps line ends.
 fn code_only(text: &str) -> String {
     let chars: Vec<char> = text.chars().collect();
     let mut out = String::with_capacity(text.len());
@@ -209,7 +210,7 @@ fn names(line: &str) -> impl Iterator<Item = (&str, &str)> {
     })
 }
 
-/// Returns the index of the line where a file's tests begin: `usize::MAX` without tests, 0 if all is tests.
+/// Returns the index of the line where tests begin: `usize::MAX` without tests, 0 if the whole file is tests.
 fn tests_start(source: &Source) -> usize {
     if source.path.contains("/tests/") || source.path.ends_with("/tests.rs") {
         return 0;
@@ -228,7 +229,7 @@ fn check_header(source: &Source) -> Vec<Finding> {
     let (tests, lines) = (tests_start(source), source.text.lines().count());
     if tests.min(lines) > LINES_MAX {
         let todo = format!(
-            "{} lines before the tests, of {LINES_MAX} at most: split off a part with one job",
+            "{} lines before the tests, more than {LINES_MAX}: split off a part with one job",
             tests.min(lines)
         );
         found.push(finding(source, LINES_MAX + 1, "length", todo));
@@ -245,7 +246,7 @@ fn check_macros_and_sleeps(source: &Source) -> Vec<Finding> {
                 found.push(finding(source, i + 1, "unfinished", format!("finish the code and remove `{name}!`")));
             }
             if name == "sleep" && rest.starts_with('(') && i >= tests {
-                let todo = "a test sleeps: use virtual time, or wait for the event with a time-out";
+                let todo = "a test sleeps: use virtual time, or wait for the event with a timeout";
                 found.push(finding(source, i + 1, "sleep", todo));
             }
         }
@@ -260,18 +261,18 @@ fn check_unsafe(source: &Source) -> Vec<Finding> {
     for (i, line) in code.iter().enumerate() {
         for (_, rest) in names(line).filter(|(name, _)| *name == "unsafe") {
             let next = if rest.trim().is_empty() { code.get(i + 1).copied().unwrap_or("") } else { rest }.trim_start();
-            // A function pointer's type is not an unsafe operation. An attribute such as `unsafe(no_mangle)` is one.
+            // The type of a function pointer is not an unsafe operation, but an attribute like `unsafe(no_mangle)` is.
             if next.strip_prefix("fn").is_some_and(|after| after.trim_start().starts_with('(')) {
                 continue;
             }
             if !UNSAFE_FILES.contains(&source.path) {
-                let todo = "use safe code, or add this file to UNSAFE_FILES in tidy.rs and say why in the review";
+                let todo = "use safe code, or add this file to UNSAFE_FILES in tidy.rs and state why in the review";
                 found.push(finding(source, i + 1, "unsafe", todo));
             }
             let above = &original[i.saturating_sub(SAFETY_LINES_MAX)..=i];
             if !above.iter().any(|l| l.contains("SAFETY:") || l.contains("# Safety")) {
                 let todo = format!(
-                    "state the fact that makes it sound, as `// SAFETY: ..`, at most {SAFETY_LINES_MAX} lines above"
+                    "state why this is sound in a comment `// SAFETY: ..`, at most {SAFETY_LINES_MAX} lines above"
                 );
                 found.push(finding(source, i + 1, "safety comment", todo));
             }
@@ -281,7 +282,7 @@ fn check_unsafe(source: &Source) -> Vec<Finding> {
 }
 
 fn check_imports(source: &Source) -> Vec<Finding> {
-    // Take the longest folder that holds the file.
+    // Take the crate with the longest folder that contains the file.
     let holds = |folder: &str| source.path.strip_prefix(folder).is_some_and(|rest| rest.starts_with('/'));
     let Some((folder, own, allowed)) = CRATES.iter().filter(|c| holds(c.0)).max_by_key(|c| c.0.len()) else {
         return Vec::new();
@@ -292,7 +293,7 @@ fn check_imports(source: &Source) -> Vec<Finding> {
             let is_crate = CRATES.iter().any(|c| c.1 == name) && rest.trim_start().starts_with("::");
             if is_crate && name != *own && !allowed.contains(&name) {
                 let todo = format!(
-                    "{folder} may not import {name}: the arrows run {{kernels, job}} <- actors <- runtime <- the rest"
+                    "{folder} may not import {name}: the order is {{kernels, job}} <- actors <- runtime <- other crates"
                 );
                 found.push(finding(source, i + 1, "arrows", todo));
             }
@@ -313,7 +314,7 @@ fn check_manifest(source: &Source) -> Vec<Finding> {
         let name = line.split(['.', '=', ' ']).next().unwrap_or("").replace('-', "_");
         if in_dependencies && CRATES.iter().any(|c| c.1 == name) && !allowed.contains(&name.as_str()) {
             let todo = format!(
-                "{folder} may not depend on {name}: the arrows run {{kernels, job}} <- actors <- runtime <- the rest"
+                "{folder} may not depend on {name}: the order is {{kernels, job}} <- actors <- runtime <- other crates"
             );
             found.push(finding(source, i + 1, "arrows", todo));
         }
@@ -397,7 +398,7 @@ fn check_links(source: &Source, exists: impl Fn(&str) -> bool) -> Vec<Finding> {
     links(source.text).into_iter().filter_map(broken).collect()
 }
 
-/// Checks that the book's summary links every page under `docs/`.
+/// Checks that the book's summary has a link to every page under `docs/`.
 fn check_summary(summary: &Source, pages: &[&str]) -> Vec<Finding> {
     let linked: Vec<String> = links(summary.text).iter().map(|(_, link)| resolve(summary.path, link)).collect();
     let missing = pages.iter().filter(|page| **page != summary.path && !linked.iter().any(|l| l == *page));

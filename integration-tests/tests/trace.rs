@@ -1,4 +1,4 @@
-//! Traces show every firing. They also show every piece from its write to its reads.
+//! A trace shows every firing, and every piece from its write to its reads.
 
 use std::collections::BTreeMap;
 
@@ -50,7 +50,7 @@ fn a_trace_shows_every_firing_and_every_piece() {
         ends += 1;
     }
     assert!(ends > 3 * 4 * 4, "{ends}");
-    assert!(starts.len() - ends <= metrics.registers.len(), "only pieces for the next step remain unread");
+    assert!(starts.len() - ends <= metrics.registers.len(), "pieces of earlier steps remain unread");
     check_summary(&text, &metrics);
     check_truncated_trace(&text);
 }
@@ -66,7 +66,7 @@ fn check_truncated_trace(text: &str) {
     let all = count(text);
     for cut in text.len() - 900..text.len() {
         let left = count(&text[..cut]);
-        assert!(left <= all && left + 10 >= all, "{left} of {all} events are left of {cut} bytes");
+        assert!(left <= all && left + 10 >= all, "{left} of {all} events are left in the first {cut} bytes");
     }
     // Damage in the middle of a file is not a truncation, so it is an error.
     let torn = text.replacen(",\n", ",\n{", 1);
@@ -86,8 +86,8 @@ fn check_summary(text: &str, metrics: &Metrics) {
     }
     let computes = summary.actors.iter().filter(|actor| actor.name.ends_with("compute"));
     assert!(computes.clone().all(|actor| actor.busy > 0.05), "{summary}");
-    // The simulator does not model waits for cores, messages or the host. If the firings keep their order, a simulated
-    // step in which each firing takes its mean time is therefore at most as long as the mean step.
+    // The simulator uses the mean time of each firing. It does not model waits for cores, messages or the host. If the
+    // firings keep their order, the simulated step is therefore no longer than the mean step.
     let predicted = summary.predicted_seconds.expect("a trace of all actors");
     assert!(predicted > summary.step_seconds * 0.1 && predicted < summary.step_seconds * 1.5, "{summary}");
     assert!(

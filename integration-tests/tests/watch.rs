@@ -1,4 +1,4 @@
-//! A running session exports every documented metric in Prometheus' text format, with the session's own numbers.
+//! A running session exports every documented metric in Prometheus' text format. The values match the session's own.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
@@ -51,7 +51,7 @@ fn sum(values: &Values, name: &str, labels: &str) -> f64 {
     values.iter().filter(|(series, _)| of(series)).map(|(_, value)| value).sum()
 }
 
-/// There is only one test here, because a process can install only one recorder.
+/// This file has only one test, because a process can install only one recorder of metrics.
 #[test]
 fn metrics_match_the_session() {
     let watch = Watch::listen("127.0.0.1:0".parse().expect("an address")).expect("a server");
@@ -192,7 +192,7 @@ fn check_status(address: SocketAddr, last: &StepReport, metrics: &Metrics) {
     assert!(!status.waits.is_empty() && status.to_string().lines().count() > 8, "{status}");
 }
 
-/// A second session adds its counters to those of the first. The step that ends the second session is recorded.
+/// A second session adds its counts to those of the first session. The failed step of the second session is recorded.
 fn check_diverging_session(watch: &Watch, model: &Model, edge: f64, collectives: f64) {
     let mut session = model.session("data=2,stage=2", &options(2, OneFOneB));
     watch.show(&session);
@@ -205,7 +205,7 @@ fn check_diverging_session(watch: &Watch, model: &Model, edge: f64, collectives:
     let edge_now = sum(&got, names::EDGE_BYTES, EDGE);
     assert_eq!(edge_now, edge + edge / STEPS as f64 * 3.0);
     assert_eq!(sum(&got, names::COLLECTIVE_BYTES, ""), collectives + session_collectives(&session));
-    assert_eq!(sum(&got, names::RESTARTS, ""), 3.0, "the process was started again, not the session");
+    assert_eq!(sum(&got, names::RESTARTS, ""), 3.0, "restarts belong to the process, not to the session");
     let status = client::status(watch.address()).expect("a session");
     let norm = status.gradient_norm.expect("a norm");
     assert!(!norm.is_finite() && status.to_string().contains(&format!("gradient norm {norm}")), "{status}");
@@ -216,7 +216,8 @@ fn check_diverging_session(watch: &Watch, model: &Model, edge: f64, collectives:
     session.shutdown().expect("a clean shutdown");
 }
 
-/// The training ratio covers the whole job. Time up to the restored checkpoint is training time, and lost time is not.
+/// The training ratio covers all attempts of a job. The steps up to the restored checkpoint count as training time.
+/// Steps after the checkpoint are lost and do not count.
 fn check_attempts_of_a_job(watch: &Watch, model: &Model) {
     const EARLIER_MS: u64 = 1_000_000;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock after 1970").as_millis() as u64;

@@ -4,9 +4,9 @@
 //! `cargo bench -p shardflow-kernels --bench collectives -- [--engine on-node|unix|tcp] [--worlds 2,4] [--sizes 1024,4096]
 //! [--ops all_reduce,send]`
 //!
-//! `bytes` is the size of a rank's float input (for `all_gather`, of its output). `us` is the median time of a call. As
-//! in nccl-tests, `busbw_GBps` is `algbw_GBps` times a factor: 2(n-1)/n for `all_reduce`, 1 for `send` (half a
-//! ping-pong), and (n-1)/n for the other collectives.
+//! `bytes` is the size of a rank's float input (for `all_gather`, of its output). `us` is the median time of a call in
+//! microseconds. As in nccl-tests, `busbw_GBps` is `algbw_GBps` times a factor: 2(n-1)/n for `all_reduce`, 1 for `send`
+//! (half a ping-pong), and (n-1)/n for the other collectives.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -142,7 +142,7 @@ fn join(options: &Options, config: &str) -> Result<Rank, Error> {
     Ok(Rank { rank, group, engine, engine_name: options.engine.clone(), arena, y: size })
 }
 
-/// Connects every two ranks by Unix sockets in `folder`. If `tcp` is set, these sockets only set up TCP connections.
+/// Connects each pair of ranks by Unix sockets in `folder`. If `tcp` is set, these sockets only set up TCP connections.
 fn connect(folder: &Path, rank: usize, world: usize, tcp: bool) -> Result<BTreeMap<ChannelKey, Channel>, Error> {
     std::fs::create_dir_all(folder)?;
     let listener = UnixListener::bind(folder.join(rank.to_string()))?;

@@ -1,5 +1,6 @@
 //! Vector clocks for the race checker of the software CUDA device. A clock holds the last known event of each thread
-//! and stream. The clocks must order conflicting accesses. Without debug assertions, clocks are empty and cost nothing.
+//! and stream. If the clocks do not order two conflicting accesses, the checker reports a race. Without debug
+//! assertions, clocks are empty and cost nothing.
 #![cfg_attr(debug_assertions, allow(unsafe_code))]
 
 #[cfg(debug_assertions)]
@@ -11,7 +12,8 @@ use std::{
 #[cfg(debug_assertions)]
 use parking_lot::Mutex;
 
-/// A snapshot of a thread's vector clock. Each message between threads carries one. The receiver joins the snapshot.
+/// A snapshot of a thread's vector clock. Each message between threads carries the sender's snapshot, and the receiver
+/// merges it into its own clock.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct RaceClock(#[cfg(debug_assertions)] u64);
 
@@ -23,7 +25,7 @@ impl RaceClock {
         Self()
     }
 
-    /// Merges the snapshot into the calling thread's clock. The thread's later events follow the snapshot's events.
+    /// Merges the snapshot into the calling thread's clock. This orders the thread's later events after the snapshot.
     fn join(self) {
         #[cfg(debug_assertions)]
         if let (token @ 1.., Some(functions)) = (self.0, software::functions()) {
@@ -32,7 +34,8 @@ impl RaceClock {
     }
 }
 
-/// A value for another thread. Events before the value is wrapped count as earlier than events after it is read.
+/// A value that one thread passes to another, with the sender's clock. The sender's events before [`Stamped::new`]
+/// count as earlier than the receiver's events after it has read the value.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Stamped<T> {
     value: T,
@@ -68,7 +71,7 @@ pub(crate) fn host_access(start: *const u8, bytes: usize, writes: bool) {
     let _ = (start, bytes, writes);
 }
 
-/// The clocks of all threads that released an object. The thread that then uses or frees the object merges them.
+/// The clocks of all threads that released an object. A thread that then uses or frees the object merges these clocks.
 #[derive(Debug, Default)]
 pub struct ReleaseClocks(#[cfg(debug_assertions)] Mutex<HashMap<ThreadId, RaceClock>>);
 
@@ -98,7 +101,7 @@ mod software {
         pub(super) access: extern "C" fn(u64, u64, u32),
     }
 
-    /// The functions of the software device. `None` if no driver is present, or if it is a different driver.
+    /// The functions of the software device. `None` if there is no driver, or if the driver is not the software device.
     pub(super) fn functions() -> Option<&'static Functions> {
         static FUNCTIONS: OnceLock<Option<Functions>> = OnceLock::new();
         FUNCTIONS.get_or_init(find).as_ref()

@@ -25,15 +25,16 @@ pub use call::{CollectiveCall, CollectiveKind, Group, ReduceOp};
 pub use issue_order::IssueSlot;
 pub use status::{AbortStatus, MemberWait};
 
-/// An engine that runs collectives, for example within a process, by NCCL or by MPI. Each member's stream calls
-/// [`Collective::run`] and blocks in it. All members issue the calls of a group in the same order.
+/// An engine that runs collectives, for example in one process's memory, with NCCL or with MPI. Each member's stream
+/// calls [`Collective::run`] and blocks in that call. All members issue the calls of a group in the same order.
 pub trait Collective: Debug + Send + Sync {
     /// Runs one member's part of a call on the buffers that [`CollectiveKind`] names. Returns once the result is
-    /// written and no other member reads the buffers. Engines with [`Collective::on_device`] keep this failing default.
+    /// written and no other member reads the buffers. The default implementation returns an error; engines that
+    /// implement [`Collective::on_device`] keep it.
     ///
     /// # Errors
-    /// [`KernelError::CollectiveMismatch`] on all members when they disagree, [`KernelError::Arguments`] when the
-    /// buffers do not fit the call, [`KernelError::Aborted`] after [`Collective::abort`].
+    /// [`KernelError::CollectiveMismatch`] on all members if their calls differ; [`KernelError::Arguments`] if the
+    /// buffers do not fit the call; [`KernelError::Aborted`] after [`Collective::abort`].
     fn run(&self, call: &CollectiveCall, _reads: &[View<'_>], _writes: &[View<'_>]) -> Result<()> {
         Err(KernelError::arguments(call.name(), "stream", "a CUDA stream", "a host thread"))
     }
@@ -41,7 +42,7 @@ pub trait Collective: Debug + Send + Sync {
     /// Fails every waiting and every later call with [`KernelError::Aborted`]. Repeated aborts keep the first cause.
     fn abort(&self, cause: &str);
 
-    /// The members of this process that wait now, and the members that they wait for.
+    /// The current waits: each member of this process that waits, and the member that it waits for.
     fn waits(&self) -> Vec<MemberWait>;
 
     /// Whether [`Collective::waits`] is complete. If true, a member that is in a call but not listed waits for nobody.
@@ -52,12 +53,14 @@ pub trait Collective: Debug + Send + Sync {
     /// Bytes that the device of this rank has received from other members since the engine was created.
     fn bytes_received(&self, rank: usize) -> u64;
 
-    /// The abort status of each GPU engine; empty for other engines. An aborted call of a GPU engine looks completed.
+    /// The abort status of each GPU engine; empty for other engines. On its stream, an aborted call of a GPU engine
+    /// looks like a completed call, so the caller must check this status.
     fn abort_statuses(&self) -> Vec<AbortStatus> {
         Vec::new()
     }
 
-    /// Takes a position in this device's issue order, if the engine has such an order. Called once per submission.
+    /// Reserves the next position in this device's issue order. `None` if the engine has no such order. The stream
+    /// calls this function once per submission.
     fn issue_slot(&self, _rank: usize) -> Option<IssueSlot> {
         None
     }
@@ -72,7 +75,7 @@ pub trait Collective: Debug + Send + Sync {
 #[derive(Clone, Copy)]
 pub struct DeviceCollective<'a>(pub(crate) &'a dyn Enqueue);
 
-/// A function that blocks until later work may go on the stream.
+/// A function that blocks until later work may be put on the stream.
 pub(crate) type Wait = Box<dyn FnOnce() -> Result<()> + Send>;
 
 pub(crate) enum Enqueued {
@@ -83,6 +86,6 @@ pub(crate) enum Enqueued {
 
 pub(crate) trait Enqueue {
     /// Puts one member's part of a call on the backend's `stream`, whose device is current. Blocks for a few driver
-    /// calls at most. The caller keeps `bound`'s memory alive until the call has run (STAGE-1 for the workspace).
+    /// calls at most. The caller keeps `bound`'s memory alive until the call has run (STAGE-1 limits the workspace).
     fn enqueue(&self, call: &CollectiveCall, bound: &Bound<'_>, stream: BackendObject) -> Result<Enqueued>;
 }

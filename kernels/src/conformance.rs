@@ -46,15 +46,16 @@ pub fn run_attentions(device: &Device) -> Vec<ConformanceFailure> {
     failures(|report| ops::run_attentions(report, device))
 }
 
-/// Runs the collectives part of the suite. Engines may need to know memory and groups in advance: `make(n)` creates
-/// devices `0..n`, each with an arena of [`COLLECTIVES_ARENA_BYTES`], on new engines that know [`collectives_groups`].
+/// Runs the collectives part of the suite. Some engines need to know the memory and the groups in advance. So `make(n)`
+/// creates devices `0..n`, each with an arena of [`COLLECTIVES_ARENA_BYTES`] and a new engine that was created for
+/// [`collectives_groups`].
 pub fn run_collectives(make: &Make<'_>) -> Vec<ConformanceFailure> {
     let requirements = EngineRequirements::of(4, SummationOrder::InOrder);
     failures(|report| collectives::run(report, make, &requirements))
 }
 
-/// Like [`run_collectives`], for engines that sum in any order, do not compare the members' calls, and require that all
-/// members call the groups in the same order. The largest group has `members` members.
+/// Like [`run_collectives`], but for engines that may sum in any order, do not compare the members' calls, and require
+/// that all members call the groups in the same order. The largest group has `members` members.
 pub fn run_collectives_unordered(make: &Make<'_>, members: usize) -> Vec<ConformanceFailure> {
     let requirements = EngineRequirements {
         compares_calls: false,

@@ -62,7 +62,7 @@ impl DeviceKind {
         }
     }
 
-    /// Scratch bytes of a launch on a stream of `threads` threads. A stream allocates the maximum of its launches.
+    /// Scratch bytes of a launch on a stream of `threads` threads. A stream allocates the maximum over its launches.
     pub fn scratch_bytes(self, launch: &Launch, threads: usize) -> usize {
         match self {
             DeviceKind::Cpu => scratch::bytes(launch, threads),
@@ -139,7 +139,8 @@ impl Device {
         self.stream_with(name, threads, self.0.engine.clone(), Priority::Normal)
     }
 
-    /// Like [`Device::stream`], with a priority, and an engine that may be created after arenas. GPUs ignore `threads`.
+    /// Like [`Device::stream`], but with a given priority and collective engine. This engine replaces the device's
+    /// engine for this stream, so the caller can create it after the device's arenas. GPUs ignore `threads`.
     ///
     /// # Errors
     /// As [`Device::stream`].

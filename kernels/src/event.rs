@@ -29,7 +29,7 @@ impl Event {
         self.0.set.get().map(Stamped::get).is_some()
     }
 
-    /// Blocks until the event is set. Every event is set in the end, since a stream ends only after its queued work.
+    /// Blocks until the event is set. Every event is eventually set, since a stream ends only after its queued work.
     pub fn synchronize(&self) {
         // Spins briefly first, since parking and waking a thread costs tens of microseconds.
         for _ in 0..200 {
@@ -46,7 +46,7 @@ impl Event {
 
     pub(crate) fn set(&self) {
         self.0.set.get_or_init(|| Stamped::new(()));
-        // Takes the lock, so that no waiter checks the flag before the store but starts to wait after the notification.
+        // Without this lock, a waiter could check the flag before it is set and start to wait after the notification.
         drop(self.0.lock.lock());
         self.0.changed.notify_all();
     }

@@ -1,6 +1,6 @@
 //! Device memory: arenas, and the typed views that kernels and collectives receive.
 //!
-//! This file, `heap` and `raw_io` make slices of memory. These invariants make that sound:
+//! This file, `heap` and `raw_io` create slices from raw pointers. These invariants make the slices sound:
 //! - MEM-1: a view lies inside its arena and is aligned for its element type; [`View::resolve`] checks both.
 //! - MEM-2: within a launch, no write overlaps another buffer, except an identical buffer if the op may work in place.
 //!   `cpu::stream` checks this before a kernel runs. The kernel then gets one slice for both buffers.
@@ -41,23 +41,25 @@ pub(crate) trait DeviceStorage: Any + Debug + Send + Sync {
     /// The device and the GPU, as error messages name them.
     fn place(&self) -> String;
 
-    /// Writes `bytes` bytes at `offset` (checked by the caller) in pieces from `fill`, until `fill` returns false.
-    /// Waits for the copies.
+    /// Writes `bytes` bytes at `offset`. The caller has checked this range. `fill` supplies the bytes piece by piece;
+    /// if it returns false, the write ends early. Waits for the copies.
     fn write(&self, offset: usize, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<()>;
 
-    /// Reads `bytes` bytes at `offset` (checked by the caller). Passes pieces to `take`, until `take` returns false.
+    /// Reads `bytes` bytes at `offset`. The caller has checked this range. Passes the bytes to `take` piece by piece;
+    /// if `take` returns false, the read ends early.
     fn read(&self, offset: usize, bytes: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<()>;
 
     /// Adds the calling thread's clock to the memory's release clocks, because a submission no longer uses the memory.
     fn mark_released(&self);
 }
 
-/// A fixed block of one device's memory. It is zeroed when created, and freed when the last clone is dropped. Other
-/// processes of the node may share it, or it may belong to one of them.
+/// A fixed block of one device's memory. It is zeroed when created, and freed when the last clone is dropped. The block
+/// may be shared with other processes of the node, or may belong to one of those processes.
 #[derive(Clone, Debug)]
 pub struct Arena(Arc<Storage>);
 
-/// `Shared` is a memfd of this process or of a peer; peers can map it. It has a tally if a local device owns it.
+/// The memory of an arena. `Shared` is a memfd of this process or of a peer process, and peers can map it. It has a
+/// [`Tally`] if a device of this process owns the memory.
 #[derive(Debug)]
 enum Storage {
     Host(HostMemory),
@@ -157,7 +159,7 @@ impl Arena {
         }
     }
 
-    /// True if both are clones of one arena. Two mappings of one memfd are two arenas.
+    /// True if both values are clones of one arena. Two mappings of one memfd are two arenas.
     pub fn same(&self, other: &Arena) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
@@ -191,7 +193,7 @@ impl Arena {
         }
         let view = View::new("write_host", self, offset, &tensor.shape, tensor.dtype())?;
         let bytes = tensor.data.as_bytes();
-        assert_eq!(bytes.len(), view.bytes(), "elements of a tensor of shape {:?}", tensor.shape);
+        assert_eq!(bytes.len(), view.bytes(), "byte count of the elements of a tensor of shape {:?}", tensor.shape);
         if let Some(memory) = self.storage_on_device() {
             let mut at = 0;
             return memory.write(offset, bytes.len(), &mut |piece| {
@@ -236,7 +238,7 @@ impl Arena {
     }
 }
 
-/// An address in an arena. The offsets of a program's buffers are relative to it.
+/// An address in an arena. The offsets of a program's buffers are relative to this address.
 #[derive(Clone, Debug)]
 pub struct Base {
     /// The memory.
@@ -373,11 +375,11 @@ impl<'a> View<'a> {
         if !in_place && x.zip(y).is_some_and(|(x, y)| x.overlaps(y)) {
             return Err(KernelError::arguments(op, "buffers", "x and y that do not overlap", "an overlap"));
         }
-        // SAFETY: in bounds and aligned by MEM-1 (the dtype has 4 bytes, checked above, and all bits are valid floats),
-        // exclusive by MEM-3.
+        // SAFETY: the memory is in bounds and aligned by MEM-1 (the dtype has 4 bytes, as checked above), all bits are
+        // valid floats, and access is exclusive by MEM-3.
         let written =
             |y: &View<'a>| unsafe { std::slice::from_raw_parts_mut(y.start().cast::<f32>(), y.element_count()) };
-        // SAFETY: as above; read and written memory do not overlap (checked above).
+        // SAFETY: as for `written`; in addition, read and written memory do not overlap (checked above).
         let read = |x: &View<'a>| unsafe { std::slice::from_raw_parts(x.start().cast::<f32>(), x.element_count()) };
         let y = y.map(written).unwrap_or_default();
         Ok(if in_place { Words { x: None, y } } else { Words { x: Some(x.map(read).unwrap_or_default()), y } })
@@ -393,7 +395,8 @@ impl<'a> View<'a> {
     /// The dtype matches `T`, and nothing writes the elements during `'a` (MEM-2, MEM-3).
     pub(crate) unsafe fn slice<T: HostElement>(&self) -> &'a [T] {
         debug_assert_eq!(self.dtype, T::DTYPE);
-        // SAFETY: in bounds and aligned by MEM-1; initialized, since arenas start zeroed; not written, by the contract.
+        // SAFETY: the memory is in bounds and aligned (MEM-1), and is initialized because arenas start zeroed. By the
+        // contract, nothing writes it.
         unsafe { std::slice::from_raw_parts(self.start().cast(), self.element_count()) }
     }
 
@@ -404,7 +407,8 @@ impl<'a> View<'a> {
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn slice_mut<T: HostElement>(&self) -> &'a mut [T] {
         debug_assert_eq!(self.dtype, T::DTYPE);
-        // SAFETY: in bounds and aligned by MEM-1, initialized since arenas start zeroed, and exclusive by the contract.
+        // SAFETY: the memory is in bounds and aligned (MEM-1), and is initialized because arenas start zeroed. By the
+        // contract, access is exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.start().cast(), self.element_count()) }
     }
 

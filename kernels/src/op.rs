@@ -35,12 +35,13 @@ pub enum Op {
         /// The written value.
         value: f32,
     },
-    /// `(x) -> (y)`: copies x to y, for any dtype. Both have the same number of elements; shapes may differ (a
-    /// reshape). Accumulates if the dtype is F32.
+    /// `(x) -> (y)`: copies x to y, for any dtype. x and y have the same number of elements, but their shapes may
+    /// differ (a reshape). Accumulates if the dtype is F32.
     Copy,
     /// `(x) -> (y)`: converts between float types. x and y have the same shape. Rounds to nearest, ties to even.
     Cast,
-    /// `(x) -> (y)`: copies box `src` of x to box `dst` of y. Keeps the rest of y. Any dtype. Accumulates (F32).
+    /// `(x) -> (y)`: copies box `src` of x to box `dst` of y, for any dtype. Does not change the other elements of y.
+    /// Accumulates if the dtype is F32.
     CopyRegion {
         /// Box of the read tensor.
         src: Region,
@@ -58,7 +59,8 @@ pub enum Op {
     },
     /// `(a, b) -> (y)`: a product of two tensors over named index groups. See [`Einsum`]. Accumulates.
     Einsum(Einsum),
-    /// `(ids [..], table [v, c]) -> (y [.., c])`: table row `ids - vocab_start`, or zeros if another shard has the row.
+    /// `(ids [..], table [v, c]) -> (y [.., c])`: for each id, the table row with index `id - vocab_start`, or zeros if
+    /// another shard has the row.
     Embedding {
         /// Index of this shard's first row in the whole table.
         vocab_start: usize,
@@ -131,15 +133,15 @@ pub enum Op {
         /// Number of elements between the starts of consecutive micro-batches in the row-major whole tensor.
         stride: usize,
     },
-    /// `(x) -> (out [n, 2])`: adds the sum of x's squares to `out[index, 0]`, and the sum times [`SQUARES_SCALE`] to
-    /// `out[index, 1]`. Sums in f64, in a fixed order, and adds in f32. A `Fill` must zero `out` first. Does not change
-    /// other rows of `out`.
+    /// `(x) -> (out [n, 2])`: adds the sum of x's squares to `out[index, 0]`, and this sum times [`SQUARES_SCALE`] to
+    /// `out[index, 1]`. The sum is computed in f64 in a fixed order; the two additions to `out` are in f32. A `Fill`
+    /// must zero `out` first. Does not change other rows of `out`.
     SumSquares {
         /// The row of `out`.
         index: usize,
     },
-    /// `(sums [n, 2]) -> (scale [], norm [])`: `norm` is the result of [`norm_of_squares`], which sums in order, in
-    /// f64. `scale = min(1, max_norm / (norm + 1e-6))`, or NaN if the norm is not finite.
+    /// `(sums [n, 2]) -> (scale [], norm [])`: `norm` is the result of [`norm_of_squares`], which adds the rows in f64
+    /// and in their order. `scale = min(1, max_norm / (norm + 1e-6))`, or NaN if the norm is not finite.
     ClipScale {
         /// Largest norm that is not scaled down. If it is infinite, there is no clipping, and `scale` is 1.
         max_norm: f32,
@@ -270,7 +272,7 @@ pub struct Launch {
     pub reads: Vec<Buffer>,
     /// Buffers that the launch writes. If the op is in place or elementwise, a write may be the same buffer as a read.
     pub writes: Vec<Buffer>,
-    /// If true, submissions with `repeat` add to the op's accumulating write instead of overwriting it.
+    /// If true, a submission with `repeat` set adds to the op's accumulating write instead of overwriting this buffer.
     pub accumulate: bool,
     /// Scratch memory, if [`crate::device::DeviceKind::workspace_bytes`] requires it.
     pub workspace: Option<Buffer>,

@@ -13,7 +13,8 @@ use crate::submission::Command;
 pub use crate::submission::{Notification, Notify, Submission};
 
 /// A queue of work on one device, executed in order. Dropping the stream waits until the queued work has finished,
-/// except if the stream's own thread drops it. So if members may be missing, abort the collective engine first.
+/// unless the stream's own thread drops the stream. If a member of a queued collective may be missing, this wait can
+/// last forever: abort the collective engine first.
 #[derive(Debug)]
 pub struct Stream(pub(crate) StreamBackend);
 

@@ -72,7 +72,7 @@ pub(crate) fn launch_panic(program: &Program, index: usize, panic: &(dyn Any + S
     KernelError::Panic { launch, program: program.name.clone(), message }
 }
 
-/// Counts the Inf and NaN values that indicate an error, among the floats that an op has written.
+/// Counts, among the floats that an op has written, the Inf and NaN values that indicate an error.
 pub(crate) fn faults(op: &Op, shape: &[usize], values: &[f32]) -> usize {
     let is_fault = |value: &f32| match op {
         // The maximum of an empty row is -Inf.

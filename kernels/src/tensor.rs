@@ -48,7 +48,7 @@ pub fn element_count(shape: &[usize]) -> usize {
 }
 
 /// The subrange of `0..len` that part `index` of `parts` holds. The first `len mod parts` parts have one element more.
-/// If `len < parts`, some parts are empty. All splits of tensors and of collectives' chunks use this function.
+/// If `len < parts`, some parts are empty. Every split of a tensor, or of a collective into chunks, uses this function.
 pub fn split_range(len: usize, parts: usize, index: usize) -> Range<usize> {
     let (base, extra) = (len / parts, len % parts);
     let start = index * base + index.min(extra);
@@ -203,7 +203,7 @@ impl HostTensor {
     /// Creates a tensor from the little-endian bytes of its elements. The bytes need not be aligned.
     ///
     /// # Panics
-    /// If the length is not that of `element_count(shape)` elements.
+    /// If `bytes` does not have the length of `element_count(shape)` elements.
     #[track_caller]
     pub fn from_le_bytes(dtype: DType, shape: &[usize], bytes: &[u8]) -> Self {
         check_count(shape, dtype.bytes(), bytes.len(), "bytes");
@@ -230,7 +230,7 @@ impl HostTensor {
         }
     }
 
-    /// Number of elements in `data`. Every function rejects a tensor whose shape has a different number of elements.
+    /// Number of elements in `data`. Every function rejects a tensor whose shape and data differ in this number.
     pub fn elements_held(&self) -> usize {
         self.as_bytes().len() / self.dtype().bytes()
     }

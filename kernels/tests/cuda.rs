@@ -1,6 +1,6 @@
-//! The CUDA backend on software devices passes the conformance suite, with engines for one GPU and for several GPUs.
-//! Each test starts this program again, so that the dynamic linker loads the software device instead of NVIDIA's
-//! libraries. An error that the software device finds fails the test.
+//! The CUDA backend passes the conformance suite on software devices, which emulate CUDA on the CPU. The suite runs
+//! with engines for one GPU and for several GPUs. Each test starts this program again, so that the dynamic linker loads
+//! the software device instead of NVIDIA's libraries. A test fails if the software device finds an error.
 
 use std::fmt;
 use std::sync::Arc;
@@ -33,7 +33,7 @@ mod waiting;
 
 /// Maximum wait until all members of a group have joined.
 const WITHIN: Duration = Duration::from_secs(30);
-/// How long the slow abort takes.
+/// How long the abort takes in the case `slow abort`.
 const ABORT: Duration = Duration::from_secs(3);
 
 fn assert_no_failures(failures: &[ConformanceFailure]) {
@@ -141,8 +141,8 @@ fn steps(count: usize) {
 /// Bytes per buffer of [`fusible`], enough for five rows of 1100 floats.
 const PLACE: usize = 22_528;
 
-/// Pairs of launches that one kernel can run: residual and norm, bias and GELU, maximum and sum of a row. Returns the
-/// program and the buffers that it writes. If `apart`, signals separate all launches.
+/// Creates pairs of launches that one kernel can run: residual with norm, bias with GELU, and row maximum with row sum.
+/// Returns the program and the buffers that it writes. If `apart`, signals separate all launches.
 fn fusible(dtype: DType, apart: bool, width: usize) -> (Arc<Program>, Vec<Buffer>) {
     let rows = [5, width];
     let place = |i: usize, shape: &[usize], dtype| Buffer { dtype, ..floats(PLACE * i, shape) };
@@ -173,7 +173,7 @@ fn fused_and_apart(mode: &str) {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * PLACE).expect("memory"));
     let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<f32>>();
-    // Row widths, in order: whole vectors, not whole vectors, and more elements than a warp keeps of a row.
+    // Row widths: a multiple of the vector size, not a multiple of it, and more than a warp keeps in registers.
     let cases = [72, 17, 1100].into_iter().flat_map(|width| [(DType::F32, width), (DType::BF16, width)]);
     for (dtype, width) in cases {
         let (rows, n) = ([5, width], 5 * width);
@@ -333,7 +333,7 @@ fn another_context() {
     }
 }
 
-/// Drops a stream inside a program, on a thread that cannot wait for it: the stream's own thread or the poller's.
+/// Drops a stream while its program runs, on a thread that cannot wait for it: the stream's own or the poller's.
 fn dropped(by_kernel: bool) {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let arena = device.arena(14 * PLACE).expect("memory");
@@ -573,7 +573,7 @@ fn pipes_connect_and_report_who_waits() {
     }
 }
 
-/// Runs under every policy except the one that runs nothing until the host waits.
+/// Runs the case under policies that run work before the host waits for it.
 #[test]
 fn the_time_in_a_collective_is_known_before_it_ends() {
     for (policy, seed) in [("in-order", 9), ("random", 10), ("adversarial", 11)] {
@@ -655,7 +655,7 @@ fn a_step_neither_allocates_nor_waits() {
         long_run.keys().map(|name| (name.as_str(), each(name))).filter(|(_, calls)| *calls != 0.0).collect();
     let known = ["cuCtxSetCurrent", "cuEventQuery", "cuEventRecord", "cuLaunchKernel", "cublasLtMatmul"];
     assert!(exact.iter().all(|(name, _)| known.contains(name)), "{exact:?}");
-    // In order: norm, GELU and residual; the product; the signal and the end.
+    // The three launches are norm, GELU and residual. The two events are for the signal and the end.
     let per_step = ["cuCtxSetCurrent", "cuLaunchKernel", "cublasLtMatmul", "cuEventRecord"].map(each);
     assert_eq!(per_step, [1.0, 3.0, 1.0, 2.0], "{exact:?}");
 }
@@ -679,7 +679,8 @@ fn attention_by_cudnn_and_by_shardflow_agree_up_to_rounding() {
     let [own, absent, ordered, any_order] =
         ["own", "absent", "ordered", "any order"].map(|kind| executions(&format!("attention {kind}"), 7));
     assert_eq!((own, absent), (0, 0));
-    // Seven bf16 shapes have a depth divisible by 8: forward for all seven, backward for the four with aligned buffers.
+    // Seven bf16 shapes have a depth divisible by 8. cuDNN runs the forward pass of all seven, and the backward pass of
+    // the four shapes with aligned buffers.
     assert_eq!((ordered, any_order), (11, 11));
 }
 

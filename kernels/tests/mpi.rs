@@ -1,6 +1,6 @@
 //! Collectives by MPI between real processes: this test binary starts itself under `mpirun`. It runs the conformance
-//! suite. It also tests aborts, late or lost processes, and that all members get the same bits. Cargo builds it only
-//! with the feature `mpi`.
+//! suite. It also tests aborts, late processes and lost processes, and checks that all members get the same bits. Cargo
+//! builds it only with the feature `mpi`.
 
 use std::io::Read;
 use std::process::{Command, Stdio};
@@ -21,7 +21,7 @@ use shardflow_kernels::tensor::{DType, HostTensor, Region};
 /// Environment variable that selects the scenario of a child.
 const SCENARIO: &str = "SHARDFLOW_TEST_SCENARIO";
 
-/// Much longer than any of these runs takes.
+/// Maximum duration of a run. It is much longer than any of the runs takes.
 const DEADLINE: Duration = Duration::from_secs(120);
 
 /// How long processes wait until all processes have arrived.

@@ -1,5 +1,6 @@
 //! Collectives between real processes: this test binary starts itself again. Results have the same bits as those of the
-//! in-process engine. All members report a disagreement. After an abort, no member waits for a killed or frozen one.
+//! in-process engine. All members report a mismatch of calls. After an abort, no member waits for a killed or frozen
+//! member.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -20,8 +21,8 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Access, Arena, View};
 use shardflow_kernels::tensor::{DType, HostTensor, Region, split_range};
 
-/// Environment variable that configures a child: `SCENARIO RANK PARENT BOARD,ARENA,ARENA..`. The last part lists the
-/// parent's file descriptors.
+/// Environment variable that configures a child: `SCENARIO RANK PARENT BOARD,ARENA,ARENA..`. `PARENT` is the parent's
+/// process id. The last part lists the parent's file descriptors.
 const CHILD_ENV: &str = "SHARDFLOW_TEST_PLACE";
 
 /// Maximum wait for an action of a child.
@@ -69,7 +70,7 @@ fn script(n: usize, member: usize) -> Vec<Step> {
 }
 
 /// Runs the script and returns the number of arena bytes used. Each step has an x, a y and a copy of y. As soon as a
-/// call returns, its x and y are overwritten, which must not affect any member.
+/// call returns, its x and y are overwritten. This must not change the results of any member.
 fn run_script(engine: &dyn Collective, arena: &Arena, n: usize, member: usize) -> Result<usize, KernelError> {
     let mut end = 0;
     for (kind, x_shape, y_shape) in script(n, member) {
@@ -110,8 +111,8 @@ fn join(rank: usize, parent: &str, files: &str) -> (SharedMemory, Arena, usize) 
     (SharedMemory::new(board, &groups, arenas).unwrap(), arena, groups[0].ranks.len())
 }
 
-/// The body of a child process. Does nothing in the parent. A line on standard input, or its closing, aborts the child,
-/// so no child outlives the parent.
+/// The body of a child process. Does nothing in the parent. A line on standard input aborts the child. The end of
+/// standard input does so too, so no child outlives the parent.
 #[test]
 fn child() {
     let Ok(config) = std::env::var(CHILD_ENV) else { return };

@@ -1,5 +1,5 @@
 //! The bits that a CPU kernel writes do not depend on its number of threads (BITS-1). Tests every op on shapes that no
-//! number of threads divides, from a single element to many times the size for which a fork pays off.
+//! tested number of threads divides, from one element to many times the size from which several threads pay off.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;

@@ -30,7 +30,7 @@ fn tcp_pair() -> io::Result<[Channel; 2]> {
     Ok([Channel::Tcp(a), Channel::Tcp(b)])
 }
 
-/// Maximum number of bytes that a [`Holding`] stream accepts at a time, and that it reads ahead.
+/// Maximum number of bytes that a [`Holding`] stream accepts at a time. It also reads at most this many bytes ahead.
 const HELD_BYTES: usize = 3000;
 
 /// A stream that buffers in both directions, as an encrypted stream does. It sends accepted bytes at the next call, and

@@ -68,7 +68,7 @@ pub fn plan(
 }
 
 /// Finds layout changes, and keeps their routes for reuse. A route serves all changes with the same shape, type and
-/// layouts, on placements with the same sizes of axes and the same overlap. So all layers and stages share one search.
+/// layouts, on placements with the same axis sizes and the same overlap, so all layers and stages share one search.
 #[derive(Debug, Default)]
 pub struct Planner {
     model: CostModel,

@@ -15,7 +15,8 @@ use crate::session::{Session, SessionError, StepReport};
 /// Key in the cursor. Its value is the number of samples consumed before the checkpoint, including skipped batches.
 const SAMPLES: &str = "samples";
 
-/// Key that older checkpoints have instead of [`SAMPLES`]. Its value counts skipped batches, but not batches of steps.
+/// Key that older checkpoints have instead of [`SAMPLES`]. Its value is the number of skipped batches, without the
+/// batches of completed steps.
 const SKIPPED_BATCHES: &str = "batches_passed_over";
 
 /// Maximum number of rollbacks to one checkpoint.
@@ -58,7 +59,8 @@ pub struct ManagerOptions {
     pub batch: u64,
     /// Path of the parameter file that the program will also write, if any. The check of free space includes this file.
     pub save: Option<PathBuf>,
-    /// Receives the duration of each save. Requests to end then come early enough for one more save.
+    /// The requests to this process. The manager reports the duration of each save to them, so that a request to end
+    /// comes early enough for one more save.
     pub requests: Option<Arc<Requests>>,
     /// Receives messages for the user, one line each. Only rank 0 receives messages about the whole job.
     pub on_note: Arc<dyn Fn(&str) + Send + Sync>,
@@ -78,7 +80,7 @@ pub enum ManagerError {
     NoCheckpoint(Box<NonFinite>),
     #[error("rolled back {ROLLBACKS_MAX} times to step {step} without success: {found}")]
     TooManyRollbacks { step: u64, found: Box<NonFinite> },
-    #[error("the last checkpoint is not saved: {cause}; {}", newest.map_or("there is no other".into(), |step| format!("the newest is of step {step}")))]
+    #[error("the last checkpoint is not saved: {cause}; {}", newest.map_or("no other checkpoint exists".into(), |step| format!("the newest checkpoint is of step {step}")))]
     Last { cause: Box<CheckpointError>, newest: Option<u64> },
 }
 
@@ -97,7 +99,7 @@ impl ManagerError {
         }
     }
 
-    /// The session's error, if that is the cause.
+    /// The session's error, if the cause is a session's error.
     pub fn session(&self) -> Option<&SessionError> {
         match self {
             Self::Store(error) | Self::Snapshot(error) => Some(error),
@@ -110,7 +112,7 @@ fn store_error(error: impl Into<SessionError>) -> ManagerError {
     ManagerError::Store(Box::new(error.into()))
 }
 
-/// The checkpoints of one training run. All processes make the same calls.
+/// The checkpoints of one training run. All processes must make the same calls.
 ///
 /// ```
 /// # use std::sync::Arc;
@@ -149,7 +151,7 @@ pub struct CheckpointManager {
     options: ManagerOptions,
     /// Index of the next batch's first sample.
     next_sample: u64,
-    /// Whether this is rank 0, which writes to the store.
+    /// Whether this process is rank 0, which writes to the store.
     is_first: bool,
     /// Step of the last rollback, and the number of consecutive rollbacks to that step.
     rollbacks: (u64, u32),
@@ -210,7 +212,7 @@ impl CheckpointManager {
         if self.rollbacks.1 > ROLLBACKS_MAX {
             return Err(ManagerError::TooManyRollbacks { step, found: Box::new(found.clone()) });
         }
-        // A process that dies before the next save must not train on the bad batch again.
+        // If a process dies before the next save, the restarted job must not train on the bad batch again.
         if let Err(error) = self.saver.set_cursor(step, self.cursor()) {
             let note = "warning: a restart before the next checkpoint will train on the bad batch again";
             self.note(format!("{note}: {error}"));
@@ -267,7 +269,7 @@ impl CheckpointManager {
                 if self.requested == Some(step) {
                     self.note(format!("checkpoint of step {step} saved in {place}, on request"));
                 }
-                // The launcher restarts a job only if it makes progress. Without a launcher, this call does nothing.
+                // The launcher restarts a job only if the job reports progress. Without a launcher, this does nothing.
                 if let Err(error) = exit::progress(step) {
                     (self.options.on_note)(&format!("warning: cannot report step {step} to the launcher: {error}"));
                 }
@@ -325,7 +327,7 @@ mod tests {
     fn an_error_of_the_last_save_names_the_newest_checkpoint() {
         let cause = || CheckpointError::Io { path: "x".into(), source: ErrorKind::StorageFull.into() };
         let last = |newest| ManagerError::Last { cause: cause().into(), newest }.to_string();
-        assert!(last(Some(4)).ends_with("; the newest is of step 4"), "{}", last(Some(4)));
-        assert!(last(None).ends_with("; there is no other"), "{}", last(None));
+        assert!(last(Some(4)).ends_with("; the newest checkpoint is of step 4"), "{}", last(Some(4)));
+        assert!(last(None).ends_with("; no other checkpoint exists"), "{}", last(None));
     }
 }

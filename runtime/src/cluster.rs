@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use shardflow_job::env::{JOB_BEGAN_MS, LaunchContext, Launched, RESTART_CAUSES, detect, process_variables};
 pub use shardflow_job::options::{Advertise, ClusterOptions, Collectives, Transport};
+use shardflow_job::text::counted;
 
 use crate::process_map::ProcessMap;
 
@@ -89,6 +90,21 @@ impl Cluster {
 
     fn world(&self) -> Option<&Launched> {
         if let LaunchContext::World(world) = &self.launch { Some(world) } else { None }
+    }
+
+    /// How the job divides this number of devices.
+    ///
+    /// # Errors
+    /// [`ClusterError::Refused`] if there are more processes than devices.
+    pub(crate) fn process_map(&self, devices: usize) -> Result<ProcessMap, ClusterError> {
+        let (process, processes) = self.world().map_or((0, 1), |world| (world.process, world.processes));
+        if processes as usize > devices {
+            let mesh = counted(devices, "device");
+            return Err(ClusterError::Refused(format!(
+                "a mesh of {mesh} cannot be split over {processes} processes: start at most {devices}"
+            )));
+        }
+        Ok(ProcessMap { process, processes, devices })
     }
 
     /// The rank of this process.

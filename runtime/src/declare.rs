@@ -37,7 +37,8 @@ pub const DECLARED_BYTES_MAX: usize = 6 << 10;
 /// Names of the values that the session itself compares.
 pub(crate) const SEED: &str = "seed";
 pub(crate) const ON_NON_FINITE: &str = "on_non_finite";
-/// Settings of the optimizer. Ranks compare them through the plan's hash, so only a resume compares this value.
+/// Names of the optimizer's settings. Ranks compare the plan's hash, which covers these settings, so only a resume
+/// compares the settings themselves.
 pub(crate) const OPTIMIZER: &str = "optimizer";
 pub(crate) const MAX_NORM: &str = "maximum gradient norm";
 /// Action of a resume if the checkpoint records another value. Declared values must always be equal on all ranks.
@@ -63,11 +64,11 @@ struct Declared {
     is_of_model: bool,
 }
 
-/// The values that a program declares, in order.
+/// The values that a program declares, in the order of the declarations.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Declarations(Vec<Declared>);
 
-/// A value that cannot be declared.
+/// The error of a value that cannot be declared.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cannot declare {name:?}: {why}")]
 pub struct DeclareError {
@@ -96,7 +97,7 @@ impl Declarations {
         self
     }
 
-    /// Names and values, in order.
+    /// Names and values, in the order of the declarations.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.0.iter().map(|declared| (declared.name.as_str(), declared.value.as_str()))
     }
@@ -120,7 +121,7 @@ impl Declarations {
             if value.len() > VALUE_BYTES_MAX {
                 let bytes = value.len();
                 return wrong(format!(
-                    "the value has {bytes} bytes, the maximum is {VALUE_BYTES_MAX}: declare a digest"
+                    "the value has {bytes} bytes, the maximum is {VALUE_BYTES_MAX}: declare a digest of it"
                 ));
             }
             if total > DECLARED_BYTES_MAX {
@@ -129,7 +130,7 @@ impl Declarations {
                 ));
             }
             if is_reserved(name) {
-                return wrong("the session itself compares a value of this name; choose another".into());
+                return wrong("the session itself compares a value of this name; choose another name".into());
             }
             if self.iter().take(index).any(|(other, _)| other == name) {
                 return wrong("it is declared twice".into());
@@ -138,9 +139,9 @@ impl Declarations {
         Ok(())
     }
 
-    /// Compares a checkpoint's values with the declared values. Returns a line per difference to report, or an error if
-    /// a value differs that must be equal. Ignores a value that is missing on one side, because older programs declared
-    /// fewer values.
+    /// Compares a checkpoint's values with the declared values. Returns one line for each difference to report, or an
+    /// error if a value that must be equal differs. Ignores a value that is missing on one side, because older programs
+    /// declared fewer values.
     pub(crate) fn compare(&self, saved: &Values, weights_only: bool) -> Result<Vec<String>, String> {
         let mut notes = Vec::new();
         for declared in self.0.iter().filter(|declared| declared.is_of_model || !weights_only) {

@@ -36,11 +36,11 @@ pub fn gpu_memory_bytes(devices: usize) -> Result<usize, KernelError> {
     Ok(free / devices.div_ceil(count).max(1))
 }
 
-/// This process's ends of the pipes between GPUs of two processes, by sending and receiving device.
+/// This process's ends of the pipes between GPUs of two processes. The key is the pair of sending and receiving device.
 pub(crate) type Pipes = BTreeMap<(usize, usize), Arc<Pipe>>;
 
 pub(crate) struct ProcessDevices {
-    /// In order of rank.
+    /// The devices in order of rank.
     pub(crate) devices: Vec<Device>,
     /// Runs collectives between these devices. With GPUs, the collectives may include devices of other processes.
     pub(crate) engine: Arc<dyn Collective>,
@@ -85,8 +85,8 @@ fn gpus(process_map: &ProcessMap, node: NodeDevices, count: usize) -> Result<BTr
     Ok(out)
 }
 
-/// GPU ordinals, below `count`, of this process's devices. GPUs are assigned to all devices of the node in the order
-/// of ranks. Devices share GPUs only if one process hosts all devices.
+/// GPU ordinals of this process's devices; each ordinal is below `count`. GPUs are assigned to all devices of the node
+/// in the order of ranks. Devices share GPUs only if one process hosts all devices.
 fn ordinals(process_map: &ProcessMap, node: NodeDevices, count: usize) -> Result<Vec<usize>, KernelError> {
     if count == 0 || (node.all > count && process_map.processes > 1) {
         let what = format!("{} devices of this node need one GPU each, but the node has {count}", node.all);
@@ -109,20 +109,24 @@ fn gpu_engine(
     if shares || process_map.devices == 1 {
         return Ok((Arc::new(SharedGpu::new()), Pipes::new()));
     }
-    let mut groups = groups(plan);
+    let mut groups = groups(plan, process_map.own());
     let pairs = if takes_pipes { process_map.crossing_pairs(plan) } else { BTreeMap::new() };
-    let first = groups.last().map_or(0, |group| group.id + 1);
+    let first = plan.patterns.count(&plan.graph);
     groups.retain(|group| group.ranks.len() > 1);
     let queues = env::var(QUEUES).ok();
     for rank in gpus.keys() {
         let pipes = pairs.keys().filter(|(from, to)| from == rank || to == rank).count();
         // The copies for the host need one more stream.
-        let streams = plan.spec.actors.iter().filter(|actor| actor.device == *rank).count() + 1;
+        let streams = plan.spec.actors.values().filter(|actor| actor.device == *rank).count() + 1;
         check_queues(*rank, streams, pipes, queues.as_deref())?;
     }
-    // The ids of the pipes' groups follow those of the plan's groups. The order is the same in all processes.
-    let pair = |(id, (from, to)): (u32, &(usize, usize))| Arc::new(Group { id, ranks: vec![*from, *to] });
-    groups.extend((first..).zip(pairs.keys()).map(pair));
+    // The ids of the pipes' groups follow those of the plan's groups. A pair of devices has the same id in both
+    // processes.
+    let pair = |(from, to): &(usize, usize)| {
+        let id = first + (from * process_map.devices + to) as u32;
+        Arc::new(Group { id, ranks: vec![*from, *to] })
+    };
+    groups.extend(pairs.keys().map(pair));
     let mut members = Vec::new();
     for (group, id) in groups.iter().zip(ids(&groups)?) {
         for (index, rank) in group.ranks.iter().enumerate() {
@@ -155,7 +159,7 @@ fn check_queues(rank: usize, streams: usize, pipes: usize, setting: Option<&str>
     let hint = if needed <= max {
         format!("set {QUEUES}={max} for all processes before they start, as shardflow launch does")
     } else {
-        format!("no GPU has more than {max}: set SHARDFLOW_TRANSPORT=tcp for all processes")
+        format!("no GPU has more than {max} queues: set SHARDFLOW_TRANSPORT=tcp for all processes")
     };
     Err(KernelError::Unavailable { what, hint })
 }

@@ -27,8 +27,8 @@ pub(crate) fn is_of_one_machine(folder: &Path) -> bool {
     kind.is_some_and(|kind| OF_ONE_MACHINE.contains(&(kind & 0xffff_ffff)))
 }
 
-/// Lists files with sizes, and folders with `None`. If `deep` is set, lists all files below instead. Skips names that
-/// are not UTF-8 or have vanished.
+/// Lists files with sizes, and folders with `None`. If `deep` is set, lists the files in all subfolders instead. Skips
+/// names that are not UTF-8, and entries that were deleted meanwhile.
 pub(crate) fn list(folder: &Path, deep: bool) -> io::Result<BTreeMap<String, Option<u64>>> {
     let mut found = BTreeMap::new();
     let entries = match fs::read_dir(folder) {
@@ -71,12 +71,12 @@ pub(crate) fn lacks_links(error: &(dyn std::error::Error + 'static)) -> bool {
     code.is_some_and(|code| [Errno::PERM, Errno::OPNOTSUPP, Errno::NOSYS, Errno::MLINK].contains(&code))
 }
 
-/// Creates a synced file with its whole content if it does not exist, without hard links. The writer puts the content
-/// into a folder and renames this folder to the claim's name. Then it renames the content from the claim to `path`.
-/// A folder cannot be renamed to the claim's name while the claim has content. Other writers may delete that content at
-/// any time, because its writer may have died; a slow writer then has nothing to rename. So a writer creates the file
-/// only if it finds `path` free while its content is in the claim. No writer moves the claim's folder, because a rename
-/// in progress would still find the content.
+/// Creates a synced file with its whole content if no file exists at `path`. Needs no hard links. The writer puts the
+/// content into a folder of its own, and renames this folder to `<path>.claim`, the claim. This rename fails while the
+/// claim has content. If `path` is still free, the writer then renames the content from the claim to `path`. Other
+/// writers may delete the claim's content at any time, because the writer of that content may have died. A slow writer
+/// then has nothing to rename. Hence a writer creates the file only if it finds `path` free while its own content is in
+/// the claim. No writer moves the claim's folder, because a rename in progress would still find the content.
 pub(crate) fn create_by_claim(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let with_suffix = |suffix: &str| {
         let mut name = path.as_os_str().to_os_string();

@@ -1,4 +1,4 @@
-//! Parses a command line. Accepts negative numbers as values, so that a flag's error can state its range.
+//! Parses a command line. Accepts negative numbers as values, so that the error of a flag can state the flag's range.
 
 use std::any::TypeId;
 use std::ffi::OsString;
@@ -14,7 +14,7 @@ use shardflow_job::exit::Exit;
 /// returns the exit code for `main`. Also reports an error to the launcher and the other processes.
 ///
 /// # Errors
-/// The exit code; 0 after help.
+/// The exit code for `main`, which is 0 after a request for help.
 pub fn parse_own<T: Parser>() -> Result<T, ExitCode> {
     parse(std::env::args_os()).map_err(|error| {
         // A closed pipe is not an error.

@@ -29,7 +29,7 @@ pub mod optimizer;
 pub use error::{GraphError, SourceLine};
 pub use optimizer::AdamW;
 
-/// A tensor of a graph. Other graphs refuse the tensor, except clones of its graph that were made after the tensor.
+/// A tensor of a graph. Other graphs refuse the tensor, except later clones of the graph that created the tensor.
 #[derive(Clone, Copy)]
 pub struct Var {
     index: u32,
@@ -134,7 +134,7 @@ impl Rate {
     }
 }
 
-/// What a node does.
+/// The operation of a node.
 #[derive(Clone, Debug)]
 #[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum NodeOp {
@@ -163,7 +163,8 @@ pub enum NodeOp {
         axes: Vec<usize>,
     },
     /// Sums of squares of this placement's gradients, of shape `[number of parameters, 2]`. The columns are those of
-    /// [`Op::SumSquares`]; rows of other parameters are zero. `indices` has the graph index of each input's parameter.
+    /// [`Op::SumSquares`]; rows of parameters without an input are zero. `indices` has the graph index of each input's
+    /// parameter.
     NormSums {
         indices: Vec<usize>,
     },
@@ -216,18 +217,19 @@ pub struct TensorInfo {
     pub producer: NodeId,
     /// How often the tensor gets a new value.
     pub rate: Rate,
-    /// The user's layout, if given; after the layout pass, the chosen one.
+    /// The layout that the user gave, if any. After the layout pass, the layout that the pass chose.
     pub layout: Option<NdSbp>,
-    /// The layout of a forward tensor along the micro-batches of a step: split, equal in each one, or terms to combine;
-    /// `None` if no rule determines it. The user sets it for inputs, and the micro-batch pass for other tensors.
+    /// The layout of a forward tensor along the micro-batches of a step: split, equal in each micro-batch, or terms to
+    /// combine. `None` if no rule determines this layout. The user sets it for inputs, and the micro-batch pass sets it
+    /// for other tensors.
     pub loop_sbp: Option<Sbp>,
-    /// The shape in checkpoint files, where it differs from `shape`.
+    /// The shape in checkpoint files, if it differs from `shape`.
     pub saved_shape: Option<Vec<usize>>,
     /// True if the tensor results from an error. Further errors about the tensor are suppressed.
     pub poisoned: bool,
 }
 
-/// Maximum number of dims of a tensor: each needs a letter in the op's rule.
+/// Maximum number of dims of a tensor: each dim needs a letter in the op's rule.
 pub const DIMS_MAX: usize = 16;
 
 /// Placeholder properties for tensors of other graphs, by number of dims.
@@ -261,7 +263,7 @@ pub struct Node {
     pub updates: Vec<Var>,
     /// Index into [`Graph::placements`].
     pub placement: usize,
-    /// A label for what the node does in a step.
+    /// The node's role in a step, as a label.
     pub role: Role,
     /// How often the node runs. An accumulated sum changes once per step, but its node runs in each micro-batch.
     pub rate: Rate,
@@ -301,7 +303,7 @@ pub struct Output {
 /// How an output's values from the micro-batches of a step are combined into one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Combine {
-    /// Concatenate along this dim, the batch.
+    /// Concatenate along this dim, which is the batch dim.
     Concat(usize),
     /// Add. This also fits a mean over the batch, because each term is divided by the element count of the whole step.
     Sum,
@@ -309,7 +311,7 @@ pub enum Combine {
     Max,
     /// Take the first value; all values are equal.
     First,
-    /// Keep all, stacked along a new first dim.
+    /// Keep all values, stacked along a new first dim.
     Stack,
 }
 

@@ -9,7 +9,7 @@ use shardflow_kernels::tensor::Region;
 pub enum Init {
     /// Normal with mean 0.
     Normal {
-        /// Standard deviation; f64, so that 0.02 is rounded to f64 and not to f32.
+        /// Standard deviation. The type is f64, so that 0.02 is rounded to f64 and not to f32.
         std: f64,
     },
     Ones,
@@ -32,8 +32,8 @@ pub fn mix(counter: u64) -> u64 {
     SplitMix64(counter).draw()
 }
 
-/// Element `index` of the standard normal sequence of `key`: the cosine branch of Box and Muller on the counters
-/// `2 index` and `2 index + 1`. <https://doi.org/10.1214/aoms/1177706645>
+/// Element `index` of the standard normal sequence of `key`. It is the cosine branch of the Box-Muller transform,
+/// applied to the counters `2 index` and `2 index + 1`. <https://doi.org/10.1214/aoms/1177706645>
 fn standard_normal(key: u64, index: u64) -> f64 {
     let counter = key.wrapping_add(index.wrapping_mul(2));
     let unit = 1.0 / (1u64 << 53) as f64;

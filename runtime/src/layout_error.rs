@@ -24,7 +24,7 @@ pub enum LayoutError {
     LayoutSyntax { text: String, part: String },
     #[error("layout {layout} of a tensor of shape {shape:?} on mesh {mesh}: {why}")]
     Layout { layout: String, shape: Vec<usize>, mesh: String, why: String },
-    #[error("shard {index} of a tensor of shape {shape:?} as {layout}: expected {expected}, got {got}")]
+    #[error("shard {index} of a tensor of shape {shape:?} in layout {layout}: expected {expected}, got {got}")]
     Shard { index: usize, shape: Vec<usize>, layout: String, expected: String, got: String },
     #[error("rule {text:?}: {why}")]
     Rule { text: String, why: String },
@@ -32,11 +32,11 @@ pub enum LayoutError {
     InputCount { rule: String, expected: usize, got: usize },
     #[error("rule {rule}: input {input} needs {} ({operand:?}), got shape {shape:?}", counted(operand.len(), "dim"))]
     Rank { rule: String, input: usize, operand: String, shape: Vec<usize> },
-    #[error("rule {rule}: {factor} is {size} in input {input} but {other_size} in {other}")]
+    #[error("rule {rule}: factor {factor} has size {size} in input {input}, but size {other_size} in {other}")]
     FactorSize { rule: String, factor: char, input: usize, size: usize, other: String, other_size: usize },
     #[error("cannot change a {dtype} tensor of shape {shape:?} from {from} to {to}: {why}")]
     NoBoxing { from: String, to: String, dtype: String, shape: Vec<usize>, why: String },
     /// The input of the layout search is malformed, or the search has no solution.
-    #[error("layout choice: {node}: {why}")]
+    #[error("cannot choose a layout: {node}: {why}")]
     Choice { node: String, why: String },
 }

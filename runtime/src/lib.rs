@@ -31,12 +31,12 @@
 //!
 //! 1. **Graph.** Ops add nodes to a [`prelude::Graph`]. Errors carry the line of your program; `compile` reports all
 //!    errors together.
-//! 2. **Plan.** [`prelude::compile`] returns a [`prelude::Plan`]: the actions of each device, every transfer, and every
-//!    byte. `shardflow plan` prints it without running anything.
+//! 2. **Plan.** [`prelude::compile`] returns a [`prelude::Plan`]: the actions of each device, all transfers, and the
+//!    use of every byte of memory. `shardflow plan` prints the plan without running anything.
 //! 3. **Start.** [`prelude::Session::start`] joins the processes of the job ([`cluster::Cluster::from_env`]), compares
 //!    the plan and the options of all processes, and allocates all memory.
-//! 4. **Steps.** [`prelude::Session::step`] takes the batch, whole or only the part of this rank, and returns
-//!    the loss. All processes must call it.
+//! 4. **Steps.** [`prelude::Session::step`] takes the whole batch, or only the part of this rank, and returns the loss.
+//!    All processes must call it.
 //! 5. **Checkpoints.** A [`prelude::CheckpointManager`] writes checkpoints in the background and resumes from them, on
 //!    any mesh and any number of processes.
 //! 6. **End.** [`prelude::Session::shutdown`] ends the actors. A failure in any process ends all processes with the

@@ -1,4 +1,4 @@
-//! The lock of a checkpoint store: only one training job writes to it at a time.
+//! The lock of a checkpoint store: only one training job writes to the store at a time.
 //!
 //! The lock is a file `lock-<n>.json` that names the holder. A holder is alive while it holds `flock` on its file. On
 //! network file systems and in cloud stores, other writers may not see `flock`, so the holder also renews the file.
@@ -36,7 +36,8 @@ const MISSED_MAX: u32 = 3;
 const ATTEMPTS_MAX: u32 = 100;
 /// All numbers of locks are lower than this number. Entries with this number are ignored.
 const NUMBER_END: u64 = u64::MAX;
-/// Size of a lock file: text padded with spaces, so that one write replaces all of it.
+/// Size of a lock file, in bytes. Its text is padded with spaces to this size, so that one write replaces the whole
+/// file.
 const FILE_BYTES: usize = 1024;
 const RELEASE_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -99,7 +100,7 @@ pub(crate) struct Lock {
     renewals: AtomicU64,
     /// Local folders that did not exist before this lock, innermost first.
     created: Vec<PathBuf>,
-    /// The open lock file with its `flock`; `None` without `flock`.
+    /// The open lock file with its `flock`; `None` if the file could not be locked.
     file: Option<File>,
     /// Dropping the sender ends the renewing thread.
     _renewing: Option<Sender<()>>,
@@ -137,7 +138,7 @@ impl Lock {
                 return Ok(Self { store, number, holder, renewals, created, file, _renewing: None }.renewed());
             }
         }
-        let message = format!("{}: other processes took the lock first in {ATTEMPTS_MAX} attempts", store.place());
+        let message = format!("{}: other processes took the lock first in all {ATTEMPTS_MAX} attempts", store.place());
         Err(CheckpointError::Refused(message))
     }
 
@@ -256,7 +257,7 @@ fn create(store: &Store, number: u64, holder: &Holder) -> Result<Option<Option<F
             Err(CheckpointError::Store { source, .. })
                 if matches!(*source, Error::NotImplemented { .. } | Error::NotSupported { .. }) =>
             {
-                let why = format!("it lacks conditional puts, but a commit and a lock require them: {source}");
+                let why = format!("the store lacks conditional puts, which commits and locks require: {source}");
                 Err(CheckpointError::Place { place: store.place().into(), why })
             }
             Err(error) => Err(error),
@@ -309,7 +310,7 @@ fn live_holder(store: &Store, number: u64, own: &Holder) -> Result<Option<Vec<u8
     }
     let Operations { clock, .. } = &store.operations;
     let (begin, limit) = (clock.now(), RENEWAL * MISSED_MAX);
-    tracing::warn!("{}: held by {}; waiting up to {limit:?} for a renewal", store.place(), describe(&first));
+    tracing::warn!("{}: {} holds the lock; waiting up to {limit:?} for a renewal", store.place(), describe(&first));
     while clock.now() - begin <= limit {
         clock.wait(POLL);
         match read(store, number)? {

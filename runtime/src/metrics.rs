@@ -1,5 +1,6 @@
 //! Metrics that this crate publishes through the `metrics` facade. Names, labels and meanings are public API. Without a
-//! recorder, recording a value takes nanoseconds. [`crate::watch::Watch`] installs one and serves it to Prometheus.
+//! recorder, recording a value takes nanoseconds. [`crate::watch::Watch`] installs a recorder and serves its values to
+//! Prometheus.
 //!
 //! [`shardflow_kernels::metrics`] publishes `shardflow_collective_seconds`: an actor's busy time in collectives.
 
@@ -24,11 +25,11 @@ macro_rules! define {
 
 define! {
     describe_gauge BUILD_INFO = "shardflow_build_info", "Version, mesh, device and process of the session; always 1.";
-    describe_counter STEPS = "shardflow_steps_total", "Steps done.";
+    describe_counter STEPS = "shardflow_steps_total", "Completed steps.";
     describe_gauge STEP = "shardflow_step", "Current step of the training, including steps before a loaded checkpoint.";
-    describe_gauge START = "shardflow_start_timestamp_seconds", Seconds, "Start of the session, Unix time.";
+    describe_gauge START = "shardflow_start_timestamp_seconds", Seconds, "Unix time of the session's start.";
     describe_counter STEPS_NON_FINITE = "shardflow_steps_non_finite_total", "Steps with an Inf or NaN loss or gradient.";
-    describe_counter TOKENS = "shardflow_tokens_total", "Tokens trained on, over all processes.";
+    describe_counter TOKENS = "shardflow_tokens_total", "Tokens that the model was trained on, over all processes.";
     describe_histogram STEP_DURATION = "shardflow_step_duration_seconds", Seconds, "Wall time of a step.";
     describe_gauge LOSS = "shardflow_loss", "Loss of the last step.";
     describe_gauge GRADIENT_NORM = "shardflow_gradient_norm", "Global norm of the last step's gradients, before clipping.";
@@ -36,8 +37,9 @@ define! {
     describe_gauge STEP_FLOPS = "shardflow_step_flops", "Operations of a step's matrix products and attention, over all devices.";
     /// `step_flops` divided by the last step's time and the devices' peak, if the peak is known.
     describe_gauge MFU = "shardflow_mfu_ratio", "Model FLOPs utilization of the last step.";
-    /// Under `shardflow launch`, covers the job with its restarts, otherwise only the session. Lost steps do not count.
-    describe_gauge TRAINING_RATIO = "shardflow_training_ratio", "Time in steps that are part of the model, divided by the job's total time.";
+    /// Under `shardflow launch`, the ratio covers the job with its restarts; otherwise it covers only the session. Lost
+    /// steps do not count.
+    describe_gauge TRAINING_RATIO = "shardflow_training_ratio", "Time in steps whose updates the model contains, divided by the job's total time.";
     /// Labels: `actor` and `action`. The sum is the actor's busy time, including collectives.
     describe_histogram FIRING = "shardflow_actor_firing_seconds", Seconds, "Time from a firing's launch to its end.";
     /// Labels: `actor` and `reason` (`input`, `credit`, `host` or `own`). For `input` and `credit`, also `register`.
@@ -56,7 +58,7 @@ define! {
     describe_counter CHECKPOINTS = "shardflow_checkpoints_total", "Saves by outcome.";
     /// Measured from the complete snapshot to the outcome.
     describe_histogram CHECKPOINT_DURATION = "shardflow_checkpoint_duration_seconds", Seconds, "Time of a save.";
-    describe_gauge CHECKPOINT_LAST_SUCCESS = "shardflow_checkpoint_last_success_timestamp_seconds", Seconds, "Time of the last committed checkpoint, Unix time.";
+    describe_gauge CHECKPOINT_LAST_SUCCESS = "shardflow_checkpoint_last_success_timestamp_seconds", Seconds, "Unix time of the last committed checkpoint.";
     /// Label: `cause`, which is the exit code.
     describe_counter RESTARTS = "shardflow_restarts_total", "Restarts of the job before this session, by exit code.";
     describe_counter STALLS = "shardflow_stalls_total", "Periods without progress that exceeded the limit.";

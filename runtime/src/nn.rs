@@ -73,8 +73,8 @@ pub fn embedding(g: &mut Graph, name: &str, ids: Var, rows: usize, width: usize,
     })
 }
 
-/// Multi-head causal self-attention of `x [b, t, c]`. If `axis` is given, heads are split over it: `q`, `k` and `v` by
-/// column, `proj` by row. The parameters are `NAME.{q,k,v}.weight [heads, head_dim, c]` and
+/// Multi-head causal self-attention of `x [b, t, c]`. If `axis` is given, heads are split over this mesh axis: `q`, `k`
+/// and `v` by column, and `proj` by row. The parameters are `NAME.{q,k,v}.weight [heads, head_dim, c]` and
 /// `NAME.proj.weight [c, heads, head_dim]`; checkpoints store them as `[c, c]`.
 #[track_caller]
 pub fn attention(g: &mut Graph, name: &str, x: Var, heads: usize, axis: Option<&str>) -> Var {
@@ -124,18 +124,18 @@ pub struct GptConfig {
     pub dropout: f32,
 }
 
-/// Maximum number of layers of a [`gpt`]. The limit refuses a typing error before the program is built.
+/// Maximum number of layers of a [`gpt`]. The limit catches a typing error before the program is built.
 pub const LAYERS_MAX: usize = 1024;
 
-/// A size of a [`gpt`] that does not divide evenly.
+/// The error of a size of a [`gpt`] that does not divide evenly.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{size} {value} is not a multiple of {divisor} {parts}")]
+#[error("{size} = {value} is not a multiple of {divisor} = {parts}")]
 pub struct UnevenSize {
     /// The size: `width`, `batch` or `layers`.
     pub size: &'static str,
     /// Value of the size.
     pub value: usize,
-    /// What the value is divided among: `heads`, `micro-batches` or `stage`, the mesh axis.
+    /// Name of the parts: `heads`, `micro-batches`, or the mesh axis `stage`.
     pub divisor: &'static str,
     /// Number of parts.
     pub parts: usize,
@@ -156,7 +156,7 @@ impl UnevenSize {
 
 impl GptConfig {
     /// Checks that the width divides among the heads, the batch among the micro-batches, and the layers among the
-    /// mesh's stages. `compile` also refuses such a model; this check needs no graph. All sizes must be at least 1.
+    /// mesh's stages. `compile` also refuses an uneven model; this check needs no graph. All sizes must be at least 1.
     ///
     /// # Errors
     /// Returns the first size that does not divide evenly.
@@ -226,7 +226,7 @@ pub fn batch_layout(g: &Graph) -> Layout {
     if g.mesh().axis("data").is_ok() { Layout::split("data", 0) } else { Layout::broadcast() }
 }
 
-/// Places the nodes that follow on `stage`, if the mesh has that axis.
+/// Places all nodes that are added after this call on the stage `stage`, if the mesh has the axis `stage`.
 fn place_stage(g: &mut Graph, stage: usize) {
     if let Ok(placement) = g.mesh().at("stage", stage) {
         g.place(placement);
@@ -247,7 +247,7 @@ mod tests {
         let mesh = Mesh::parse("data=5,stage=2").unwrap();
         assert_eq!(config.check(&mesh, 3), Ok(()), "the data axis may be uneven");
         let error = config.check(&mesh, 5).unwrap_err();
-        assert_eq!(error.to_string(), "batch 12 is not a multiple of micro-batches 5");
+        assert_eq!(error.to_string(), "batch = 12 is not a multiple of micro-batches = 5");
         assert_eq!((error.next_value(), error.possible_parts().as_str()), (15, "1, 2, 3, 4, 6, 12"));
         let size = |config: GptConfig| config.check(&mesh, 1).unwrap_err().size;
         assert_eq!(size(GptConfig { heads: 3, ..config }), "width");

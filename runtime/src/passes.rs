@@ -43,7 +43,7 @@ pub struct CompileOptions {
     /// Memory of one device, in bytes. A plan that needs more is refused. `Session::start` also refuses a plan for CPUs
     /// that needs more than the node's free memory, see [`shardflow_job::machine::free_memory`].
     pub memory_bytes: Option<usize>,
-    /// Approximate size, in bytes, of a bucket of gradients for the all-reduce.
+    /// Approximate size, in bytes, of a bucket: the gradients that one all-reduce sums.
     pub bucket_bytes: usize,
     /// Costs of collectives.
     pub cost_model: CostModel,
@@ -53,7 +53,7 @@ pub struct CompileOptions {
     pub precision: Precision,
     /// The kind of the mesh's devices.
     pub device: DeviceKind,
-    /// Called with the name of each part of the compilation when it begins.
+    /// Called with the name of each part of the compilation when that part begins.
     pub on_part: Option<fn(&'static str)>,
 }
 

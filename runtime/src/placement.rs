@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::layout_error::LayoutError;
 
-/// Maximum number of devices in a mesh. The limit refuses a typing error before the devices are enumerated.
+/// Maximum number of devices in a mesh. The limit catches a typing error before the devices are enumerated.
 pub const MESH_DEVICES_MAX: usize = 1 << 20;
 
 /// One axis of a mesh.
@@ -115,7 +115,7 @@ impl fmt::Display for Mesh {
 }
 
 /// An ordered set of devices, arranged over named axes. A placement without axes is one device.
-/// A device's **index** is its position here; its **rank** is its number in the session's [`Mesh`].
+/// A device's **index** is its position in the placement; its **rank** is its number in the session's [`Mesh`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Placement {
     axes: Arc<[Axis]>,

@@ -12,7 +12,7 @@ pub use action::{ActionPlan, BaseKey, HostPort};
 use assign::{Aliases, ClassStorage};
 use classes::Classes;
 use groups::Patterns;
-use memory::{ArenaMap, residents};
+use memory::{ArenaMap, local_part};
 pub use memory::{DeviceMemory, RegisterPlace, ResidentTensor};
 pub use schedule::Schedule;
 pub use segments::HostTransfer;
@@ -45,6 +45,8 @@ pub struct ClassPlan {
     pub(crate) slots: Vec<Slots>,
     /// The memory map, including scratch.
     pub(crate) arena: ArenaMap,
+    /// The parameters and states of the class's representative, in the order of their variables.
+    pub(crate) residents: Vec<ResidentTensor>,
     /// The actions of the class's representative, in the order of its segments.
     pub(crate) actions: Vec<EmittedAction>,
 }
@@ -111,9 +113,23 @@ impl Plan {
     }
 
     /// Parameters and states of a device.
-    pub fn residents(&self, device: usize) -> Vec<ResidentTensor> {
-        let ClassPlan { storage, arena, .. } = self.class_plan(device);
-        residents(&self.graph, storage, arena, device)
+    pub fn residents(&self, device: usize) -> impl Iterator<Item = ResidentTensor> {
+        self.class_plan(device).residents.iter().map(move |resident| self.part_of(device, resident))
+    }
+
+    /// The parts of a parameter or state, in the placement's order: `(device, index among the device's residents, part)`.
+    pub(crate) fn resident_parts(&self, var: Var) -> impl Iterator<Item = (usize, usize, ResidentTensor)> {
+        let placement = &self.graph.placements[self.graph.placement_of(var)];
+        placement.devices().iter().filter_map(move |device| {
+            let residents = &self.class_plan(*device).residents;
+            let index = residents.binary_search_by_key(&var, |resident| resident.var).ok()?;
+            Some((*device, index, self.part_of(*device, &residents[index])))
+        })
+    }
+
+    /// A device's part of a resident tensor of its class.
+    fn part_of(&self, device: usize, resident: &ResidentTensor) -> ResidentTensor {
+        ResidentTensor { region: local_part(&self.graph, resident.var, device), ..resident.clone() }
     }
 
     /// Sets the number of threads of compute streams, and recomputes the memory that streams use outside the arena.

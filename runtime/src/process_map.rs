@@ -6,13 +6,14 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use shardflow_actors::remote::ByteRun;
-use shardflow_actors::spec::{ActionRef, ActorId, RegisterId};
+use shardflow_actors::spec::{ActionRef, ActorId, ActorSpec, RegisterId};
 use shardflow_kernels::collective::Group;
 use shardflow_kernels::op::{Buffer, Launch, Op};
 use shardflow_kernels::tensor::{element_count, split_range};
 
-use crate::plan::BaseKey;
+use crate::plan::emit::emit;
 use crate::plan::instance::Instance;
+use crate::plan::{BaseKey, Plan};
 
 /// The processes that run a plan, and the rank of this one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,39 +94,33 @@ impl ProcessMap {
         (0..self.processes).filter(move |process| *process != own)
     }
 
-    pub fn actors_of(&self, plan: &Instance, process: u32) -> Vec<ActorId> {
-        let devices = self.devices_of(process);
-        let actors = plan.spec.actors.iter().enumerate().filter(|(_, actor)| devices.contains(&actor.device));
-        actors.map(|(index, _)| ActorId(index as u32)).collect()
+    /// The actors of this process.
+    pub fn own_actors(&self, plan: &Instance) -> Vec<ActorId> {
+        let is_own = |(_, actor): &(ActorId, &ActorSpec)| self.own().contains(&actor.device);
+        plan.spec.actors.iter().filter(is_own).map(|(id, _)| id).collect()
     }
 
-    /// The process of each actor.
-    pub fn hosts(&self, plan: &Instance) -> impl Iterator<Item = (ActorId, u32)> {
-        let actors = plan.spec.actors.iter().enumerate();
-        actors.map(|(index, actor)| (ActorId(index as u32), self.process_of(actor.device)))
-    }
-
-    /// All registers that a process other than the producer's reads. A register has one entry for each such process.
+    /// The registers of an instance that a process other than the producer's reads. A register has one entry for each
+    /// such process whose actors the instance has.
     pub fn crossings(&self, plan: &Instance) -> Vec<Crossing> {
-        let device = |actor: ActorId| plan.spec.actor(actor).device;
         let mut out = Vec::new();
-        for (index, register) in plan.spec.registers.iter().enumerate() {
-            let source = device(register.producer);
+        for (register, spec) in plan.spec.registers.iter() {
+            let source = plan.spec.actor(spec.producer).device;
             let from = self.process_of(source);
             // By reading process: the device of its first reader, and all its readers.
             let mut readers: BTreeMap<u32, (usize, Vec<ActionRef>)> = BTreeMap::new();
-            for reader in &register.readers {
-                let landing = device(reader.actor);
-                readers.entry(self.process_of(landing)).or_insert_with(|| (landing, Vec::new())).1.push(*reader);
+            for reader in &spec.readers {
+                let Some(actor) = plan.spec.actors.get(reader.actor) else { continue };
+                let of_process = readers.entry(self.process_of(actor.device));
+                of_process.or_insert_with(|| (actor.device, Vec::new())).1.push(*reader);
             }
-            let register = RegisterId(index as u32);
             let crossing = |(to, (landing, readers))| Crossing { register, from, to, source, landing, readers };
             out.extend(readers.into_iter().filter(|(to, _)| *to != from).map(crossing));
         }
         out
     }
 
-    /// By producing and receiving device: all registers whose bytes cross processes.
+    /// By producing and receiving device: the registers of an instance whose bytes cross processes.
     pub fn crossing_pairs(&self, plan: &Instance) -> BTreeMap<(usize, usize), Vec<RegisterId>> {
         let mut out: BTreeMap<(usize, usize), Vec<RegisterId>> = BTreeMap::new();
         for crossing in self.crossings(plan).into_iter().filter(|crossing| !crossing.runs(plan).is_empty()) {
@@ -139,23 +134,21 @@ impl ProcessMap {
     }
 }
 
-/// All groups of a plan, in order of id.
-pub fn groups(plan: &Instance) -> Vec<Arc<Group>> {
-    let mut out = BTreeMap::new();
-    for call in plan.actions.iter().flatten().flat_map(|action| action.collectives()) {
-        out.entry(call.group.id).or_insert_with(|| call.group.clone());
-    }
-    out.into_values().collect()
+/// The groups of some devices, in order of id.
+pub fn groups(plan: &Plan, devices: impl Iterator<Item = usize>) -> Vec<Arc<Group>> {
+    let all = devices.flat_map(|device| plan.patterns.groups_of(&plan.graph, device));
+    all.map(|group| (group.id, group)).collect::<BTreeMap<_, _>>().into_values().collect()
 }
 
 /// Byte ranges of a register's slot that an action reads.
-fn read_ranges(plan: &Instance, ActionRef { actor, action }: ActionRef, register: RegisterId) -> Vec<Range<usize>> {
-    let (spec, own) = (plan.spec.action(actor, action), &plan.actions[actor.0 as usize][action as usize]);
-    let is_of_register = |buffer: &&Buffer| match own.bases[buffer.base] {
-        BaseKey::Input(port) => spec.inputs[port].register == register,
+fn read_ranges(plan: &Instance, reader: ActionRef, register: RegisterId) -> Vec<Range<usize>> {
+    let ((device, segment), at) = (plan.segment_at(reader), plan.register_at(register));
+    let emitted = emit(plan, device, segment);
+    let is_of_register = |buffer: &&Buffer| match emitted.plan.bases[buffer.base] {
+        BaseKey::Input(port) => emitted.inputs[port] == at,
         _ => false,
     };
-    let launches = own.launches.iter();
+    let launches = emitted.plan.launches.iter();
     launches.flat_map(|l| l.reads.iter().filter(is_of_register).flat_map(|b| buffer_ranges(l, b))).collect()
 }
 

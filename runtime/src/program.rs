@@ -1,4 +1,5 @@
-//! Runs a program's `main`: prints output without blocking training, prints errors as one line, returns the exit code.
+//! Runs a program's `main`: prints output without blocking training, prints an error as one line, and returns the exit
+//! code.
 
 use std::error::Error;
 use std::fmt::Display;
@@ -15,7 +16,7 @@ use shardflow_job::exit::Exit;
 use shardflow_job::output;
 use shardflow_job::requests::Requests;
 
-/// How long an error waits for stdout to drain.
+/// How long the printing of an error waits for stdout to drain.
 const STDOUT_DRAIN: Duration = Duration::from_millis(200);
 
 /// Runs the body of `main`, with the signal handlers of [`Requests::on_signals`]. Prints an error as `error: ..` and
@@ -43,7 +44,7 @@ pub fn run(body: impl FnOnce() -> Result<(), Box<dyn Error>>) -> ExitCode {
 }
 
 fn with_signal_handlers(body: impl FnOnce() -> Result<(), Box<dyn Error>>) -> Result<(), Box<dyn Error>> {
-    // Install the handlers first: process 1 of a container ignores signals without a handler.
+    // Install the handlers first: a process with pid 1, as in a container, ignores signals without a handler.
     Requests::on_signals()?;
     body()
 }
@@ -107,7 +108,7 @@ fn show(error: Box<dyn Error>) -> Exit {
     let own = error.downcast_ref::<ProgramError>();
     let rank = own
         .map_or_else(|| error.downcast_ref().and_then(SessionError::first_cause_rank), |error| error.first_cause_rank);
-    // The launcher, if there is one, prints the first cause of all processes last.
+    // If there is a launcher, it prints the first cause among the reports of all processes.
     if let Err(e) = shardflow_job::departure::report(exit, &error.to_string(), rank) {
         note(format!("warning: cannot write the report for the launcher: {e}"));
     }

@@ -187,11 +187,11 @@ pub(crate) fn region_at(
 /// Calls `f` for one device of each class, with its regions under two layouts. `sizes` are the sizes of the axes. The
 /// first device has coordinate 0 on all axes.
 ///
-/// All devices of a class agree in the sizes of both regions, and of the regions' common part. Along an axis that no
-/// layout splits, all devices are in one class. Along an axis that splits a dim, the parts have two sizes, so the
-/// remainder of the division separates two classes. This suffices if one layout divides the parts of the other, because
-/// the smaller part is then the common part. Otherwise the common part depends on the position, and each coordinate is
-/// a class.
+/// On all devices of a class, each of the two regions has the same size, and the common part of the regions has the
+/// same size. Along an axis that no layout splits, all devices are in one class. Along an axis that splits a dim, the
+/// parts have two sizes, so the remainder of the division separates two classes. Two classes suffice if one layout
+/// divides the parts of the other layout, because the smaller part is then the common part. Otherwise the size of the
+/// common part depends on the position, and each coordinate is a class.
 pub(crate) fn for_each_class(
     shape: &[usize],
     sizes: &[usize],

@@ -231,7 +231,7 @@ impl Session {
             select! {
                 recv(self.fetched) -> message => {
                     let Fetched { device, segment, tensors } = message.map_err(|_| ended())?.open();
-                    let port = self.ports.fetches[&(device, segment)].0;
+                    let Some((port, _)) = self.ports.fetch(device, segment) else { continue };
                     self.send(&mut inbox, HostPiece { port, tensors });
                 },
                 recv(peers) -> message => inbox.receive(message.map_err(|_| ended())?),

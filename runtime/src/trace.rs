@@ -50,7 +50,7 @@ pub struct TraceFile {
     has_ended: bool,
 }
 
-/// A trace cannot be written.
+/// The error of a trace that cannot be written.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write the trace {path}: {source}")]
 pub struct TraceError {
@@ -81,8 +81,8 @@ impl TraceFile {
         })
     }
 
-    /// Adds the firings since the last call. Call it after each step, before the actors' ring buffers are full. Returns
-    /// false if another step would exceed the limit; then the file is complete.
+    /// Adds the firings since the last call. Call this function after each step, before the actors' ring buffers are
+    /// full. Returns false if another step would exceed the limit; the file is then complete.
     pub fn add(&mut self, session: &Session) -> Result<bool, TraceError> {
         let Some(observer) = session.observer().filter(|_| !self.has_ended) else { return Ok(!self.has_ended) };
         let before = self.bytes;
@@ -90,10 +90,9 @@ impl TraceFile {
             self.write_header(observer)?;
         }
         let spec = self.spec.get_or_insert_with(|| Arc::new(session.plan().spec.clone())).clone();
-        let process = observer.process_map().process;
-        for actor in observer.process_map().actors_of(session.plan(), process) {
+        for actor in observer.process_map().own_actors(session.plan()) {
             if !self.firings_read.contains_key(&actor) {
-                let ActorSpec { name, device, .. } = &spec.actors[actor.0 as usize];
+                let ActorSpec { name, device, .. } = &spec.actors[actor];
                 let args = json!({ "name": name });
                 self.write_event(
                     &json!({ "name": "thread_name", "ph": "M", "pid": device, "tid": actor.0, "args": args }),
@@ -134,20 +133,22 @@ impl TraceFile {
 
     /// If this process hosts all actors, writes the step time that the simulator computes from mean firing times.
     fn write_prediction(&mut self) -> Result<(), TraceError> {
-        let Some(spec) = self.spec.clone().filter(|spec| spec.actors.len() == self.firings_read.len()) else {
+        let Some(spec) =
+            self.spec.clone().filter(|spec| spec.actors.is_whole() && spec.actors.len() == self.firings_read.len())
+        else {
             return Ok(());
         };
-        let mean = |actor: usize, action: usize| {
-            let (count, ns) = self.spent.get(&(ActorId(actor as u32), action as u32)).copied().unwrap_or_default();
+        let mean = |actor: ActorId, action: usize| {
+            let (count, ns) = self.spent.get(&(actor, action as u32)).copied().unwrap_or_default();
             ns / count.max(1)
         };
-        let actions = |(a, actor): (usize, &ActorSpec)| (0..actor.actions.len()).map(|x| mean(a, x)).collect();
-        let timing = Timing::measured(&spec, spec.actors.iter().enumerate().map(actions).collect());
+        let actions = |(id, actor): (ActorId, &ActorSpec)| (0..actor.actions.len()).map(|x| mean(id, x)).collect();
+        let timing = Timing::measured(&spec, spec.actors.iter().map(actions).collect());
         // The simulation of a plan that ran cannot deadlock.
         let Ok(run) = simulate(&spec, &timing, &SimulationOptions::steps(1)) else { return Ok(()) };
         let mut busy: BTreeMap<&str, u64> = BTreeMap::new();
         for fired in &run.timeline {
-            *busy.entry(&spec.actors[fired.actor.0 as usize].name).or_default() += fired.end - fired.start;
+            *busy.entry(&spec.actors[fired.actor].name).or_default() += fired.end - fired.start;
         }
         let idle = busy.into_iter().map(|(name, ns)| (name, micros(run.makespan - ns)));
         let idle: serde_json::Map<String, serde_json::Value> = idle.map(|(n, us)| (n.to_owned(), us.into())).collect();
@@ -185,7 +186,7 @@ impl TraceFile {
         fired: &FiringRecord,
         (pass, steps): (u64, u64),
     ) -> Result<(), TraceError> {
-        let own = &spec.actors[actor.0 as usize];
+        let own = &spec.actors[actor];
         let action = &own.actions[fired.action as usize];
         let spent = self.spent.entry((actor, fired.action)).or_default();
         // The first step is a warm-up: discard its counts when the second step begins.
@@ -207,7 +208,7 @@ impl TraceFile {
             },
         }))?;
         for input in &action.inputs {
-            let register = &spec.registers[input.register.0 as usize];
+            let register = &spec.registers[input.register];
             let (piece, is_first, _) = input.pieces.of_firing(fired.firing, register.pieces_per_step);
             if register.producer == actor || !is_first {
                 continue;
@@ -221,7 +222,7 @@ impl TraceFile {
             }
         }
         for output in &action.outputs {
-            let register = &spec.registers[output.register.0 as usize];
+            let register = &spec.registers[output.register];
             let (piece, _, is_last) = output.pieces.of_firing(fired.firing, register.pieces_per_step);
             if !is_last {
                 continue;
@@ -246,7 +247,7 @@ impl Drop for TraceFile {
     }
 }
 
-/// The event for one end of an arrow, which stands for a register's piece and one of its readers.
+/// The event for one end of an arrow. An arrow stands for one piece of a register and one reader of the piece.
 fn arrow(
     phase: &str,
     register: &shardflow_actors::spec::RegisterSpec,

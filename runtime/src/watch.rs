@@ -50,7 +50,7 @@ use stream::{ServerState, ShownSession};
 /// Interval at which samples of histograms are moved to their buckets, so that they do not accumulate without scrapes.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
-/// Errors of the server's start.
+/// Why the server cannot start.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum WatchError {
@@ -58,7 +58,7 @@ pub enum WatchError {
     Listen { address: SocketAddr, source: io::Error },
     #[error("{first}: the port for process {process} is above 65535")]
     Port { first: SocketAddr, process: u32 },
-    #[error("the program already has a metrics recorder, so this one cannot be installed")]
+    #[error("the program already has a metrics recorder, so the server cannot install its own")]
     Recorder,
 }
 
@@ -76,14 +76,15 @@ impl Watch {
     /// Like [`Watch::listen`], but process n of a job listens on the port of `first` plus n. Port 0 stays 0.
     ///
     /// # Errors
-    /// If that port is above 65535; also the errors of [`Watch::listen`].
+    /// If the process's port is above 65535. Also returns the errors of [`Watch::listen`].
     pub fn listen_as(process: u32, first: SocketAddr) -> Result<Self, WatchError> {
         let port = u32::from(first.port()) + if first.port() == 0 { 0 } else { process };
         let port = u16::try_from(port).map_err(|_| WatchError::Port { first, process })?;
         Self::listen(SocketAddr::new(first.ip(), port))
     }
 
-    /// Installs the metrics recorder and listens; port 0 selects a free port. Call this first: earlier values are lost.
+    /// Installs the metrics recorder and listens; port 0 selects a free port. Call this function before all others of
+    /// this crate, because metrics that were recorded earlier are lost.
     ///
     /// # Errors
     /// If the server cannot listen on the address, or there is another recorder.

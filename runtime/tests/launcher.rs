@@ -145,7 +145,7 @@ fn restarts_without_progress_end_early() {
     let script = "[ $RANK = 0 ] && echo 7 > $SHARDFLOW_PROGRESS_FILE; kill -9 $$";
     let ended = job.sh(&["--nproc-per-node=2", "--max-restarts=9", "--rdzv-id=x"], script).end();
     assert_eq!((ended.code, job.attempts("x")), (137, 3));
-    let gave_up = "shardflow: gave up: 2 restarts in a row ended without a committed step above 7\n";
+    let gave_up = "shardflow: gave up: 2 restarts in a row committed no step above 7\n";
     assert!(ended.err.contains(gave_up), "{}", ended.err);
     assert!(ended.err.lines().last().unwrap().starts_with("error: rank "), "{}", ended.err);
 }
@@ -210,7 +210,7 @@ fn nodes_that_fail_before_the_rendezvous_do_not_wait_for_each_other() {
     assert!(begin.elapsed() < REPORT_LIMIT, "the nodes waited {:?}", begin.elapsed());
 }
 
-/// A program that is not a Shardflow program, or that prints a help text, ends in this way.
+/// A program that does not use Shardflow, or that only prints a help text, ends with code 0 and does not join.
 #[test]
 fn nodes_that_end_with_code_0_and_do_not_join_have_not_failed() {
     let (job, port) = (Job::new(), free_port());
@@ -646,7 +646,7 @@ fn the_program_of_a_plan_ends_with_the_command() {
     assert_eq!(fs::read_dir(&temporary).unwrap().count(), 0);
 }
 
-/// Process 1 of a container ignores signals without a handler.
+/// A process with pid 1, as in a container, ignores signals without a handler.
 #[test]
 fn commands_end_on_sigterm_as_process_1() {
     let job = Job::new();
@@ -654,7 +654,7 @@ fn commands_end_on_sigterm_as_process_1() {
     if !root.is_ok_and(|output| output.status.success()) {
         return eprintln!("SKIPPED: `unshare -pf` needs root");
     }
-    // A launcher, and a command that reads a pipe without an end.
+    // A launcher, and a command that reads a pipe that never ends.
     let launch = ["launch", "--", "sh", "-c", "echo ready > $READY; exec sleep 600"];
     let pipe = job.folder().join("wait.none");
     for args in [&launch[..], &["trace", pipe.to_str().unwrap()]] {

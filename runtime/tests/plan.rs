@@ -1,5 +1,5 @@
-//! `shardflow plan` prints the plan that a program writes to the files that environment variables name. It prints the
-//! program's own errors only if there is no plan.
+//! `shardflow plan` prints a program's plan, which the program writes to the files that environment variables name. The
+//! command prints the program's own errors only if there is no plan.
 
 use std::process::{Command, Output};
 
@@ -12,7 +12,7 @@ fn plan(flags: &[&str], script: &str) -> Output {
 #[test]
 fn the_plan_is_printed_or_written_to_files() {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    // The program's exit code does not matter: `main` may return the error with which the session did not start.
+    // The program's exit code does not matter: `Session::start` returns an error, and `main` may return this error.
     for end in ["", "; exit 1"] {
         let output = plan(&[], &format!("echo noise; echo a plan > $SHARDFLOW_PLAN_TEXT{end}"));
         assert!(output.status.success());

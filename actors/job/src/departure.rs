@@ -1,4 +1,4 @@
-//! Reports to all other processes a failure that happened before the rendezvous, so that they do not wait in vain.
+//! Reports a failure that happened before the rendezvous to all other processes, so that these do not wait in vain.
 
 use std::ops::Range;
 use std::path::Path;
@@ -21,7 +21,7 @@ impl Departure {
         Self(RendezvousConfig { processes, interface: None, ..config })
     }
 
-    /// For at most `report_within`, reports that `ranks` will not join. True if a process waited for these ranks.
+    /// For at most `report_within`, reports that `ranks` will not join. Returns true if a process waited for them.
     pub(crate) fn report(&self, ranks: Range<u32>, report: &Report) -> bool {
         let reported = match ranks.start {
             0 => refuse_callers(&self.0, ranks, report),
@@ -34,13 +34,13 @@ impl Departure {
     }
 }
 
-/// Reports why this process is about to end with `exit`. `first_cause_rank` is another rank that failed first, if any.
-/// [`Exit::Retry`] with this process's own rank as the first cause is an end on request: the launcher does not restart
-/// the process.
+/// Reports why this process is about to end with `exit`. `first_cause_rank` is the rank that failed first, if it is
+/// known. [`Exit::Retry`] with this process's own rank as the first cause means that the end was requested: the
+/// launcher does not restart the process.
 ///
 /// Under `shardflow launch` the launcher receives the report. Otherwise, if this process has not joined yet and no
-/// retry would help, it reports to the other processes for at most `SHARDFLOW_REPORT_WAIT_MS`: rank 0 refuses each
-/// process that connects; any other rank connects to the rendezvous endpoint. Only a process's first report is kept.
+/// retry would help, this process reports to the others for at most `SHARDFLOW_REPORT_WAIT_MS`. Rank 0 refuses each
+/// process that connects. Any other rank connects to the rendezvous endpoint. Only a process's first report is kept.
 pub fn report(exit: Exit, cause: &str, first_cause_rank: Option<u32>) -> io::Result<()> {
     let path = env::var_os(ERROR_FILE);
     if path.as_ref().is_some_and(|path| Path::new(path).exists()) {
@@ -65,7 +65,7 @@ fn report_to_others(report: &Report) {
     let variables = process_variables();
     let Ok(LaunchContext::World(world)) = detect(&variables) else { return };
     let Ok(secret) = world.secret.read() else { return };
-    // The failure may be an invalid option; the defaults then apply.
+    // If the failure is an invalid option, the default options apply.
     let options = ClusterOptions::read(&variables).unwrap_or_default();
     let rank = world.process;
     let departure = Departure::new(&world.endpoint, secret, &options, world.processes);

@@ -1,7 +1,7 @@
 //! Detects this process's rank and world from the launcher's environment variables.
 //!
-//! Variables of inner launchers are checked first, because outer launchers' variables remain set. An empty variable
-//! counts as unset.
+//! If launchers are nested, such as `mpirun` inside `srun`, the variables of the outer launcher remain set. So the
+//! variables of the inner launcher are checked first. An empty variable counts as unset.
 
 mod context;
 mod detect;

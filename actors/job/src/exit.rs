@@ -1,4 +1,4 @@
-//! Exit codes, which of them justify a restart, and the reports of a process's failure and progress.
+//! Exit codes, the rule that decides which of them justify a restart, and the reports of failures and of progress.
 
 use std::fmt;
 use std::os::unix::process::ExitStatusExt;
@@ -10,12 +10,13 @@ use std::{env, fs, io};
 
 use serde::{Deserialize, Serialize};
 
-/// Variable with the path of the file to which a failing process writes its [`Report`].
+/// Environment variable with the path of the file to which a failing process writes its [`Report`].
 pub const ERROR_FILE: &str = "SHARDFLOW_ERROR_FILE";
-/// Variable with the path of the file that records the last committed step. Set only for a node's first process.
+/// Environment variable with the path of the file that records the last committed step. Set only for local rank 0.
 pub const PROGRESS_FILE: &str = "SHARDFLOW_PROGRESS_FILE";
 
-/// Maximum size in bytes of a report that is read. [`crate::departure::report`] never writes a longer one.
+/// Maximum size in bytes of a report file that [`Report::read`] accepts. [`crate::departure::report`] truncates the
+/// cause to [`CAUSE_BYTES_MAX`] to stay below this size.
 const REPORT_BYTES_MAX: u64 = 64 << 10;
 pub(crate) const CAUSE_BYTES_MAX: usize = 16 << 10;
 
@@ -32,7 +33,7 @@ pub enum Exit {
     PeerUnavailable,
     /// 70: a bug, or a failure that has no other code.
     Internal,
-    /// 71: a memory allocation failed during the training. If one fails at the start, the exit is [`Exit::Refused`].
+    /// 71: a memory allocation failed during the training. A failed allocation at the start gives [`Exit::Refused`].
     OutOfMemory,
     /// 73: a checkpoint or a parameter file cannot be written.
     CannotWrite,
@@ -46,14 +47,14 @@ pub enum Exit {
     Hang,
     /// 80: a loss or gradient is Inf or NaN.
     Numerics,
-    /// 128 + n: signal n ended the process, or the process ended with signal n's code.
+    /// 128 + n: signal n killed the process, or the process itself exited with the code 128 + n.
     Signal(u8),
-    /// Any other code, from a program that uses other codes.
+    /// Any other code. The program that exited with it defines its meaning.
     Other(u8),
 }
 
 impl Exit {
-    /// Returns the code and its meaning. Codes of `Signal` and `Other` have no meaning text.
+    /// Returns the code and a text with its meaning. `Signal` and `Other` have no such text.
     fn parts(self) -> (u8, Option<&'static str>) {
         match self {
             Exit::Done => (0, Some("done")),
@@ -112,8 +113,8 @@ impl Exit {
         }
     }
 
-    /// True if a restart from the last commit may help. SIGHUP, SIGINT, SIGQUIT and SIGTERM are requests to end, not
-    /// failures. Any other signal may come from outside (the out-of-memory killer) or from an intermittent bug.
+    /// True if a restart from the last committed checkpoint may help. SIGHUP, SIGINT, SIGQUIT and SIGTERM are requests
+    /// to end. Any other signal may have a temporary cause, such as the out-of-memory killer or an intermittent bug.
     pub fn worth_a_retry(self) -> bool {
         match self {
             Exit::PeerUnavailable | Exit::Internal | Exit::OutOfMemory | Exit::Retry | Exit::Hang | Exit::Other(_) => {
@@ -125,19 +126,19 @@ impl Exit {
         }
     }
 
-    /// True if this exit means that another process caused the end.
+    /// True if this exit means that another process caused the end of this one.
     pub fn is_caused_by_peer(self) -> bool {
         matches!(self, Exit::PeerUnavailable | Exit::Retry)
     }
 
-    /// Returns the exit of a process that waits for a node that ended with this exit: 69 if this exit is a signal or a
-    /// restart may help, otherwise this exit itself.
+    /// A node has ended with this exit: returns the exit of the processes that wait for this node. It is 69 if this
+    /// exit is a signal or a restart may help, and otherwise this exit itself.
     pub(crate) fn of_waiting(self) -> Exit {
         let is_final = self.parts().1.is_some() && !self.worth_a_retry();
         if is_final { self } else { Exit::PeerUnavailable }
     }
 
-    /// Appends this exit to the cause, unless the cause already ends with it.
+    /// Returns the cause, followed by this exit in parentheses unless the cause already ends with it.
     pub(crate) fn after(self, cause: &str) -> String {
         let (cause, code) = (cause.trim(), format!("({self})"));
         if cause.ends_with(&code) { cause.into() } else { format!("{cause} {code}") }
@@ -177,10 +178,10 @@ pub struct Report {
     /// The rank that failed first. If absent, the exit code decides whether the failure began in the reporting process.
     #[serde(default)]
     pub first_cause_rank: Option<u32>,
-    /// True if the process had joined the others. The session then also reports the failure to them.
+    /// True if the process had joined the session. In this case, the session also reports the failure to the others.
     #[serde(default)]
     pub joined: bool,
-    /// True if the first cause's node has ended its job. Other nodes must not restart: they would wait in vain for it.
+    /// True if the node with the first cause has ended its job. A restart on the other nodes would wait for it in vain.
     #[serde(default)]
     pub departed: bool,
 }
@@ -191,7 +192,7 @@ impl Report {
         write_atomically(path, &serde_json::to_vec(self)?)
     }
 
-    /// Reads a report. `None` if the file is missing or unreadable, because a report only adds detail to the exit code.
+    /// Reads a report. `None` if the file is missing or invalid: the exit code is known even without a report.
     pub fn read(path: &Path) -> Option<Report> {
         let bytes = fs::metadata(path).ok()?.len();
         (bytes <= REPORT_BYTES_MAX).then(|| serde_json::from_slice(&fs::read(path).ok()?).ok())?
@@ -205,7 +206,7 @@ impl Report {
         }
     }
 
-    /// True if other processes must be refused, because they would wait for the reporter and no restart would help.
+    /// True if the rendezvous must refuse all processes: they would wait for the reporter, and no restart would help.
     pub fn concerns_all(&self) -> bool {
         let exit = Exit::from_code(self.exit);
         let is_final = self.departed || !exit.worth_a_retry();
@@ -215,28 +216,28 @@ impl Report {
 
 static JOINED: AtomicBool = AtomicBool::new(false);
 
-/// Records for the launcher that this process waits for the others. If this process then exits with 0 without joining,
-/// it has failed.
+/// Records for the launcher that this process waits for the others. While it waits, the launcher treats each process of
+/// this node that exits with 0 without such a record as failed.
 pub fn mark_joining() {
     if let Some(path) = env::var_os(ERROR_FILE) {
         let _ = fs::write(joining_file(Path::new(&path)), "");
     }
 }
 
-/// The file that marks that the process with this [`ERROR_FILE`] has begun to wait for the others.
+/// The marker file that [`mark_joining`] writes in the process with this [`ERROR_FILE`].
 pub(crate) fn joining_file(error_file: &Path) -> PathBuf {
     error_file.with_extension("joining")
 }
 
-/// Records that the rendezvous succeeded, or that this process has reported why it cannot. From now on the session
-/// reports failures to the other processes. Returns true if this was already recorded.
+/// Records that this process has completed the rendezvous, or has reported why it cannot complete it. Later
+/// failures are not reported at the rendezvous; the session reports them. Returns true if this was already recorded.
 pub fn mark_joined() -> bool {
     JOINED.swap(true, Ordering::Relaxed)
 }
 
 static DEPARTED: AtomicBool = AtomicBool::new(false);
 
-/// Records that a node has ended its job. The launcher then does not restart this process.
+/// Records that another node has ended its job. The launcher then does not restart this process.
 pub(crate) fn mark_departed() {
     DEPARTED.store(true, Ordering::Relaxed);
 }
@@ -250,7 +251,7 @@ pub fn own_rank() -> u32 {
     env::var("SHARDFLOW_RANK").ok().and_then(|rank| rank.parse().ok()).unwrap_or(0)
 }
 
-/// Reports a committed step, if [`PROGRESS_FILE`] is set. The launcher stops restarting a job without new steps.
+/// Records a committed step, if [`PROGRESS_FILE`] is set. The launcher gives up if restarts commit no new step.
 pub fn progress(step: u64) -> io::Result<()> {
     match env::var_os(PROGRESS_FILE) {
         Some(path) => write_atomically(Path::new(&path), step.to_string().as_bytes()),

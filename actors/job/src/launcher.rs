@@ -28,11 +28,11 @@ mod options;
 pub use guard::{become_program, child_command, guard};
 pub use options::{LaunchError, LaunchOptions};
 
-/// How long a launcher that was ended by a signal waits until its output is read.
+/// Maximum time that a launcher waits, after a signal, until its output has been read.
 const OUTPUT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Starts the processes, restarts them if needed, and returns when they have ended. Returns the exit of the process
-/// that failed first. Prints failures to standard error, the first cause last.
+/// that failed first. Prints failures to standard error; the last line is the first cause.
 ///
 /// Call this from a thread that lives as long as the launcher: the kernel kills the processes when that thread ends.
 pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
@@ -63,7 +63,7 @@ fn report(options: &LaunchOptions, departure: Option<Departure>, exit: Exit, cau
     }
 }
 
-/// Waits until all output is written, or a signal arrives.
+/// Waits until all output is written or a signal arrives.
 fn wait_for_output_reader(events: &Receiver<Event>) {
     let (writing, written) = crossbeam_channel::bounded::<()>(0);
     let write = move || (output::finish(None), drop(writing));
@@ -95,7 +95,7 @@ fn supervise(job: &mut Job) -> Result<(Exit, Option<u8>), LaunchError> {
         }
         let Some(cause) = first_cause(&outcome.ended) else { return Ok((Exit::Done, None)) };
         let decision = if outcome.abandoned || cause.ended_on_request() || outcome.reports().any(|r| r.departed) {
-            // A process still holds devices and files, or this node is reclaimed, or another node has ended its job.
+            // A process still holds devices and files, this node was asked to end, or another node has ended its job.
             Decision::WouldNotHelp
         } else {
             restarts.next(cause.exit, read_progress(&job.progress_file()))
@@ -117,14 +117,14 @@ fn supervise(job: &mut Job) -> Result<(Exit, Option<u8>), LaunchError> {
                 print_notice(&format!("gave up after {}", counted(restarts.made, "restart")));
             }
             Decision::NoProgress => print_notice(&format!(
-                "gave up: {} restarts in a row ended without a committed step {}",
+                "gave up: {} restarts in a row committed no step {}",
                 cause::RESTARTS_WITHOUT_PROGRESS_MAX,
                 restarts.committed.map_or("at all".into(), |step| format!("above {step}")),
             )),
             Decision::WouldNotHelp | Decision::Exhausted => {}
         }
         if outcome.abandoned || decision != Decision::WouldNotHelp {
-            // The other nodes may restart; without this report they would wait for this node.
+            // The other nodes may restart their processes. Without this report, these would wait for this node.
             job.report(departed(options, cause.exit, &cause.describe()));
         }
         output::stderr().line(&format!("error: {}", outcome.describe(cause)));

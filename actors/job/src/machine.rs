@@ -15,7 +15,7 @@ pub use addresses::{hidden_name, parse_ip};
 pub use cores::{affinity, cores_text, threads_per_device};
 pub use memory::{CGROUPS_MAX, CgroupId, FreeMemory, MemoryBound, MemoryClaim, free_memory, meminfo, memory_bounds};
 
-/// The folder `TMPDIR`, or `/tmp` if that variable is not set, cannot be used. Exit code 78.
+/// No folder can be made in `TMPDIR`, or in `/tmp` if that variable is not set. The process exits with code 78.
 #[derive(Debug, thiserror::Error)]
 #[error("TMPDIR={}: cannot make a folder there: {cause}; set TMPDIR to an existing folder that is writable", .folder.display())]
 pub struct TemporaryError {
@@ -25,9 +25,9 @@ pub struct TemporaryError {
     pub cause: ErrorKind,
 }
 
-/// Creates a folder below `TMPDIR` that only this user can access. Dropping the value removes the folder.
+/// Creates a folder that only this user can access, below `TMPDIR`. Dropping the value removes the folder.
 pub fn temporary_folder(prefix: &str) -> Result<PrivateFolder, TemporaryError> {
-    // The error of `PrivateFolder` names a random path below `TMPDIR`, so the folder is reported instead.
+    // The error of `PrivateFolder` names a random path below `TMPDIR`, so this error names `TMPDIR` itself instead.
     PrivateFolder::new(prefix).map_err(|error| TemporaryError { folder: env::temp_dir(), cause: error.kind() })
 }
 

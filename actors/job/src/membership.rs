@@ -1,9 +1,10 @@
 //! Tracks the members of a session, detects failures, and decides why the session ended.
 //!
-//! Each process has one [`Membership`], which is connected only to its neighbours in the [`ControlTree`]. Heartbeats
-//! (datagrams) detect silent neighbours. The control plane uses connections that the caller has authenticated. It
-//! passes failures, orderly ends, small application messages and numbers to combine ([`MergeRule`]) from neighbour to
-//! neighbour. Any failure ends the session in all processes with one [`FirstCause`].
+//! Each process has one [`Membership`], which is connected only to its neighbours in the [`ControlTree`]. Neighbours
+//! exchange heartbeats (UDP datagrams), so each process detects a silent neighbour. The control plane uses connections
+//! that the caller has authenticated. Over these, neighbours pass on reports of failures, departures of processes,
+//! small application messages, and numbers that all processes combine ([`MergeRule`]). Any failure ends the session in
+//! all processes, which agree on one [`FirstCause`].
 
 use std::collections::BTreeMap;
 use std::io;
@@ -45,9 +46,9 @@ use datagram::Codec;
 use heartbeat::Heartbeats;
 use shared::{JoinOnDrop, NOTICES_MAX, Shared};
 
-/// Timeout of an orderly end that waits for acknowledgements from peers.
+/// How long [`Membership::leave`] waits for acknowledgements from peers.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
-/// Time that a dropped membership waits for peers to receive its last message. A frozen peer never receives it.
+/// How long dropping a [`Membership`] waits for peers to receive its last message. A frozen peer never receives it.
 const DROP_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Configuration of a membership; the rendezvous supplies most of it.
@@ -57,15 +58,15 @@ pub struct MembershipConfig {
     pub process: u32,
     /// Number of processes of the world, including this one.
     pub processes: u32,
-    /// Id of the run; the same for all its incarnations.
+    /// Id of the session. Heartbeats of other sessions are rejected.
     pub session: [u8; 16],
-    /// The incarnation of the run. Messages of older incarnations are rejected.
+    /// The world's epoch, which is its restart count. Heartbeats of older epochs are rejected.
     pub epoch: u64,
-    /// The job's key. A separate key for each use is derived from it.
+    /// The key from which the key of the heartbeats is derived.
     pub key: [u8; 32],
-    /// The bound heartbeat socket, see [`bind`].
+    /// The heartbeat socket, bound by [`bind`].
     pub heartbeat: UdpSocket,
-    /// The tree of connections. By default, all processes are on one node.
+    /// The tree of connections. The default is the tree for processes that are all on one node.
     pub tree: Arc<ControlTree>,
     /// Addresses of the heartbeat sockets of this process's neighbours in the tree.
     pub addresses: BTreeMap<u32, SocketAddr>,
@@ -75,11 +76,11 @@ pub struct MembershipConfig {
     pub interval: Duration,
     /// Time without heartbeats after which a peer is lost.
     pub deadline: Duration,
-    /// Time after the first symptom during which reports of better causes may arrive.
+    /// How long to wait, after the first sign of a failure, for reports that explain the failure better.
     pub grace: Duration,
-    /// Timeout for peers to join.
+    /// How long to wait for peers to join.
     pub join_within: Duration,
-    /// Timeout for peers that send heartbeats but have not joined.
+    /// How long to wait, in total, for peers that send heartbeats but have not joined.
     pub join_at_most: Duration,
 }
 
@@ -123,30 +124,36 @@ impl MembershipConfig {
         }
         let peers = self.tree.neighbours(process);
         if !self.addresses.keys().eq(&peers) {
-            return wrong(format!("heartbeat addresses of {:?}, expected {peers:?}", self.addresses.keys()));
+            return wrong(format!(
+                "got heartbeat addresses of {:?}, expected those of {peers:?}",
+                self.addresses.keys()
+            ));
         }
         if !self.connections.keys().eq(&peers) {
-            return wrong(format!("control connections to {:?}, expected {peers:?}", self.connections.keys()));
+            return wrong(format!(
+                "got control connections to {:?}, expected those to {peers:?}",
+                self.connections.keys()
+            ));
         }
         if self.interval.is_zero() || self.deadline < 4 * self.interval {
             let (interval, deadline) = (self.interval, self.deadline);
             return wrong(format!(
-                "a deadline of {deadline:?} with a heartbeat every {interval:?}: the deadline must be at least 4 intervals"
+                "the heartbeat deadline is {deadline:?}, but must be at least 4 intervals of {interval:?}"
             ));
         }
         Ok(())
     }
 }
 
-/// Binds a heartbeat socket to an address of this node; with port 0 the system chooses a port.
+/// Binds a heartbeat socket to an address of this node. If the port is 0, the system chooses a port.
 pub fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     UdpSocket::bind(address)
 }
 
 /// The membership of this process in the session.
 ///
-/// Dropping it takes at most a second, even with frozen peers. A drop without [`Membership::leave`] is a failure for
-/// peers.
+/// Dropping it takes at most a second, even if peers are frozen. If it is dropped without [`Membership::leave`], peers
+/// treat this as a failure of this process.
 #[derive(Debug)]
 pub struct Membership {
     shared: Arc<Shared>,
@@ -161,7 +168,7 @@ impl Membership {
     pub fn start(config: MembershipConfig) -> Result<Self, MembershipError> {
         config.check()?;
         let MembershipConfig { process, processes, session, epoch, key, tree, .. } = config;
-        // Extra room for one `Left` of each peer and for `Ended`.
+        // The extra room is for one `Left` event of each peer and for the `Ended` event.
         let (sender, notices) = bounded(NOTICES_MAX + processes as usize);
         let shared = Arc::new(Shared::new(process, tree, epoch, (config.deadline, config.grace), sender));
         let codec = Codec::new(&key, session, epoch, processes);
@@ -181,26 +188,26 @@ impl Membership {
         Ok(membership)
     }
 
-    /// The channel of events, in order by peer. The application must read it: too many unread events end the session.
+    /// The channel of events; those of one peer are in order. Too many unread messages end the session, so read them.
     pub fn notices(&self) -> &Receiver<MembershipEvent> {
         &self.notices
     }
 
     /// Sends a message of at most [`MESSAGE_BYTES_MAX`] bytes to a process, through the tree. Messages to one process
     /// arrive in order. Does not wait for delivery. Fails with [`MembershipError::Backlog`] if the next process on the
-    /// way does not read. If a later process on the way does not read, the session ends.
+    /// way does not read its messages. If a later process on the way does not read them, the session ends.
     pub fn send(&self, to: u32, topic: u16, bytes: Vec<u8>) -> Result<(), MembershipError> {
         self.shared.send(Some(to), topic, bytes)
     }
 
-    /// Sends a message to all other processes. Returns the first error, after it has sent to all reachable processes.
+    /// Sends a message to all other processes. If this fails for some, sends to all others and returns the first error.
     pub fn send_to_all(&self, topic: u16, bytes: &[u8]) -> Result<(), MembershipError> {
         self.shared.send(None, topic, bytes.to_vec())
     }
 
-    /// Supplies this process's numbers, one list per field of `rules`, to the topic's next round. Returns the channel
-    /// of the topic's results. All processes must supply their numbers, in the same order of rounds. After the
-    /// session's end no result arrives, so the caller must also wait for the end.
+    /// Supplies this process's numbers to the topic's next round, which combines the numbers of all processes. `fields`
+    /// has one list of numbers for each rule. Returns the channel of the topic's results. All processes must supply
+    /// numbers to every round. After the session's end no result arrives, so the caller must also wait for the end.
     ///
     /// # Errors
     /// [`MembershipError::Numbers`] if the topic is above 63 or the numbers do not fit the rules;
@@ -214,8 +221,8 @@ impl Membership {
         self.shared.supply(topic, rules, fields)
     }
 
-    /// The process whose numbers are missing in the topic's round, as far as this process knows, and whether it has
-    /// left. For a fraction of a second, the result is only a neighbour on the way to that process.
+    /// The process whose numbers are missing in the topic's current round, and whether that process has left. During
+    /// the first fraction of a second, the result may be the neighbour on the way to the missing process instead.
     pub fn missing(&self, topic: u16) -> Option<(u32, bool)> {
         self.shared.missing(topic)
     }
@@ -230,7 +237,7 @@ impl Membership {
         &self.shared.tree
     }
 
-    /// Ends the session because this process has failed. If a lost peer caused the error, use [`Membership::suspect`].
+    /// Ends the session because this process has failed. If a lost peer caused this, call [`Membership::suspect`].
     pub fn fail(&self, cause: impl Into<String>, exit: u8) {
         self.shared.fail(cause.into(), exit);
     }
@@ -246,8 +253,8 @@ impl Membership {
         self.shared.first_cause()
     }
 
-    /// Returns the time since the last sign of life of each other process; `None` if that process has left. For a
-    /// process that is no neighbour, the time is exact only if no process in its direction is more silent.
+    /// Returns the time since the last sign of life of each other process; `None` if that process has left. Behind a
+    /// neighbour, the time is exact only for the process that has been silent for the longest time.
     pub fn silent_times(&self) -> Vec<(u32, Option<Duration>)> {
         self.shared.silent_times()
     }
@@ -258,7 +265,7 @@ impl Membership {
     }
 
     /// Leaves the session cleanly. Call this after this process has ended its work. Waits at most a second until peers
-    /// have received all messages. Returns false if a peer has not. Later failures of peers do not affect this process.
+    /// have received all messages. Returns false if one has not. Later failures of peers do not affect this process.
     pub fn leave(&self) -> bool {
         self.shared.leave();
         self.shared.wait_for_delivery(LEAVE_TIMEOUT)

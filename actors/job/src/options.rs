@@ -1,4 +1,4 @@
-//! Options of the rendezvous, the connections and the heartbeats, and the variables for these options.
+//! Options of the rendezvous, the connections and the heartbeats, and the environment variables that set them.
 
 use std::fmt;
 use std::io;
@@ -21,39 +21,39 @@ pub enum Transport {
     Auto,
     /// Like `Auto`, but fails if the processes of a node cannot share memory.
     SharedMemory,
-    /// Unix sockets on one node, TCP between nodes. Register transfers between GPUs are staged through host memory.
+    /// Unix sockets within a node, TCP between nodes. Data between GPUs of two processes goes through host memory.
     Unix,
-    /// TCP, even within a node. Between GPUs, transfers are the same as with `Unix`.
+    /// TCP between all processes, even within a node. Data between GPUs of two processes goes through host memory.
     Tcp,
 }
 
-/// The engine that runs collectives between processes. Registers always use the [`Transport`].
+/// The engine that runs collectives between processes. Tensors outside of collectives use the [`Transport`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Collectives {
     /// Shardflow's own engines over the [`Transport`]. The bits of results do not depend on the number of processes.
     #[default]
     Own,
-    /// MPI for groups with each member in a different process, and `Own` for other groups. Sums equal those of `Own` up
-    /// to rounding. Needs the feature `mpi` and processes that `mpirun` starts.
+    /// MPI for groups whose members are all in different processes, and `Own` for all other groups. The sums of MPI and
+    /// `Own` may differ by rounding. Needs the feature `mpi` and processes that `mpirun` starts.
     Mpi,
 }
 
-/// Receives log lines, such as the ranks that this process waits for, or why a transport was replaced.
+/// Receives log lines. A line may name the ranks that this process waits for, or state why a transport was replaced.
 pub type OnWaiting = Arc<dyn Fn(&str) + Send + Sync>;
 
-/// Maps the addresses on which this process listens to those that other processes use, for example behind a proxy.
+/// Maps the addresses on which this process listens to those that others use, for example if it is behind a proxy.
 pub trait Advertise: fmt::Debug + Send + Sync {
-    /// Returns the address at which others can connect to `bound`. If this fails, the process does not start.
+    /// Returns the address to which others connect to reach `bound`. After an error, the process does not start.
     fn connections(&self, bound: &Address) -> io::Result<Address>;
 
-    /// Returns the UDP address to which others can send heartbeats for `bound`.
+    /// Returns the UDP address to which others send heartbeats for the socket that is bound to `bound`.
     fn heartbeats(&self, bound: SocketAddr) -> io::Result<SocketAddr>;
 }
 
-/// How long to wait until an advertised name resolves. The name may not be registered yet.
+/// How long to retry until an advertised host name resolves. The name may be registered after this process starts.
 const RESOLVE_WITHIN: Duration = Duration::from_secs(5);
 
-/// A host name or address to publish instead of the one on which a process listens. The port does not change.
+/// A host name or IP address, published instead of the address on which a process listens. The port does not change.
 #[derive(Clone, Debug)]
 struct AdvertisedHost(String);
 
@@ -73,10 +73,11 @@ impl Advertise for AdvertisedHost {
 
     fn heartbeats(&self, bound: SocketAddr) -> io::Result<SocketAddr> {
         let give_up = Instant::now() + RESOLVE_WITHIN;
-        let invalid = |why| io::Error::other(format!("{ADVERTISE} or --advertise is {}: {why}", self.0));
+        let invalid =
+            |why| io::Error::other(format!("{ADVERTISE} or --advertise is {}, which does not resolve: {why}", self.0));
         loop {
             match (self.0.as_str(), bound.port()).to_socket_addrs() {
-                Ok(mut found) => return found.next().ok_or_else(|| invalid("it has no address".to_owned())),
+                Ok(mut found) => return found.next().ok_or_else(|| invalid("the name has no address".to_owned())),
                 Err(_) if Instant::now() < give_up => std::thread::sleep(Duration::from_millis(250)),
                 Err(error) => return Err(invalid(error.to_string())),
             }
@@ -91,27 +92,27 @@ pub struct ClusterOptions {
     pub transport: Transport,
     /// The engine of collectives.
     pub collectives: Collectives,
-    /// Whether register messages and tensors over TCP are encrypted. Rendezvous and control messages over TCP always
-    /// are. Heartbeats, NCCL and MPI are never encrypted.
+    /// Whether tensors over TCP, and the messages between actors, are encrypted. Rendezvous and control messages over
+    /// TCP are always encrypted. Heartbeats and the traffic of NCCL and MPI are never encrypted.
     pub encrypt: bool,
     /// Local address to listen on, with port 0. By default, the address from which this node reaches process 0.
     pub interface: Option<SocketAddr>,
-    /// How others reach this process. By default, they use the addresses on which it listens.
+    /// How others reach this process. By default, they use the addresses on which this process listens.
     pub advertise: Option<Arc<dyn Advertise>>,
     /// How long to wait for all processes to join.
     pub meet_within: Duration,
-    /// How long connecting may take after all processes have joined. After that, the session's watchdog limits waits.
+    /// How long to wait for connections after all processes have joined. Later waits are limited by the watchdog.
     pub connect_within: Duration,
-    /// Interval at which a wait is reported, with the missing or slow ranks.
+    /// Interval between reports about a wait. A report names the missing or slow ranks.
     pub report_every: Duration,
     /// Time between heartbeats.
     pub heartbeat_every: Duration,
-    /// Silence after which a process counts as failed. At least four times `heartbeat_every`.
+    /// A process counts as failed after this time without a heartbeat from it. At least four times `heartbeat_every`.
     pub heartbeat_deadline: Duration,
-    /// How long a process that fails before the rendezvous reports this to the others. See
+    /// How long a process that fails before the rendezvous tries to report its failure to the others. See
     /// [`crate::departure::report`].
     pub report_within: Duration,
-    /// Receives the lines about a wait, which are also logged.
+    /// Receives the lines about waits. These lines are also logged.
     pub on_waiting: Option<OnWaiting>,
 }
 
@@ -148,7 +149,7 @@ impl Default for ClusterOptions {
 }
 
 impl ClusterOptions {
-    /// Logs which ranks this process waits for.
+    /// Logs a line about a wait, and passes the line to `on_waiting`.
     pub fn report_waiting(&self, line: &str) {
         tracing::warn!("{line}");
         self.on_waiting.iter().for_each(|on_waiting| on_waiting(line));
@@ -180,7 +181,7 @@ impl ClusterOptions {
         options.meet_within = time(MEET_MS)?.unwrap_or(options.meet_within);
         let deadline_min = 4 * options.heartbeat_every.as_millis() as u64;
         let deadline_expected =
-            "milliseconds, at least four times SHARDFLOW_HEARTBEAT_MS (250 if not set), at most 86400000";
+            "a whole number of milliseconds, from four times SHARDFLOW_HEARTBEAT_MS (default 250) to 86400000";
         let given = read(variables, HEARTBEAT_DEADLINE_MS, deadline_expected, ms(deadline_min))?;
         // If only the interval is set, the default deadline may be below its minimum of four intervals.
         let deadline = options.heartbeat_deadline.max(4 * options.heartbeat_every);
@@ -198,7 +199,7 @@ fn one_of<T: Copy>(words: &[(&str, T)]) -> impl Fn(&str) -> Option<T> {
     |text| words.iter().find(|(word, _)| *word == text).map(|(_, value)| *value)
 }
 
-/// Parses a variable. Returns `None` if it is not set or empty.
+/// Parses a variable. Returns `None` if the variable is unset or empty.
 fn read<T>(
     variables: &Variables,
     name: &'static str,

@@ -1,4 +1,4 @@
-//! Queues standard output and error. Threads write the queues, so that a full pipe does not block the training.
+//! Queues for standard output and standard error. Threads write them out, so a full pipe does not block the training.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -13,9 +13,9 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::text::counted;
 
-/// Maximum size of queued progress. Above it, the oldest texts are dropped.
+/// Maximum size of all queued progress texts, in bytes. Above it, the oldest of these texts are dropped.
 const PROGRESS_BYTES_MAX: usize = 256 << 10;
-/// Maximum size of queued records. Above it, a caller that adds a record waits.
+/// Maximum size of all queued records, in bytes. Above it, a caller that adds a record waits.
 const RECORD_BYTES_MAX: usize = 64 << 20;
 
 /// Whether a text may be dropped while the reader stalls.
@@ -126,7 +126,7 @@ impl OutputQueue {
         self.shared.state.lock().error.take()
     }
 
-    /// Waits until the queue is written, for at most `limit`.
+    /// Waits until the queue is written, but for at most `limit`. `None` means no limit.
     pub fn flush(&self, limit: Option<Duration>) {
         let deadline = limit.map(|limit| Instant::now() + limit);
         let mut state = self.shared.state.lock();
@@ -217,8 +217,8 @@ pub fn stderr() -> &'static OutputQueue {
     &STDERR
 }
 
-/// Waits until both queues are written, for at most `limit` each. Call this before the process ends, because text that
-/// is still queued at the end is lost.
+/// Waits until both queues are written, but for at most `limit` each. Call this before the process ends, because text
+/// that is still queued at the end is lost.
 pub fn finish(limit: Option<Duration>) {
     stdout().flush(limit);
     stderr().flush(limit);

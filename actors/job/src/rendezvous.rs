@@ -11,13 +11,13 @@
 //! ```
 //!
 //! - **RV-1**: no process starts before all are ready. So a member that has started can dial every member of its roster.
-//! - **RV-2**: a refusal is sent to all processes. It names the two processes that differ, and both values.
+//! - **RV-2**: a refusal is sent to all processes. If two processes differ, the refusal names them and both values.
 //! - **RV-3**: a process may join again while others wait. The new connection replaces the old one if the old one is
 //!   dead, if the new restart count is higher, or if the same process opened both connections.
-//! - **RV-4**: process 0 receives a report if a process fails before it joins and no retry can help, or if a node's
-//!   launcher ends for any cause. Every process that waits, or joins within `report_within`, is then refused with the
-//!   reported exit code. The first report wins. If process 0 fails, its launcher or `departure::report` refuses the
-//!   processes.
+//! - **RV-4**: process 0 receives a report in two cases: a process fails before it joins and no retry can help, or a
+//!   node's launcher ends for any cause. Process 0 then refuses, with the reported exit code, every process that waits
+//!   or joins within `report_within`. The first report wins. If process 0 itself fails, its launcher refuses the other
+//!   processes. Without a launcher, `departure::report` refuses them.
 
 use std::time::Instant;
 
@@ -41,8 +41,9 @@ use messages::Outcome;
 pub use messages::{Conflict, Fact, Identity, JoinInfo, RendezvousError, RendezvousRefusal, ranks};
 pub use roster::{Apart, Member, NodeRun, ProcessLabel, Roster};
 
-/// Joins the other processes. Takes at most a few seconds longer than `timeout`. Returns this process's roster and
-/// its listener. Calls `on_waiting` every `report_every` with a line that names the missing ranks.
+/// Joins the other processes. Usually takes at most a few seconds longer than `timeout`. If process 0 freezes after all
+/// have joined, `timeout` applies a second time. Returns this process's roster and its listener. Calls `on_waiting`
+/// every `report_every` with a line that names the missing ranks.
 pub fn rendezvous(config: &RendezvousConfig, mut on_waiting: impl FnMut(&str)) -> Outcome {
     let deadline = Instant::now() + config.timeout;
     let (process, processes) = (config.process, config.processes);

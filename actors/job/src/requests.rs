@@ -1,4 +1,4 @@
-//! Requests to save a checkpoint or to end, by signals, Slurm's job end time or the program: `docs/guide/signals.md`.
+//! Requests to save a checkpoint or to end, from signals, Slurm's end time or the program: `docs/guide/signals.md`.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -13,7 +13,7 @@ use crate::output;
 
 /// Slurm's variable with the job's end time, in Unix seconds.
 const JOB_END_TIME: &str = "SLURM_JOB_END_TIME";
-/// The training ends before the job's end time by this margin plus the time for a step and a save.
+/// The training ends before the job's end time. The time between is this margin plus the time of a step and a save.
 const MARGIN: Duration = Duration::from_secs(60);
 /// How long a process that ends immediately waits until its output is read.
 const OUTPUT_TIMEOUT: Duration = Duration::from_millis(200);
@@ -69,20 +69,20 @@ struct State {
     pending: Request,
     on_usr1: Request,
     effect: Effect,
-    /// The job's end time since 1970. The training ends before it by `margin` plus the time for a step and a save.
+    /// The job's end time since 1970. The training ends earlier: by `margin` plus the time of a step and a save.
     job_end: Option<Duration>,
     margin: Duration,
     save: Duration,
 }
 
-/// Requests to this process. With the option `requests`, all processes of a session agree on a request.
+/// Requests to this process. In a session with the option `requests`, all processes agree on each request.
 #[derive(Debug)]
 pub struct Requests {
     state: Mutex<State>,
 }
 
 impl Default for Requests {
-    /// Installs no signal handlers: only [`Requests::submit`] makes requests.
+    /// Creates the requests without signal handlers. Then only [`Requests::submit`] makes requests.
     fn default() -> Self {
         let (pending, on_usr1, effect) = (Request::Nothing, Request::Checkpoint, Effect::AtOnce);
         Self {
@@ -91,14 +91,14 @@ impl Default for Requests {
     }
 }
 
-/// A guard. While it exists, a signal ends the process after the step. Without it, a signal ends it immediately.
+/// A guard. While it exists, a signal ends the process after the step. Otherwise, a signal ends it immediately.
 #[derive(Debug)]
 pub struct Deferred<'a> {
     requests: &'a Requests,
 }
 
 impl Deferred<'_> {
-    /// For work after the last step: from now on, a signal ends the process after at most `limit`.
+    /// Call this for work after the last step. From now on, a signal ends the process after at most `limit`.
     pub fn within(&self, limit: Duration) {
         let mut state = self.requests.state.lock();
         state.effect = Effect::Within(limit);
@@ -117,12 +117,12 @@ impl Drop for Deferred<'_> {
 impl Requests {
     /// Installs signal handlers, and watches the Slurm job's end time if there is one:
     ///
-    /// - SIGTERM, SIGINT and SIGHUP end the process with 128 + n: immediately, or under [`Requests::defer`] after the
-    ///   step with [`Request::End`]. A SIGINT after any of these signals ends the process immediately. Signals that
-    ///   were ignored when the process started (`nohup`) stay ignored, except SIGTERM.
+    /// - SIGTERM, SIGINT and SIGHUP end the process with exit code 128 + n. By default the end is immediate. Under
+    ///   [`Requests::defer`] it follows the step, as a [`Request::End`]. A SIGINT after any of these signals ends the
+    ///   process immediately. Except SIGTERM, signals that were ignored at the start (`nohup`) stay ignored.
     /// - SIGUSR1 requests [`Request::Checkpoint`], or the request set by [`Requests::set_on_usr1`]. Outside of
     ///   [`Requests::defer`] it is ignored, because there is no training to save.
-    /// - SIGXFSZ has no effect, so a write fails if the file becomes too large.
+    /// - SIGXFSZ does not end the process. So a write beyond the file size limit fails with an error instead.
     /// - `SLURM_JOB_END_TIME` requests [`Request::End`] with [`Exit::Retry`], early enough for a step, a save and a
     ///   margin. A time in the past is ignored, because it belongs to another job.
     ///
@@ -146,7 +146,7 @@ impl Requests {
         self.state.lock().on_usr1 = request;
     }
 
-    /// Sets the margin. The training ends before a Slurm job's end time by the margin plus a step's and a save's time.
+    /// Sets the margin. The training ends before a Slurm job does, by the margin plus the time of a step and a save.
     pub fn set_job_end_margin(&self, margin: Duration) {
         self.state.lock().margin = margin;
     }
@@ -173,7 +173,7 @@ impl Requests {
         self.state.lock().pending
     }
 
-    /// The pending request, or the one that the job's end time requires now. `step` is the duration of a step.
+    /// The pending request, or the one that the job's end time requires at `now` (since 1970). A step takes `step`.
     pub fn before_step(&self, step: Duration, now: Duration) -> Request {
         let mut state = self.state.lock();
         let left = state.save.saturating_add(step).saturating_add(state.margin);
@@ -225,7 +225,7 @@ fn end_after(limit: Duration, exit: Exit) {
 /// Ends the process without its exit handlers, which may wait for threads that do not end.
 fn end_now(exit: Exit) -> ! {
     if exit == Exit::Retry {
-        // The report makes the launcher not restart this process.
+        // Because of this report, the launcher does not restart this process.
         let _ = report(exit, "ended on request, outside of the training", Some(own_rank()));
     }
     // A live progress line has no line end. Without one, the shell's prompt would follow on the same line.
@@ -239,7 +239,8 @@ pub fn since_1970() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// Starts a thread for the signals in `always`, and those in `others` that were not ignored at the start (`nohup`).
+/// Starts a thread that calls `handle` for each signal in `always`, and for each signal in `others`. Signals in
+/// `others` that were ignored when the process started (`nohup`) stay ignored.
 pub(crate) fn on_each_signal(
     always: &[i32],
     others: &[i32],
@@ -283,7 +284,7 @@ mod tests {
         requests.submit(term);
         requests.submit(Request::Checkpoint);
         assert_eq!(requests.pending(), term);
-        // Decodes a number that no process sends as an end.
+        // No process sends this number. It is decoded as an end.
         assert_eq!(Request::from_code(u64::MAX), Request::End(Exit::Other(255)));
     }
 

@@ -2,14 +2,14 @@
 
 use std::fmt;
 
-/// Minimum length of a secret: 16 random hexadecimal digits have 64 bits, too many for an online search.
+/// Minimum length of a secret: 16 random hexadecimal digits have 64 random bits, too many to guess over the network.
 pub const SECRET_CHARS_MIN: usize = 16;
-/// This text must never change, because all processes use it to derive the key.
+/// Domain of the key derivation. It must never change, because all processes must derive the same key.
 const CONTEXT: &str = "shardflow 2026-01-01 secret of a job";
 
 /// The secret text of a job and the key derived from it. `Debug` prints neither. Comparison takes constant time.
 ///
-/// A recorded handshake allows an offline search. So the text must be random, not a word. See [`Secret::random`].
+/// A recorded handshake allows offline guesses. So the text must be random, not a word: see [`Secret::random`].
 #[derive(Clone)]
 pub struct Secret {
     text: String,
@@ -18,7 +18,7 @@ pub struct Secret {
 
 /// The secret is so short that it could be guessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a secret of {chars} characters, the minimum is {SECRET_CHARS_MIN}: make one with `shardflow secret`")]
+#[error("a secret of {chars} characters, but the minimum is {SECRET_CHARS_MIN}; make one with `shardflow secret`")]
 pub struct ShortSecret {
     /// The secret's length in characters, without surrounding white space.
     pub chars: usize,

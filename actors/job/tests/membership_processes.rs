@@ -251,7 +251,7 @@ fn a_stop_of_three_seconds_is_not_a_failure() {
     world.signal(1, Signal::STOP);
     assert!(world.lines[0].recv_timeout(Duration::from_secs(3)).is_err());
     world.signal(1, Signal::CONT);
-    // All processes still run, and leave in order. In particular, process 1 reports no loss.
+    // All processes still run, and leave the session cleanly. In particular, process 1 reports no loss.
     for process in 0..3 {
         assert!(world.lines[process].recv_timeout(Duration::from_millis(500)).is_err());
     }

@@ -22,7 +22,8 @@ pub enum SpecError {
     )]
     Readers { register: String, action: String, listed: usize, ports: usize },
     #[error(
-        "{action} fires {per_step} times per step, not a multiple of the {firings_per_piece} firings per piece of '{register}'"
+        "{action} fires {per_step} times per step, expected a multiple of {firings_per_piece}, the firings per piece \
+         of '{register}'"
     )]
     Remainder { action: String, register: String, per_step: u32, firings_per_piece: u32 },
     #[error("register '{register}' has {expected} pieces per step, but {action} {does} {got}")]
@@ -52,14 +53,15 @@ pub enum SpecError {
          read until step {read}"
     )]
     Lag { register: String, first: u64, second: u64, slot: u32, written: u64, read: u64 },
-    #[error("the slots of all registers repeat only after {steps} steps, expected at most {PERIOD_STEPS_MAX}")]
+    #[error("the assignment of pieces to slots repeats after {steps} steps, expected at most {PERIOD_STEPS_MAX}")]
     Period { steps: u64 },
     #[error("{action} appears {listed} times in its actor's ordered list but fires {per_step} times per step")]
     Ordered { action: String, listed: u32, per_step: u32 },
     #[error("{action} can fire without end: it is not external and none of its inputs depends on an external action")]
     Unbounded { action: String },
     #[error(
-        "{action}, firing {firing}: it adds to a piece of '{added}' but begins a piece of '{begun}', to which it adds later"
+        "{action}, firing {firing}: continues a piece of '{added}' but begins a piece of '{begun}': outputs that \
+         accumulate must begin their pieces in the same firings"
     )]
     Accumulation { action: String, firing: u32, added: String, begun: String },
 }

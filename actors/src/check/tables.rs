@@ -4,7 +4,7 @@
 use super::error::SpecError;
 use crate::spec::{ActionRef, PieceAccess, Pieces, RegisterId, RegisterSpec, Spec};
 
-/// A piece's progress through one step.
+/// The progress of a piece's accesses within one step.
 #[derive(Clone, Copy, PartialEq)]
 enum Progress {
     None,
@@ -92,7 +92,7 @@ fn check_flags(
 }
 
 /// Replays the writes of one period and checks each slot. A piece must be complete before the slot's next piece begins.
-/// The next piece must not be written in an earlier step than the step that reads the previous piece.
+/// The next piece must not be written in an earlier step than the one in which the previous piece is read.
 fn check_order_of_slots(spec: &Spec, id: RegisterId, writes: &[Port]) -> Result<(), SpecError> {
     let register = spec.register(id);
     let RegisterSpec { name, pieces_per_step, initial, .. } = register;

@@ -29,38 +29,41 @@ fn inconsistent_plans_are_rejected() {
         ("the decision, host: no action has index 9", |s| {
             s.decision.granted.push(ActionRef { actor: ActorId(0), action: 9 });
         }),
-        ("register 'batch': slots is 0, expected at least 1", |s| s.registers[0].slots = 0),
-        ("register 'batch': no actor has index 9", |s| s.registers[0].producer = ActorId(9)),
-        ("register 'batch': no action has index 9", |s| s.registers[0].readers[0].action = 9),
-        ("host feed: per_step is 0, expected at least 1", |s| s.actors[0].actions[0].per_step = 0),
-        ("register 'batch' has 4 pieces per step, but host feed writes 2", |s| s.actors[0].actions[0].per_step = 2),
-        ("register 'batch' has 2 pieces per step, but shard train reads 4", |s| {
-            s.actors[0].actions[0].per_step = 2;
-            s.registers[0].pieces_per_step = 2;
+        ("register 'batch': slots is 0, expected at least 1", |s| s.registers[RegisterId(0)].slots = 0),
+        ("register 'batch': no actor has index 9", |s| s.registers[RegisterId(0)].producer = ActorId(9)),
+        ("register 'batch': no action has index 9", |s| s.registers[RegisterId(0)].readers[0].action = 9),
+        ("host feed: per_step is 0, expected at least 1", |s| s.actors[ActorId(0)].actions[0].per_step = 0),
+        ("register 'batch' has 4 pieces per step, but host feed writes 2", |s| {
+            s.actors[ActorId(0)].actions[0].per_step = 2
         }),
-        ("shard train fires 4 times per step, not a multiple of the 3 firings per piece of 'gradient'", |s| {
-            s.actors[1].actions[0].outputs[0].pieces = Pieces::Rate(3)
+        ("register 'batch' has 2 pieces per step, but shard train reads 4", |s| {
+            s.actors[ActorId(0)].actions[0].per_step = 2;
+            s.registers[RegisterId(0)].pieces_per_step = 2;
+        }),
+        ("shard train fires 4 times per step, expected a multiple of 3, the firings per piece of 'gradient'", |s| {
+            s.actors[ActorId(1)].actions[0].outputs[0].pieces = Pieces::Rate(3)
         }),
         (
-            "shard train, firing 2: it adds to a piece of 'gradient' but begins a piece of 'loss', to which it adds later",
+            "shard train, firing 2: continues a piece of 'gradient' but begins a piece of 'loss': outputs that \
+             accumulate must begin their pieces in the same firings",
             |s| {
-                s.registers[3].pieces_per_step = 2;
-                s.actors[0].actions[1].per_step = 2;
-                s.actors[1].actions[0].outputs[1].pieces = Pieces::Rate(2);
+                s.registers[RegisterId(3)].pieces_per_step = 2;
+                s.actors[ActorId(0)].actions[1].per_step = 2;
+                s.actors[ActorId(1)].actions[0].outputs[1].pieces = Pieces::Rate(2);
             },
         ),
         ("shard train appears 1 times in its actor's ordered list but fires 4 times per step", |s| {
-            s.actors[1].firing = Firing::Ordered(vec![0, 1])
+            s.actors[ActorId(1)].firing = Firing::Ordered(vec![0, 1])
         }),
         ("register 'batch' lists shard train 2 times as a reader, but shard train reads it at 1 input ports", |s| {
-            let reader = s.registers[0].readers[0];
-            s.registers[0].readers.push(reader);
+            let reader = s.registers[RegisterId(0)].readers[0];
+            s.registers[RegisterId(0)].readers.push(reader);
         }),
         ("register 'batch' is written by 0 output ports of actor host, expected at least 1", |s| {
-            s.actors[0].actions[0].outputs.clear();
+            s.actors[ActorId(0)].actions[0].outputs.clear();
         }),
         ("register 'batch' lists shard train 1 times as a reader, but shard train reads it at 0 input ports", |s| {
-            s.actors[1].actions[0].inputs[0].register = RegisterId(77);
+            s.actors[ActorId(1)].actions[0].inputs[0].register = RegisterId(77);
         }),
     ];
     for (text, change) in faults {
@@ -72,7 +75,7 @@ fn inconsistent_plans_are_rejected() {
 fn unbounded_actions_are_rejected() {
     let text =
         "host feed can fire without end: it is not external and none of its inputs depends on an external action";
-    assert_eq!(reject(|s| s.actors[0].actions[0].external = false), text);
+    assert_eq!(reject(|s| s.actors[ActorId(0)].actions[0].external = false), text);
     // A cycle that starts from its own initial piece.
     let mut b = Builder::new();
     let actor = b.actor("ring", 0, Firing::Credit);
@@ -101,7 +104,7 @@ fn table(pieces: &mut Pieces, change: fn(&mut [PieceAccess])) {
 
 /// Changes how action 2 or 3 of plan `chunks` writes register 5, `shared`. The order of their writes is 3, 2, 3, 2.
 fn shared(spec: &mut Spec, action: usize, change: fn(&mut [PieceAccess])) {
-    let outputs = &mut spec.actors[0].actions[action].outputs;
+    let outputs = &mut spec.actors[ActorId(0)].actions[action].outputs;
     let output = outputs.iter_mut().find(|output| output.register == RegisterId(5));
     table(&mut output.expect("it writes `shared`").pieces, change);
 }
@@ -112,15 +115,15 @@ fn inconsistent_writers_are_rejected() {
         plans::chunks,
         &[
             ("register 'shared' is written by 2 actions of actor device, which has no ordered list", |s| {
-                s.actors[0].firing = Firing::Credit
+                s.actors[ActorId(0)].firing = Firing::Credit
             }),
             ("register 'shared' is written by 2 output ports of device backward0, expected at most 1", |s| {
-                let outputs = &mut s.actors[0].actions[2].outputs;
+                let outputs = &mut s.actors[ActorId(0)].actions[2].outputs;
                 outputs.push(outputs[0].clone());
             }),
             ("register 'shared' is written by host feed, but its producer is actor device", |s| {
-                let output = s.actors[0].actions[2].outputs[0].clone();
-                s.actors[1].actions[0].outputs.push(output);
+                let output = s.actors[ActorId(0)].actions[2].outputs[0].clone();
+                s.actors[ActorId(1)].actions[0].outputs.push(output);
             }),
             ("device backward1, firing 0: 'first' is false for piece 0 of register 'shared', expected true", |s| {
                 shared(s, 3, |table| table[0].first = false)
@@ -139,7 +142,7 @@ fn inconsistent_writers_are_rejected() {
                 shared(s, 2, |table| table[1].first = true);
             }),
             ("device backward1 fires 2 times per step, but its table for 'shared' has 1 entries", |s| {
-                let output = s.actors[0].actions[3].outputs.iter_mut().find(|o| o.register == RegisterId(5));
+                let output = s.actors[ActorId(0)].actions[3].outputs.iter_mut().find(|o| o.register == RegisterId(5));
                 output.expect("it writes `shared`").pieces = Pieces::in_order(&[0]);
             }),
         ],
@@ -152,16 +155,16 @@ fn inconsistent_tables_of_readers_are_rejected() {
         plans::routes,
         &[
             ("worker0 work, firing 2: its table for 'whole' names piece 6, but a step has 6 pieces", |s| {
-                table(&mut s.actors[2].actions[0].inputs[0].pieces, |table| table[2].piece = 6)
+                table(&mut s.actors[ActorId(2)].actions[0].inputs[0].pieces, |table| table[2].piece = 6)
             }),
             ("worker0 work, firing 1: piece 0 of register 'whole' is read a second time in the step", |s| {
-                table(&mut s.actors[2].actions[0].inputs[0].pieces, |table| table[1].piece = 0)
+                table(&mut s.actors[ActorId(2)].actions[0].inputs[0].pieces, |table| table[1].piece = 0)
             }),
             ("worker0 work, firing 0: 'last' is false for piece 0 of register 'whole', expected true", |s| {
-                table(&mut s.actors[2].actions[0].inputs[0].pieces, |table| table[0].last = false)
+                table(&mut s.actors[ActorId(2)].actions[0].inputs[0].pieces, |table| table[0].last = false)
             }),
             ("register 'whole' has 6 pieces per step, but worker0 work reads 3", |s| {
-                s.actors[2].actions[0].inputs[0].pieces = Pieces::Rate(1)
+                s.actors[ActorId(2)].actions[0].inputs[0].pieces = Pieces::Rate(1)
             }),
         ],
     );
@@ -172,18 +175,21 @@ fn inconsistent_slots_are_rejected() {
     reject_all(
         plans::lagging,
         &[
-            ("register 'state': no slot has index 4", |s| s.registers[0].slot_of = [0, 1, 2, 4].into()),
-            ("register 'state': no piece lies in slot 3", |s| s.registers[0].slot_of = [0, 1, 2].into()),
-            ("register 'state': initial pieces 0 and 4 both lie in slot 0", |s| s.registers[0].initial = 5),
+            ("register 'state': no slot has index 4", |s| s.registers[RegisterId(0)].slot_of = [0, 1, 2, 4].into()),
+            ("register 'state': no piece lies in slot 3", |s| s.registers[RegisterId(0)].slot_of = [0, 1, 2].into()),
+            ("register 'state': initial pieces 0 and 4 both lie in slot 0", |s| s.registers[RegisterId(0)].initial = 5),
             ("register 'state': initial pieces 0 and 2 both lie in slot 0", |s| {
-                (s.registers[0].slots, s.registers[0].slot_of) = (2, [].into());
+                (s.registers[RegisterId(0)].slots, s.registers[RegisterId(0)].slot_of) = (2, [].into());
             }),
             ("register 'state', slot 2: piece 4 is written in step 0, but piece 2 is not read until step 1", |s| {
-                s.registers[0].slot_of = [0, 1, 2, 3, 2, 3].into()
+                s.registers[RegisterId(0)].slot_of = [0, 1, 2, 3, 2, 3].into()
             }),
-            ("register 'state': pieces_per_step is 0, expected at least 1", |s| s.registers[0].pieces_per_step = 0),
-            ("the slots of all registers repeat only after 1031 steps, expected at most 1024", |s| {
-                (s.registers[1].slots, s.registers[1].slot_of) = (2, (0..1031).map(|n| u32::from(n > 0)).collect());
+            ("register 'state': pieces_per_step is 0, expected at least 1", |s| {
+                s.registers[RegisterId(0)].pieces_per_step = 0
+            }),
+            ("the assignment of pieces to slots repeats after 1031 steps, expected at most 1024", |s| {
+                (s.registers[RegisterId(1)].slots, s.registers[RegisterId(1)].slot_of) =
+                    (2, (0..1031).map(|n| u32::from(n > 0)).collect());
             }),
         ],
     );
@@ -191,10 +197,10 @@ fn inconsistent_slots_are_rejected() {
         plans::interleaved,
         &[
             ("register 'sums', slot 0: piece 1 is begun before piece 0 is complete", |s| {
-                (s.registers[0].slots, s.registers[0].slot_of) = (1, [].into())
+                (s.registers[RegisterId(0)].slots, s.registers[RegisterId(0)].slot_of) = (1, [].into())
             }),
             ("register 'sums': no action writes piece 1 of a step", |s| {
-                s.actors[0].actions[0].outputs[0].pieces = Pieces::in_order(&[0; 4])
+                s.actors[ActorId(0)].actions[0].outputs[0].pieces = Pieces::in_order(&[0; 4])
             }),
         ],
     );

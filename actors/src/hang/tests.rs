@@ -12,17 +12,17 @@ fn hang(spec: &Arc<Spec>, steps: u32, fault: Fault) -> Option<Hang> {
     let options = SimulationOptions { fault: Some(fault), ..SimulationOptions::steps(steps) };
     match simulate(spec, &Timing::uniform(spec, 2, 1), &options) {
         Err(SimulationError::Stuck(hang)) => Some(*hang),
-        // The run completes if nobody waits for the lost message. The conservation check may still report the message.
+        // The run completes if nobody waits for the lost message. Even then, the check of CR-6 may report the loss.
         Err(SimulationError::Conservation { .. }) | Ok(_) => None,
         Err(other) => panic!("{fault:?}: {other}"),
     }
 }
 
-/// Returns all pieces of the first steps that a reader in another actor gets, in order of publication. An entry
+/// Returns all pieces that readers in other actors get in the first `steps` steps, in order of publication. An entry
 /// contains the register, the index of the reader, the reader, and the piece.
 pub(crate) fn pieces(spec: &Spec, steps: u32) -> Vec<(RegisterId, u32, ActionRef, u64)> {
     let mut found = Vec::new();
-    for (register, r) in spec.registers.iter().zip(0..) {
+    for (register, r) in spec.registers.values().zip(0..) {
         let id = RegisterId(r);
         for (&reader, index) in register.readers.iter().zip(0..).filter(|(r, _)| r.actor != register.producer) {
             let mut arrivals = Sequence::of_arrivals(spec, id, reader);
@@ -36,8 +36,8 @@ pub(crate) fn pieces(spec: &Spec, steps: u32) -> Vec<(RegisterId, u32, ActionRef
     found
 }
 
-/// True if `root` is the expected cause. A fault loses one piece and all later ones. If the register does not publish
-/// pieces in order of their numbers, `root` may also be a later lost piece.
+/// True if `root` is the expected cause. A fault loses one piece and all later pieces. If the register does not publish
+/// pieces in the order of their numbers, `root` may also be a later lost piece.
 pub(crate) fn explains(spec: &Spec, root: &Root, expected: &Root) -> bool {
     let plain = |register: RegisterId, reader: ActionRef| {
         let producer = spec.actor(spec.register(register).producer);
@@ -100,7 +100,7 @@ fn a_firing_that_does_not_end_is_the_root_cause() {
 fn members_in_flight() -> (Arc<Spec>, Vec<ActorSnapshot>) {
     let mut spec = plans::groups();
     // Communicator ids differ from group ids.
-    for action in spec.actors.iter_mut().flat_map(|actor| &mut actor.actions) {
+    for action in spec.actors.values_mut().flat_map(|actor| &mut actor.actions) {
         action.communicators = action.groups.iter().map(|group| group + 10).collect();
     }
     let spec = Arc::new(spec);
@@ -112,7 +112,7 @@ fn members_in_flight() -> (Arc<Spec>, Vec<ActorSnapshot>) {
             ..ActorSnapshot::of(&Protocol::new(&spec, ActorId(a)))
         }
     };
-    let snapshots = (0..).zip(&spec.actors).map(snapshot).collect();
+    let snapshots = (0..).zip(spec.actors.values()).map(snapshot).collect();
     (spec, snapshots)
 }
 
@@ -140,7 +140,7 @@ fn the_member_that_is_not_in_the_collective_is_the_root_cause() {
 #[test]
 fn a_hanging_pipe_is_reported_and_a_collective_is_not() {
     let (spec, _) = members_in_flight();
-    let of_plan = spec.actors.iter().flat_map(|actor| &actor.actions).flat_map(|action| &action.communicators).max();
+    let of_plan = spec.actors.values().flat_map(|actor| &actor.actions).flat_map(|action| &action.communicators).max();
     let of_pipe = of_plan.expect("a communicator") + 1;
     let texts = describe_pipe_waits(&spec, &[(of_pipe - 1, 0, 1), (of_pipe, 3, 2)]);
     assert_eq!(texts, ["device 3: a transfer of registers with device 2 is in progress on the GPU and does not end"]);

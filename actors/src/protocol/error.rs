@@ -3,7 +3,7 @@
 use super::slot::SlotState;
 use crate::spec::RegisterId;
 
-/// A protocol violation by a bug, a corrupted message or a different plan. [`crate::protocol`] defines the labels.
+/// A protocol violation, due to a bug, a corrupt message or a different plan. [`crate::protocol`] defines the labels.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum ProtocolError {
@@ -18,12 +18,16 @@ pub enum ProtocolError {
     #[error("CR-1 register '{register}': {reader} released piece {piece} from slot {slot}, which {state}")]
     Unpublished { register: String, reader: String, piece: u64, slot: u32, state: SlotState },
     #[error(
-        "actor {actor} received a message for reader {reader} of register {register:?}, which belongs to another actor"
+        "actor {actor} received a message that belongs to another actor: about reader {reader} of register {}",
+        .register.0
     )]
     Misrouted { actor: String, register: RegisterId, reader: u32 },
-    #[error("CR-5 actor {actor}: action {action} reports {event}, but the action in flight is {in_flight:?}")]
+    #[error(
+        "CR-5 actor {actor}: action {action} reports {event}, but {} is in flight",
+        .in_flight.map_or_else(|| "no action".to_owned(), |a| format!("action {a}"))
+    )]
     NotInFlight { actor: String, action: u32, event: String, in_flight: Option<u32> },
-    #[error("{action}: signal for output {output}, which is {reason}")]
+    #[error("{action}: received a signal for output {output}, but this output is {reason}")]
     UnexpectedSignal { action: String, output: u32, reason: &'static str },
     #[error("{action}: the firing ended without the signal of its early output {output}")]
     MissingSignal { action: String, output: u32 },

@@ -1,7 +1,7 @@
 //! The slots of one register, as its producer sees them.
 //!
 //! - **CR-1**: a slot changes `Free -> Writing -> Filled(readers left) -> Free`. Each piece is published once, and each
-//!   of its readers releases it once. Per reader: pieces published to it - pieces released by it == its filled slots.
+//!   of its readers releases it once. For each reader: pieces published to it - pieces it released == its filled slots.
 //! - **CR-2**: slots held + slots free == credits.
 //! - **CR-4**: a piece lies only in the slot that the plan gives it.
 
@@ -117,7 +117,7 @@ impl RegisterSlots {
         if self.is_uniform() { self.published } else { self.readers[reader].published }
     }
 
-    /// Number of pieces that each reader has released, as far as the producer knows. Ordered by reader index.
+    /// Number of pieces that each reader has released, as far as the producer knows, in order of the reader index.
     pub fn released(&self) -> impl Iterator<Item = u64> + '_ {
         self.readers.iter().map(|reader| reader.released)
     }
@@ -127,7 +127,7 @@ impl RegisterSlots {
         &self.states
     }
 
-    /// The readers that have not released a slot's piece, by index.
+    /// The indices of the readers that have not released a slot's piece.
     pub fn readers_left(&self, slot: u32) -> impl Iterator<Item = u32> + '_ {
         (0..self.readers.len()).filter(move |reader| self.is_left(slot, *reader)).map(|reader| reader as u32)
     }

@@ -274,7 +274,7 @@ fn several_writers_share_a_piece_in_the_order_of_the_list() {
     assert_eq!(shard.slots(sum).unwrap().states(), [SlotState::Filled { piece: 0, readers: 1 }]);
 }
 
-/// A message with random ids, often near those of the plan.
+/// A message with random ids, which are often close to ids of the plan.
 fn stray(rng: &mut SplitMix64, spec: &Spec) -> Message {
     let register = RegisterId(rng.below(spec.registers.len() as u64 + 1) as u32);
     let (reader, slot) = (rng.below(2) as u32, rng.below(3) as u32);
@@ -314,8 +314,9 @@ fn stray_messages_neither_panic_nor_change_the_state() {
                 match effect {
                     Effect::Send { to, message } => queue.push_back((to.0 as usize, ProtocolEvent::Message(message))),
                     Effect::Launch { action, firing } => {
-                        for output in 0..spec.actors[actor].actions[action as usize].outputs.len() {
-                            let is_early = spec.actors[actor].actions[action as usize].outputs[output].early;
+                        for output in 0..spec.actors[ActorId(actor as u32)].actions[action as usize].outputs.len() {
+                            let is_early =
+                                spec.actors[ActorId(actor as u32)].actions[action as usize].outputs[output].early;
                             if is_early && protocols[actor].completes(action, output, firing) {
                                 queue.push_back((actor, ProtocolEvent::Signal { action, output: output as u32 }));
                             }

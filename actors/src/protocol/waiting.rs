@@ -40,7 +40,7 @@ pub enum Missing {
         holders: Vec<Holder>,
     },
     Token,
-    /// The action's turn: the actor's ordered list continues with another action, `next`.
+    /// The action's turn: another action, `next`, is the next one in the actor's ordered list.
     Turn {
         next: u32,
     },

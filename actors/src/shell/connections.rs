@@ -25,7 +25,7 @@ use shardflow_job::transport::Connection;
 /// Size of the buffers in bytes. Longer runs go directly from the slot to the connection.
 const BUFFER_BYTES: usize = 1 << 16;
 
-/// Maximum number of queued host pieces. A step of a large mesh needs fewer pieces, and their memory is acceptable.
+/// Maximum number of queued host pieces. A step of a large mesh needs fewer, and this many fit in memory.
 const HOST_PIECES_MAX: usize = 1 << 16;
 
 /// The data that both threads of a connection use.
@@ -168,11 +168,11 @@ impl Writer {
             self.write_slot(register, slot, piece)?;
         }
         let (Message::Filled { register, .. } | Message::Released { register, .. }) = message;
-        self.link.remote().sent[register.0 as usize].add();
+        self.link.remote().sent[register].add();
         self.write_frame(Frame::Message(message))
     }
 
-    /// Writes the parts of a slot that the peer reads: after the frame, or through a pipe.
+    /// Writes the parts of a slot that the peer reads, either after the frame or through a pipe.
     fn write_slot(&mut self, register: RegisterId, slot: u32, piece: u64) -> io::Result<()> {
         let runs = &self.pushes[&register];
         let bytes = runs.iter().map(|run| run.bytes as u64).sum();
@@ -190,7 +190,7 @@ impl Writer {
             self.sink.write_all(&frame.encode())?;
             runs.iter().try_for_each(|run| arena.write_to(start + run.offset, run.bytes, &mut self.sink))?;
         }
-        self.link.remote().sent[register.0 as usize].add();
+        self.link.remote().sent[register].add();
         Ok(())
     }
 
@@ -291,7 +291,7 @@ impl Reader {
         if let Message::Released { register, slot, .. } = message {
             self.wait_for_send(register, slot)?;
         }
-        remote.sent[register.0 as usize].join();
+        remote.sent[register].join();
         if self.link.session.bus.is_overfull(to) {
             return unexpected("more messages than credits allow".into());
         }
@@ -299,7 +299,7 @@ impl Reader {
         Ok(())
     }
 
-    /// Waits until this process has finished sending a slot. The release shows only that the reader has the bytes.
+    /// Waits until this process has finished sending a slot. A release only shows that the reader has the bytes.
     fn wait_for_send(&self, register: RegisterId, slot: u32) -> Result<(), PeerError> {
         let Some(pipe) = self.link.pipes.get(&register) else { return Ok(()) };
         let sent = self.link.sent.lock().get(&(register, slot)).cloned();
@@ -335,7 +335,7 @@ impl Reader {
             ));
         }
         let firings = if refresh { Some(self.wait_for_readers(register)?) } else { None };
-        self.link.remote().sent[register.0 as usize].join();
+        self.link.remote().sent[register].join();
         let arena = &memory.base.arena;
         let start = memory.offset(slot);
         if let Some(pipe) = self.link.pipes.get(&register) {
@@ -375,8 +375,8 @@ impl Reader {
 
     fn process_host_piece(&mut self, port: u32, bytes: u64) -> Result<(), PeerError> {
         let remote = self.link.remote();
-        let is_behind = |port: &&HostRoute| remote.is_behind(self.link.index, port.process);
-        let Some(own) = remote.host_ports.get(port as usize).filter(is_behind) else {
+        let is_behind = |port: &HostRoute| remote.is_behind(self.link.index, port.process);
+        let Some(own) = remote.directory.route(port).filter(is_behind) else {
             return unexpected(format!("tensors for port {port}, which belongs to another process"));
         };
         let expected: usize = own.tensors.iter().map(|(shape, dtype)| element_count(shape) * dtype.bytes()).sum();
@@ -394,7 +394,7 @@ impl Reader {
         }
         let piece = Arc::new(HostPiece { port, tensors });
         remote.send_host_piece(&piece, Some(self.link.index));
-        if remote.is_for_host(own) {
+        if remote.is_for_host(&own) {
             self.send_to_host(PeerMessage::Piece(piece));
         }
         Ok(())

@@ -16,7 +16,7 @@ use crate::simulate::{SimulationError, SimulationOptions, Timing, plans, simulat
 use crate::spec::{ActionRef, Firing, StreamKind};
 
 const CASES: u64 = 50;
-/// Time on the watchdog's clock after which a stall is reported. Also the timeout for a case to become idle.
+/// Time on the watchdog's clock after which a stall is reported. A case must also become idle within this time.
 const WITHIN: Duration = Duration::from_secs(10);
 const IDLE_FOR: Duration = Duration::from_millis(100);
 

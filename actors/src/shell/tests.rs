@@ -127,32 +127,34 @@ fn seed(actor: usize, action: usize, port: usize) -> i32 {
 
 pub(super) fn bench(spec: Spec) -> Bench {
     let engine: Arc<dyn Collective> = Arc::new(InProcess::new());
-    let devices: Vec<Device> =
-        (0..=spec.actors.iter().map(|a| a.device).max().unwrap()).map(|d| Device::cpu(d, 1, engine.clone())).collect();
-    let memory = spec.registers.iter().enumerate().map(|(r, register)| {
+    let devices: Vec<Device> = (0..=spec.actors.values().map(|a| a.device).max().unwrap())
+        .map(|d| Device::cpu(d, 1, engine.clone()))
+        .collect();
+    let memory = spec.registers.iter().map(|(id, register)| {
         let device = &devices[spec.actor(register.producer).device];
         let arena = device.arena(4 * register.slots as usize).unwrap();
         for piece in 0..u64::from(register.initial.max(1)) {
-            arena.write_host(4 * register.slot(piece) as usize, &HostTensor::i32(&[1], vec![r as i32])).unwrap();
+            arena.write_host(4 * register.slot(piece) as usize, &HostTensor::i32(&[1], vec![id.0 as i32])).unwrap();
         }
-        (RegisterId(r as u32), RegisterMemory { base: Base { arena, offset: 0 }, stride: 4 })
+        (id, RegisterMemory { base: Base { arena, offset: 0 }, stride: 4 })
     });
     let memory = memory.collect();
     let arena = |a: &ActorSpec| devices[a.device].arena(4 * a.actions.len()).unwrap();
-    let histories: Vec<Arena> = spec.actors.iter().map(arena).collect();
+    let histories: Vec<Arena> = spec.actors.values().map(arena).collect();
     let mut hosted = BTreeMap::new();
-    for (a, actor) in spec.actors.iter().enumerate() {
+    for (id, actor) in spec.actors.iter() {
+        let a = id.0 as usize;
         let program = |x: usize| mix_program(&spec, a, x, Base { arena: histories[a].clone(), offset: 4 * x });
         let programs = (0..actor.actions.len()).map(program).collect();
         let stream = devices[actor.device].stream(&actor.name, 1).unwrap();
-        hosted.insert(ActorId(a as u32), ActorHost { stream, programs });
+        hosted.insert(id, ActorHost { stream, programs });
     }
     let loaded = LoadedPlan { spec: Arc::new(spec), hosted, memory, engine, peers: Peers::default() };
     Bench { loaded, histories }
 }
 
 fn mix_program(spec: &Spec, a: usize, x: usize, history: Base) -> ActionProgram {
-    let action = &spec.actors[a].actions[x];
+    let action = &spec.actors[ActorId(a as u32)].actions[x];
     let mut bases: Vec<BaseRef> = (0..action.inputs.len()).map(BaseRef::Input).collect();
     bases.extend((0..action.outputs.len()).map(BaseRef::Output));
     bases.push(BaseRef::Fixed(history));
@@ -188,7 +190,7 @@ fn run(spec: Spec, steps: u32) -> Vec<Vec<i32>> {
     add_steps(&running, &spec, steps);
     assert!(running.quiesce(TIMEOUT).unwrap(), "{:?}", running.session.snapshot());
     let snapshots = running.shutdown().unwrap();
-    for (actor, snapshot) in spec.actors.iter().zip(&snapshots) {
+    for (actor, snapshot) in spec.actors.values().zip(&snapshots) {
         let all: Vec<u64> = actor.actions.iter().map(|a| u64::from(a.per_step * steps)).collect();
         assert_eq!(snapshot.firings, all);
         assert!(snapshot.registers.iter().all(|r| r.slots_peak <= r.slots));
@@ -197,21 +199,22 @@ fn run(spec: Spec, steps: u32) -> Vec<Vec<i32>> {
         let tensor = arena.read_host(0, &[actor.actions.len()], DType::I32).unwrap();
         tensor.as_i32().unwrap().to_vec()
     };
-    arenas.iter().zip(&spec.actors).map(read).collect()
+    arenas.iter().zip(spec.actors.values()).map(read).collect()
 }
 
 /// Computes the expected histories with the same arithmetic, one firing at a time, in the simulator's order.
 fn expected(spec: &Spec, steps: u32) -> Vec<Vec<i32>> {
     let mut run = exact(&Arc::new(spec.clone()), 3, 1, steps).unwrap();
     run.timeline.sort_by_key(|f| f.start);
-    let mut slots: Vec<Vec<i32>> = spec.registers.iter().map(|r| vec![0; r.slots as usize]).collect();
-    for (r, register) in spec.registers.iter().enumerate() {
+    let mut slots: Vec<Vec<i32>> = spec.registers.values().map(|r| vec![0; r.slots as usize]).collect();
+    for (id, register) in spec.registers.iter() {
+        let r = id.0 as usize;
         (0..u64::from(register.initial)).for_each(|piece| slots[r][register.slot(piece) as usize] = r as i32);
     }
-    let mut histories: Vec<Vec<i32>> = spec.actors.iter().map(|a| vec![0; a.actions.len()]).collect();
+    let mut histories: Vec<Vec<i32>> = spec.actors.values().map(|a| vec![0; a.actions.len()]).collect();
     for fired in run.timeline {
         let (a, x) = (fired.actor.0 as usize, fired.action as usize);
-        let action = &spec.actors[a].actions[x];
+        let action = &spec.actors[ActorId(a as u32)].actions[x];
         let place = |id: RegisterId, piece: u64| (id.0 as usize, spec.register(id).slot(piece) as usize);
         let of_firing = |id, pieces: &Pieces| pieces.of_firing(fired.firing, spec.register(id).pieces_per_step);
         let read = |i: &InputSpec| {
@@ -354,7 +357,7 @@ fn shutdown_aborts_a_collective_that_the_other_member_never_joins() {
     running.shutdown().unwrap();
 }
 
-/// A kernel that reports its begin and blocks until the returned sender is dropped.
+/// A kernel that reports its start and blocks until the returned sender is dropped.
 fn gate() -> (Op, Receiver<()>, Sender<()>) {
     let (begun, begins) = bounded(1000);
     let (open, opened) = bounded::<()>(0);
@@ -469,12 +472,12 @@ fn an_early_firing_does_not_hide_a_late_one() {
 fn mismatched_parts_are_rejected() {
     type Change = fn(&mut LoadedPlan);
     let changes: [(&str, Change); 4] = [
-        ("processes that host it: expected 1, got 0", |l| drop(l.hosted.pop_last())),
+        ("processes that host the actor: expected 1, got 0", |l| drop(l.hosted.pop_last())),
         ("tags of the program's signals: expected the early outputs [0, 1], got []", |l| {
             programs(l, 0)[1].program = Arc::default();
         }),
         ("input port of a base", |l| programs(l, 0)[0].bases.push(BaseRef::Input(7))),
-        ("end of its slots", |l| l.memory.get_mut(&RegisterId(0)).unwrap().base.offset = 1 << 20),
+        ("end of the slots", |l| l.memory.get_mut(&RegisterId(0)).unwrap().base.offset = 1 << 20),
     ];
     for (text, change) in changes {
         let mut loaded = bench(plans::data_parallel()).loaded;
@@ -530,7 +533,7 @@ fn firings_are_traced_with_their_causes() {
     running.add_tokens(ActorId(0), 0, 3).unwrap();
     assert_eq!(running.quiesce(TIMEOUT), Ok(true));
     let [first, second] = [0, 1].map(|actor| control.fired(ActorId(actor), 0));
-    let wire = RegisterId(running.session.spec.registers.iter().position(|r| r.name == "wire1").unwrap() as u32);
+    let wire = RegisterId(running.session.spec.registers.values().position(|r| r.name == "wire1").unwrap() as u32);
     for (new, causes) in [(&first, [Cause::Host, Cause::Own]), (&second, [Cause::Input(wire), Cause::Own])] {
         let numbers: Vec<u64> = new.firings.iter().map(|fired| fired.firing).collect();
         assert_eq!((&numbers[..], new.next, new.lost), (&[0, 1, 2][..], 3, 0));

@@ -59,14 +59,14 @@ struct Flight {
 
 impl Data {
     pub(super) fn new(spec: &Spec) -> Self {
-        let slots = spec.registers.iter().enumerate().map(|(r, register)| {
+        let slots = spec.registers.iter().map(|(id, register)| {
             let mut slots = vec![UNWRITTEN; register.slots as usize];
             for piece in 0..u64::from(register.initial) {
-                slots[register.slot(piece) as usize] = mix(1 + piece, r as u64);
+                slots[register.slot(piece) as usize] = mix(1 + piece, u64::from(id.0));
             }
             slots
         });
-        let history = spec.actors.iter().map(|a| vec![0; a.actions.len()]).collect();
+        let history = spec.actors.values().map(|a| vec![0; a.actions.len()]).collect();
         Self { slots: slots.collect(), flights: vec![Flight::default(); spec.actors.len()], history }
     }
 
@@ -148,7 +148,7 @@ pub(super) struct Groups {
     begun: HashMap<u32, BTreeMap<ActorId, u64>>,
     /// For each group and round: the sum of the members' hashes.
     contributions: HashMap<(u32, u64), u64>,
-    /// Members in flight that wait for other members, with their groups and rounds.
+    /// Members in flight that wait for other members, with the groups and rounds in which they wait.
     waiting: Vec<(ActorId, Vec<(u32, u64)>)>,
 }
 

@@ -94,8 +94,8 @@ fn changed(mutation: Mutation, mut table: Vec<PieceAccess>) -> Option<Vec<PieceA
 /// Returns the plan with a changed register, or `None` if the change does not apply.
 pub(crate) fn mutated(spec: &Spec, id: RegisterId, mutation: Mutation) -> Option<Spec> {
     let mut spec = spec.clone();
-    let register = spec.registers[id.0 as usize].clone();
-    let own = &mut spec.registers[id.0 as usize];
+    let register = spec.registers[id].clone();
+    let own = &mut spec.registers[id];
     let table = |pieces: &Pieces, per_step| changed(mutation, pieces.accesses(per_step).collect());
     match mutation {
         Mutation::NextSlot if own.slots > 1 => {
@@ -107,14 +107,14 @@ pub(crate) fn mutated(spec: &Spec, id: RegisterId, mutation: Mutation) -> Option
         Mutation::NextSlot | Mutation::LagsMore | Mutation::LagsLess => return None,
         Mutation::WritersSwapped => {
             let writers: Vec<u32> = spec.writers(id).map(|(action, _)| action).collect();
-            let Firing::Ordered(list) = &mut spec.actors[register.producer.0 as usize].firing else { return None };
+            let Firing::Ordered(list) = &mut spec.actors[register.producer].firing else { return None };
             let first = list.iter().position(|action| writers.contains(action))?;
             let other = list.iter().position(|action| writers.contains(action) && *action != list[first])?;
             list.swap(first, other);
         }
         Mutation::ReleasesEarly | Mutation::ReleasesNever | Mutation::ReadsSwapped | Mutation::ReadsFewer => {
             let changed = register.readers.iter().find_map(|&ActionRef { actor, action }| {
-                let action = &mut spec.actors[actor.0 as usize].actions[action as usize];
+                let action = &mut spec.actors[actor].actions[action as usize];
                 let input = action.inputs.iter_mut().find(|input| input.register == id)?;
                 input.pieces = Pieces::Table(table(&input.pieces, action.per_step)?.into());
                 Some(())
@@ -123,7 +123,7 @@ pub(crate) fn mutated(spec: &Spec, id: RegisterId, mutation: Mutation) -> Option
         }
         _ => {
             let changed = spec.writers(id).collect::<Vec<_>>().into_iter().find_map(|(action, port)| {
-                let action = &mut spec.actors[register.producer.0 as usize].actions[action as usize];
+                let action = &mut spec.actors[register.producer].actions[action as usize];
                 let output = &mut action.outputs[port as usize];
                 output.pieces = Pieces::Table(table(&output.pieces, action.per_step)?.into());
                 Some(())
@@ -166,7 +166,7 @@ fn a_changed_plan_in_one_actor_is_caught() {
     let mut counts: BTreeMap<Mutation, (u32, u32)> = BTreeMap::new();
     for (name, spec, steps) in all_plans() {
         let digest = simulate(&spec, &Timing::uniform(&spec, 2, 1), &SimulationOptions::steps(steps)).unwrap().digest;
-        for register in (0..spec.registers.len() as u32).map(RegisterId) {
+        for register in spec.registers.ids() {
             let of = spec.register(register);
             for mutation in ALL.into_iter().filter(|mutation| mutated(&spec, register, *mutation).is_some()) {
                 for actor in actors(&spec, register) {

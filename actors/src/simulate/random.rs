@@ -1,5 +1,5 @@
-//! Generates random plans with tables. A slot table is a graph colouring of the piece lifetimes of a run with unlimited
-//! slots.
+//! Generates random plans with tables. Slot tables come from a graph colouring: pieces that live at the same time in a
+//! run with unlimited slots get different slots.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::builder::Builder;
 use crate::check::{SpecError, check};
 use crate::spec::{ActionRef, Firing, Pieces, RegisterId, Spec};
 
-/// Number of steps of the run that supplies the lifetimes to colour.
+/// Number of steps of the run from which the lifetimes for the colouring come.
 const STEPS: u32 = 12;
 /// Maximum length of a slot table in steps.
 const TABLE_STEPS_MAX: u32 = 6;
@@ -151,7 +151,7 @@ impl Generator {
         Some(self.plain(table, pieces))
     }
 
-    /// Returns the rate that equals the table, if there is one; otherwise the table.
+    /// Returns the rate that equals the table or, if there is no such rate, the table.
     fn plain(&self, table: Pieces, pieces: u32) -> Pieces {
         let Pieces::Table(accesses) = &table else { return table };
         let count = accesses.len() as u32;
@@ -168,10 +168,10 @@ pub(crate) fn unlimited(seed: u64) -> Spec {
     for n in 0..2 + generator.draw(6) {
         spec = generator.with_register(&spec, n).unwrap_or(spec);
     }
-    // An action whose inputs all lag would run ahead of the host.
+    // An action whose inputs all lag would run ahead of the host, so it needs tokens.
     let Spec { actors, registers, .. } = &mut spec;
-    for action in actors.iter_mut().flat_map(|actor| &mut actor.actions) {
-        action.external = action.inputs.iter().all(|input| registers[input.register.0 as usize].initial > 0);
+    for action in actors.values_mut().flat_map(|actor| &mut actor.actions) {
+        action.external = action.inputs.iter().all(|input| registers[input.register].initial > 0);
     }
     spec
 }
@@ -238,11 +238,11 @@ fn lifetimes(spec: &Arc<Spec>, times: &Timing, id: RegisterId) -> Vec<Lifetime> 
 pub(crate) fn coloured(spec: &Spec, seed: u64) -> Spec {
     let mut rng = SplitMix64(seed);
     let mut coloured = spec.clone();
-    let action_ticks = spec.actors.iter().map(|a| a.actions.iter().map(|_| 1 + rng.below(5)).collect()).collect();
+    let action_ticks = spec.actors.values().map(|a| a.actions.iter().map(|_| 1 + rng.below(5)).collect()).collect();
     let times = Timing { action_ticks, hop_ticks: seed % 3 };
     let spec = Arc::new(spec.clone());
-    for n in 0..spec.registers.len() {
-        let lives = lifetimes(&spec, &times, RegisterId(n as u32));
+    for n in spec.registers.ids() {
+        let lives = lifetimes(&spec, &times, n);
         let per_step = spec.registers[n].pieces_per_step;
         let first = 1 + rng.below(3) as u32;
         let table = (first..=TABLE_STEPS_MAX).find_map(|steps| colour(&lives, (steps * per_step) as usize, &mut rng));
@@ -255,7 +255,7 @@ pub(crate) fn coloured(spec: &Spec, seed: u64) -> Spec {
 }
 
 /// Assigns a slot to each piece number modulo `length`, so that no slot holds two live pieces at once. Returns `None`
-/// if a piece is still alive when the piece `length` numbers later begins.
+/// if a piece is still alive when the piece whose number is larger by `length` begins.
 fn colour(lives: &[Lifetime], length: usize, rng: &mut SplitMix64) -> Option<Vec<u32>> {
     let of = |residue: usize| lives.iter().skip(residue).step_by(length);
     let fit = |a: usize, b: usize| {
@@ -282,9 +282,9 @@ fn jittered(seed: u64, steps: u32) -> SimulationOptions {
     SimulationOptions { jitter: Some(jitter), ..SimulationOptions::steps(steps) }
 }
 
-/// True if a register has one slot and an initial piece. Its writer reads the old content, so slots affect data.
+/// True if a register has one slot and an initial piece. Its writer reads the slot's old content, so slots affect data.
 fn updates_in_place(spec: &Spec) -> bool {
-    spec.registers.iter().any(|register| register.slots == 1 && register.initial > 0)
+    spec.registers.values().any(|register| register.slots == 1 && register.initial > 0)
 }
 
 #[test]
@@ -308,7 +308,7 @@ fn coloured_slots_give_the_same_data_as_unlimited_slots_in_any_timing() {
             assert_eq!(run(&limited, jittered(timing, steps)).digest, exact.digest, "seed {seed}, timing {timing}");
         }
         let inputs = || limited.all_actions().flat_map(|(_, action)| &action.inputs);
-        tables += u32::from(limited.registers.iter().any(|r| r.slots > 1 && (r.slots as usize) < r.slot_of.len()));
+        tables += u32::from(limited.registers.values().any(|r| r.slots > 1 && (r.slots as usize) < r.slot_of.len()));
         let falls = |p: &Pieces| matches!(p, Pieces::Table(t) if t.windows(2).any(|w| w[1].piece < w[0].piece));
         permuted += u32::from(inputs().any(|input| falls(&input.pieces)));
         shared += u32::from((0..limited.registers.len()).any(|r| limited.writers(RegisterId(r as u32)).count() > 1));
@@ -321,7 +321,7 @@ fn coloured_slots_give_the_same_data_as_unlimited_slots_in_any_timing() {
     assert!(all.iter().all(|count| *count > 20), "slot tables, permuted, several writers, partial, periods: {all:?}");
 }
 
-/// Makes two actions on different actors with ordered lists the members of a collective, if such actions exist.
+/// Adds a collective whose two members are actions of different actors with ordered lists, if such actions exist.
 fn add_collective(spec: &mut Spec) {
     let is_listed = |at: &ActionRef| matches!(spec.actor(at.actor).firing, Firing::Ordered(_));
     let listed: Vec<_> = spec.all_actions().filter(|(at, _)| is_listed(at)).map(|(at, x)| (at, x.per_step)).collect();
@@ -330,7 +330,7 @@ fn add_collective(spec: &mut Spec) {
         (one.actor != other.actor && count == same).then_some([*one, *other])
     };
     for at in pairs.filter_map(|pair| member(&pair)).next().into_iter().flatten() {
-        spec.actors[at.actor.0 as usize].actions[at.action as usize].groups = vec![0];
+        spec.actors[at.actor].actions[at.action as usize].groups = vec![0];
     }
 }
 
@@ -342,7 +342,7 @@ fn one_period_decides_whether_a_plan_runs() {
         let mut spec = unlimited(seed);
         let mut rng = SplitMix64(seed);
         // Draws random numbers of slots, most of them too small.
-        for register in &mut spec.registers {
+        for register in spec.registers.values_mut() {
             register.slots = (1 + rng.below(4) as u32).max(register.initial);
             if rng.below(2) == 0 {
                 let length = register.slots + rng.below(4) as u32;

@@ -102,7 +102,7 @@ fn timing(stages: usize, forward_ticks: u64, backward_ticks: u64, hop_ticks: u64
     Timing { action_ticks: vec![vec![forward_ticks, backward_ticks]; stages], hop_ticks }
 }
 
-/// A one-forward-one-backward pipeline that fires by credit, without lists.
+/// A one-forward-one-backward pipeline whose actors fire by credit, without ordered lists.
 fn alternating(micro_batches: u32, credits: Vec<u32>) -> Arc<Spec> {
     pipeline(micro_batches, credits, PipelineSchedule::OneForwardOneBackward, false)
 }
@@ -112,7 +112,7 @@ fn makespan(spec: &Arc<Spec>, times: &Timing) -> u64 {
 }
 
 fn stash_peaks(spec: &Spec, run: &SimulatedRun) -> Vec<u32> {
-    let registers = spec.registers.iter().zip(&run.slots_peak);
+    let registers = spec.registers.values().zip(&run.slots_peak);
     registers.filter(|(r, _)| r.name.ends_with("stash")).map(|(_, &peak)| peak).collect()
 }
 
@@ -175,7 +175,7 @@ proptest::proptest! {
 }
 
 pub(super) fn shuffled(seed: u64, steps: u32) -> SimulationOptions {
-    // The delays are both long and short, so that messages overtake firings and firings overtake messages.
+    // In some runs firings have the longer delays, in others messages, so that either can overtake the other.
     let (action_ticks_max, hop_ticks_max) = [(5, 5), (1, 20), (20, 1), (0, 3)][seed as usize % 4];
     SimulationOptions {
         jitter: Some(Jitter { seed, action_ticks_max, hop_ticks_max }),
@@ -193,7 +193,7 @@ fn all_interleavings_end_with_the_same_digest_and_keep_the_invariants() {
         for seed in 0..1200 {
             let run = simulate(&spec, &times, &shuffled(seed, steps)).unwrap_or_else(|e| panic!("{name} {seed}: {e}"));
             assert_eq!(run.digest, exact.digest, "{name}, seed {seed}");
-            for (register, &peak) in spec.registers.iter().zip(&run.slots_peak) {
+            for (register, &peak) in spec.registers.values().zip(&run.slots_peak) {
                 assert!(peak <= register.slots, "{name}, seed {seed}, {}", register.name);
             }
             timelines.insert(run.timeline.iter().map(|f| (f.actor, f.action, f.firing)).collect::<Vec<_>>());
@@ -216,7 +216,7 @@ fn the_digest_depends_on_the_data() {
 fn faulty_messages_are_detected() {
     for (name, spec, steps) in plans::all() {
         let times = Timing::uniform(&spec, 2, 1);
-        // Each reader in another actor gets one message per written piece and sends one release back.
+        // Each reader in another actor gets one message per published piece and sends back one release per piece.
         let count = 2 * pieces(&spec, steps).len() as u64;
         let mut caught = 0;
         for nth in 0..count {
@@ -243,7 +243,7 @@ fn one_credit_too_many_is_detected() {
         }
         // If every micro-batch has a slot, or a list limits the forwards, the credits never run out.
         let listed = |a: &ActorSpec| matches!(a.firing, Firing::Ordered(_));
-        let never_full = name.starts_with("gpipe") || spec.actors.iter().all(listed);
+        let never_full = name.starts_with("gpipe") || spec.actors.values().all(listed);
         assert!(faulty > 0 || never_full, "{name}: {faulty} of 20 detected");
         caught += faulty;
     }
@@ -254,11 +254,11 @@ fn one_credit_too_many_is_detected() {
 fn too_few_credits_for_a_cycle_are_reported_as_a_deadlock() {
     // The list has two forwards before the first backward, but the stash has one slot.
     let mut spec = Arc::unwrap_or_clone(pipeline(2, vec![2, 1], PipelineSchedule::Gpipe, false));
-    spec.actors[0].firing = Firing::Ordered(vec![0, 0, 1, 1]);
-    let stash = spec.registers.iter_mut().find(|r| r.name == "stage0.stash").unwrap();
+    spec.actors[ActorId(0)].firing = Firing::Ordered(vec![0, 0, 1, 1]);
+    let stash = spec.registers.values_mut().find(|r| r.name == "stage0.stash").unwrap();
     stash.slots = 1;
     let error = exact(&Arc::new(spec), 1, 0, 1).unwrap_err();
-    expect_test::expect!["deadlock: stage0.compute forward waits for a credit of register 'stage0.stash' (1 of 1 slots held by stage0.compute backward); stage0.compute backward waits for its turn after stage0.compute forward, which closes the cycle"].assert_eq(&error.to_string());
+    expect_test::expect!["deadlock: these actions wait in a cycle: stage0.compute forward waits for a credit of register 'stage0.stash' (1 of 1 slots held by stage0.compute backward); stage0.compute backward waits for its turn after stage0.compute forward"].assert_eq(&error.to_string());
     let SimulationError::Stuck(stuck) = error else { panic!("{error}") };
     assert_eq!((stuck.root, stuck.chain.len()), (Root::Cycle, 2));
 }
@@ -267,14 +267,14 @@ fn too_few_credits_for_a_cycle_are_reported_as_a_deadlock() {
 fn collectives_in_opposite_orders_are_reported_as_a_deadlock() {
     let mut spec = plans::data_parallel();
     // Device 1 reduces the buckets in the opposite order, as two groups.
-    for actor in spec.actors.iter_mut().filter(|a| a.name.ends_with("reduce")) {
+    for actor in spec.actors.values_mut().filter(|a| a.name.ends_with("reduce")) {
         for (bucket, action) in actor.actions.iter_mut().enumerate() {
             action.groups = vec![bucket as u32];
         }
     }
-    spec.actors[3].firing = Firing::Ordered(vec![1, 0]);
+    spec.actors[ActorId(3)].firing = Firing::Ordered(vec![1, 0]);
     let error = exact(&Arc::new(spec), 1, 0, 1).unwrap_err();
-    expect_test::expect!["deadlock: device0.reduce all-reduce0 waits for device1.reduce to join group 0; device1.reduce all-reduce0 waits for device1.reduce all-reduce1, which is in flight; device1.reduce all-reduce1 waits for device0.reduce to join group 1; device0.reduce all-reduce1 waits for device0.reduce all-reduce0, which is in flight, which closes the cycle"].assert_eq(&error.to_string());
+    expect_test::expect!["deadlock: these actions wait in a cycle: device0.reduce all-reduce0 waits for device1.reduce to join group 0; device1.reduce all-reduce0 waits for device1.reduce all-reduce1, which is in flight; device1.reduce all-reduce1 waits for device0.reduce to join group 1; device0.reduce all-reduce1 waits for device0.reduce all-reduce0, which is in flight"].assert_eq(&error.to_string());
 }
 
 #[test]
@@ -317,7 +317,7 @@ fn the_host_decides_after_the_observed_actions_have_fired() {
 fn early_publication_shortens_the_makespan() {
     let mut late = plans::data_parallel();
     let early = Arc::new(late.clone());
-    for action in late.actors.iter_mut().flat_map(|a| &mut a.actions) {
+    for action in late.actors.values_mut().flat_map(|a| &mut a.actions) {
         action.outputs.iter_mut().for_each(|o| o.early = false);
     }
     let late = Arc::new(late);

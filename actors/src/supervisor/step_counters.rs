@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use shardflow_kernels::clock::ReleaseClocks;
 
-use crate::spec::{ActionRef, ActorId, RegisterId, Spec};
+use crate::spec::{ActionRef, ActorId, ActorSpec, RegisterId, Spec};
+use crate::table::Table;
 
 const IDLE: u32 = u32::MAX;
 
@@ -13,12 +14,12 @@ pub(crate) struct StepCounters {
     spec: Arc<Spec>,
     hosted: Vec<ActorId>,
     /// For each actor: index of the action in flight, or `IDLE`.
-    in_flight: Vec<AtomicU32>,
+    in_flight: Table<ActorId, AtomicU32>,
     /// Launched firings by actor and action.
-    launched: Vec<Vec<AtomicU64>>,
+    launched: Table<ActorId, Vec<AtomicU64>>,
     /// Ended firings by actor and action. A single total is not enough: an early firing of one action would hide a late
     /// firing of another action.
-    completed: Vec<Vec<AtomicU64>>,
+    completed: Table<ActorId, Vec<AtomicU64>>,
     /// Race clocks at the time when actions last finished all their firings of a step.
     pub(crate) clocks: ReleaseClocks,
     /// Number of steps for which all tokens have been added.
@@ -29,12 +30,12 @@ pub(crate) struct StepCounters {
 
 impl StepCounters {
     pub(super) fn new(spec: Arc<Spec>, hosted: Vec<ActorId>) -> Self {
-        let counters = || spec.actors.iter().map(|a| a.actions.iter().map(|_| AtomicU64::new(0)).collect()).collect();
+        let zeros = |(_, actor): (ActorId, &ActorSpec)| actor.actions.iter().map(|_| AtomicU64::new(0)).collect();
         Self {
             hosted,
-            in_flight: spec.actors.iter().map(|_| AtomicU32::new(IDLE)).collect(),
-            launched: counters(),
-            completed: counters(),
+            in_flight: spec.actors.map(|_| AtomicU32::new(IDLE)),
+            launched: spec.actors.map(zeros),
+            completed: spec.actors.map(zeros),
             clocks: ReleaseClocks::default(),
             whole: AtomicU64::new(0),
             begun: AtomicU64::new(0),
@@ -43,14 +44,14 @@ impl StepCounters {
     }
 
     pub(crate) fn launch(&self, actor: ActorId, action: u32) {
-        self.in_flight[actor.0 as usize].store(action, Ordering::Relaxed);
-        self.launched[actor.0 as usize][action as usize].fetch_add(1, Ordering::AcqRel);
+        self.in_flight[actor].store(action, Ordering::Relaxed);
+        self.launched[actor][action as usize].fetch_add(1, Ordering::AcqRel);
     }
 
     /// Records the end of a firing. Returns true if the firing ends the last step that has all its tokens.
     pub(crate) fn complete(&self, actor: ActorId, action: u32) -> bool {
-        let completed = &self.completed[actor.0 as usize][action as usize];
-        self.in_flight[actor.0 as usize].store(IDLE, Ordering::Relaxed);
+        let completed = &self.completed[actor][action as usize];
+        self.in_flight[actor].store(IDLE, Ordering::Relaxed);
         let per_step = u64::from(self.spec.action(actor, action).per_step);
         // Only this actor writes these counters. The race clock must be added before the count becomes visible.
         if (completed.load(Ordering::Relaxed) + 1).is_multiple_of(per_step) {
@@ -74,7 +75,7 @@ impl StepCounters {
     /// True when every action of this process has finished its firings of the first `steps` steps.
     fn has_ended(&self, steps: u64) -> bool {
         self.hosted.iter().all(|actor| {
-            let mut actions = self.completed[actor.0 as usize].iter().zip(&self.spec.actor(*actor).actions);
+            let mut actions = self.completed[*actor].iter().zip(&self.spec.actor(*actor).actions);
             actions.all(|(done, action)| done.load(Ordering::Acquire) >= steps * u64::from(action.per_step))
         })
     }
@@ -88,11 +89,11 @@ impl StepCounters {
         !self.has_ended(self.begun())
     }
 
-    /// Number of ended firings of this process's readers of a register; `None` while one is in the middle of a step.
+    /// Number of ended firings of this process's readers of a register; `None` while one of them is in mid-step.
     pub(crate) fn firings_of_readers(&self, register: RegisterId) -> Option<u64> {
         let readers = self.spec.register(register).readers.iter();
         let firings = |reader: &ActionRef| {
-            let (actor, action) = (reader.actor.0 as usize, reader.action as usize);
+            let (actor, action) = (reader.actor, reader.action as usize);
             let done = self.completed[actor][action].load(Ordering::Acquire);
             let per_step = u64::from(self.spec.action(reader.actor, reader.action).per_step);
             let is_idle = self.launched[actor][action].load(Ordering::Acquire) == done;
@@ -102,11 +103,11 @@ impl StepCounters {
     }
 
     pub(crate) fn any_in_flight(&self) -> bool {
-        self.in_flight.iter().any(|a| a.load(Ordering::Relaxed) != IDLE)
+        self.in_flight.values().any(|a| a.load(Ordering::Relaxed) != IDLE)
     }
 
     pub(super) fn in_flight(&self, actor: ActorId) -> Option<String> {
-        let action = self.in_flight[actor.0 as usize].load(Ordering::Relaxed);
+        let action = self.in_flight[actor].load(Ordering::Relaxed);
         self.spec.actor(actor).actions.get(action as usize).map(|action| action.name.clone())
     }
 }

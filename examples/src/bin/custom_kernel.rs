@@ -83,7 +83,7 @@ impl CustomKernel for SquaredReluGrad {
 }
 
 fn not_floats(kernel: &impl CustomKernel) -> KernelError {
-    KernelError::Custom { name: kernel.name().into(), message: "expected float tensors, one result".into() }
+    KernelError::Custom { name: kernel.name().into(), message: "expected float tensors and one result".into() }
 }
 
 const BATCH: usize = 8;

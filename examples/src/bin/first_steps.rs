@@ -35,7 +35,7 @@ fn train() -> Result<(), Box<dyn std::error::Error>> {
     Ok(session.shutdown()?)
 }
 
-/// The letters from `start` on, as a batch.
+/// Returns the letters from `start` on, as a batch.
 fn letters(start: usize) -> HostTensor {
     let letters = (start..start + BATCH * LENGTH).map(|i| i32::from(TEXT[i % TEXT.len()]));
     HostTensor::i32(&[BATCH, LENGTH], letters.collect())

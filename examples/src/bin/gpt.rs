@@ -76,7 +76,7 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     let listen = args.listen.filter(|_| !plan_files::is_requested());
     let watch = listen.map(|first| Watch::listen_as(process, first)).transpose()?;
     if let Some(watch) = &watch {
-        note(format!("watch it at http://{}, metrics at /metrics", watch.address()));
+        note(format!("watch the training at http://{}; metrics are at /metrics", watch.address()));
     }
     let extra_bytes = extra_bytes(args, &plan, sampler.as_ref(), &cluster);
     let options = SessionOptions { extra_bytes, ..session_options(args, &text, cluster, requests.clone()) };
@@ -256,8 +256,8 @@ fn abort(session: Session, error: GptError) -> GptError {
     error
 }
 
-/// The values that must be equal on all ranks. A resume refuses changed data or a changed model. It reports a changed
-/// batch size, dropout, clipping or precision. Other values may change on resume.
+/// The values that must be equal on all ranks. A resume with changed data or a changed model is refused. A resume with
+/// a changed batch size, dropout, clipping or precision prints a warning. Other values may change on resume.
 fn declared(args: &GptArgs, text: &Text) -> Declarations {
     use OnResume::{Free, Same, Warn};
     fn name(value: &impl clap::ValueEnum) -> String {
@@ -304,7 +304,7 @@ fn build(args: &GptArgs, model: &GptConfig) -> Graph {
     g
 }
 
-/// The program that generates text, if `--sample` requests any.
+/// The program that generates text, if `--sample` requests text and this is the first process.
 fn sampler(args: &GptArgs, model: &GptConfig, cluster: &Cluster) -> Result<Option<Sampler>, GptError> {
     let here = cluster.devices_here(args.mesh.device_count());
     let options = CompileOptions { threads_per_device: args.threads(cores(), here), ..CompileOptions::default() };

@@ -6,7 +6,7 @@ use shardflow_actors::frame::{FRAME_BYTES, Frame};
 
 fuzz_target!(|input: [u8; FRAME_BYTES]| {
     let mut bytes = input;
-    // In one input of 256, keep the random magic and version.
+    // Keep the random magic number and version in one of 256 inputs.
     if bytes[0] != 0 {
         bytes[..3].copy_from_slice(&Frame::Bye.encode()[..3]);
     }

@@ -1,4 +1,4 @@
-//! Adds a valid checksum to an arbitrary body, and decodes the result as a checkpoint manifest and as a sidecar.
+//! Adds a valid checksum to an arbitrary body, and decodes the result as a manifest and as a sidecar of a checkpoint.
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};

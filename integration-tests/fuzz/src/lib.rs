@@ -2,10 +2,10 @@
 
 use libfuzzer_sys::fuzzer_mutate;
 
-/// One in this number of inputs starts from a sample. The other inputs are mutations of inputs that reached new code.
+/// One of this number of inputs starts from a sample. The others are mutations of inputs that reached new code.
 const FRESH: u32 = 64;
 
-/// Mutates `data`, or first replaces `data` with a sample and then mutates it. The macro `fuzz_mutator!` calls it.
+/// Mutates `data`. Sometimes first replaces `data` with a sample. The macro `fuzz_mutator!` calls this function.
 pub fn mutate(data: &mut [u8], size: usize, max_size: usize, seed: u32, samples: Vec<Vec<u8>>) -> usize {
     let sample = seed.is_multiple_of(FRESH).then(|| &samples[(seed / FRESH) as usize % samples.len()]);
     let size = match sample.filter(|sample| sample.len() <= max_size) {

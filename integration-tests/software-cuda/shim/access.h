@@ -1,6 +1,6 @@
-// Checks each memory access. Kernels are compiled for the thread sanitizer, so the compiler calls __tsan_*. Global
-// memory is
-// checked as in src/shadow.rs (same layouts and `conflict`); shared memory is checked here.
+// Checks each memory access. Kernels are compiled for the thread sanitizer, so they call __tsan_* before each access.
+// Global memory is checked as in src/shadow.rs, with the same layouts and the same function `conflict`. Shared memory
+// is checked here.
 #pragma once
 
 namespace software_cuda {
@@ -28,7 +28,7 @@ struct Checker {
     size_t stacks, stack_bytes, scratch, shared_cells;
     u64 seed, generation;
 };
-// A cell of shared memory; valid only for the block of its generation.
+// A cell of shared memory. It is valid only for the block whose number is `generation`.
 struct SharedCell {
     u64 generation, writer_thread, reader_thread;
     u32 bits, unused;
@@ -37,10 +37,10 @@ struct SharedCell {
 static constexpr u32 INIT = 4, WRITTEN = 8, READ_BY = 12, ATOMICALLY = 1u << 16, SET = 1u << 31;
 static constexpr u64 LANE = 0x7ffull << 32;
 
-// All data of the runtime is in .data, so that .bss holds only shared memory.
+// All data of the shim is in .data, so that .bss holds only the kernel's shared memory.
 #define SC_DATA __attribute__((section(".data.software_cuda")))
 SC_DATA static Checker* checker = (Checker*)1;
-// The running thread: 1, block, thread, barriers of the block, barriers of the warp.
+// Bit fields of the running thread: the number 1, the block, the thread, and the barrier counts of block and warp.
 SC_DATA static u64 thread_now = 1;
 SC_DATA static u64 block_generation = 1;
 SC_DATA static size_t dynamic_bytes = 1;
@@ -76,7 +76,7 @@ SC_RAW static inline __attribute__((always_inline)) bool is_before(u32 operation
     return checker->clock[entry.agent] >= entry.number;
 }
 
-// Checks the bytes of one word; returns false if `slow` must check them.
+// Checks accessed bytes of one word. Returns false if `slow` must check them.
 template <u32 ACCESS> SC_RAW static inline __attribute__((always_inline)) bool quick(Cell& cell, u32 mask) {
     Checker* x = checker;
     const u32 me = x->operation, bits = cell.bits;
@@ -137,8 +137,9 @@ template <u32 ACCESS> SC_RAW static __attribute__((noinline)) void shared_access
         bool both_atomic = ACCESS == ATOMIC && bits & ATOMICALLY;
         if ((bits >> WRITTEN & mask) && !both_atomic && conflict(cell.writer_thread, thread_now, false))
             checker->report(checker, "shared-race",
-                            ACCESS == READ ? "a thread reads shared memory that another thread writes, with no barrier between"
-                                           : "two threads write the same shared memory, with no barrier between");
+                            ACCESS == READ
+                                ? "a thread reads shared memory that another thread writes, with no barrier in between"
+                                : "two threads write the same shared memory, with no barrier in between");
         if (ACCESS == READ) {
             bool overlaps = bits >> READ_BY & mask;
             cell.reader_thread = overlaps ? merged(cell.reader_thread, thread_now) : thread_now;
@@ -147,7 +148,7 @@ template <u32 ACCESS> SC_RAW static __attribute__((noinline)) void shared_access
         }
         if ((bits >> READ_BY & mask) && !both_atomic && conflict(cell.reader_thread, thread_now, false))
             checker->report(checker, "shared-race",
-                            "a thread writes shared memory that another thread reads, with no barrier between");
+                            "a thread writes shared memory that another thread reads, with no barrier in between");
         bool overlaps = bits >> WRITTEN & mask;
         bits = overlaps ? bits : bits & ~(0xfu << WRITTEN);
         cell.bits = (bits & ~ATOMICALLY) | mask << WRITTEN | mask << INIT | (ACCESS == ATOMIC ? ATOMICALLY : 0);
@@ -157,11 +158,11 @@ template <u32 ACCESS> SC_RAW static __attribute__((noinline)) void shared_access
 
 SC_RAW static __attribute__((noinline)) void shared_bounds(size_t offset, size_t bytes) {
     if (offset + bytes <= dynamic_bytes) return;
-    checker->report(checker, "bounds", "a thread accesses dynamic shared memory beyond the launch's size");
+    checker->report(checker, "bounds", "a thread accesses more dynamic shared memory than the launch requested");
     fail();
 }
 
-// Checks an access that must be aligned to its size; a GPU faults otherwise.
+// Checks that the address of an access is a multiple of the access's size. On a GPU, any other address is an error.
 SC_RAW static inline __attribute__((always_inline)) void check_alignment(const void* address, size_t bytes) {
     if (__builtin_expect((size_t)address % bytes == 0 || (size_t)checker < 4096, 1)) return;
     checker->report(checker, "alignment", "a thread accesses memory at an address that is not a multiple of the access's size");
@@ -188,7 +189,7 @@ template <u32 ACCESS> SC_RAW static inline __attribute__((always_inline)) void t
     if (dynamic < sizeof software_cuda_dynamic_shared) shared_bounds(dynamic, bytes);
     size_t shared = (size_t)address - (size_t)__bss_start;
     if (shared < (size_t)(_end - __bss_start)) return shared_access<ACCESS>(shared, bytes);
-    // Constants of the library are not checked; the first pages are never mapped.
+    // Constants of the library are not checked. `slow` reports an access to the first 64 KiB, which are never mapped.
     if ((size_t)address < 1 << 16) {
         checker->slow(checker, (size_t)address, bytes, ACCESS, thread_now);
         fail();

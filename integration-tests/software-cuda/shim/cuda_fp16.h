@@ -1,4 +1,4 @@
-// f16 numbers: conversions only; the project computes in bf16 and f32.
+// f16 numbers. Only conversions exist, because the project computes in bf16 and f32.
 #pragma once
 struct alignas(2) __half {
     _Float16 value;

@@ -5,7 +5,7 @@ namespace software_cuda {
 struct Index {
     unsigned int x, y, z;
 };
-// `const`: a thread's index never changes, although the running fiber does.
+// The attribute `const` is valid, because a thread keeps its index while other fibers run.
 SC_RAW static __attribute__((const, noinline)) Index thread_index() {
     const Fiber& f = block.fiber[block.now];
     return {f.x, f.y, f.z};
@@ -154,7 +154,7 @@ template <class T> static inline __attribute__((always_inline)) void __stcg(T* p
 template <class T> static inline __attribute__((always_inline)) void __stwb(T* p, T v) { *p = v; }
 template <class T> static inline __attribute__((always_inline)) void __stwt(T* p, T v) { *p = v; }
 
-// memcpy and memset are checked as a whole; small copies become plain loads and stores.
+// memcpy and memset check their whole ranges at once. A copy of at most 16 bytes becomes plain loads and stores.
 extern "C" {
 void* memcpy(void*, const void*, size_t) noexcept;
 void* memset(void*, int, size_t) noexcept;

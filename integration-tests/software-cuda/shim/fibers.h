@@ -1,6 +1,5 @@
-// Runs the threads of a block as fibers, which switch only at barriers, in an order derived from the seed; barriers of
-// block
-// and warp; exchanges between the lanes of a warp.
+// Runs the threads of a block as fibers, in an order derived from the seed. A fiber switches to another one only at a
+// barrier. This file also has the barriers of blocks and warps, and the exchanges between the lanes of a warp.
 #pragma once
 
 namespace software_cuda {
@@ -10,7 +9,7 @@ struct Fiber {
     unsigned x, y, z, room;
     State state;
 };
-// Collective functions of a warp; the last lane to arrive executes them for all.
+// Collective functions of a warp. The last lane that arrives executes the function for all lanes.
 enum Exchange : unsigned char { SYNC, SHUFFLE, BALLOT, MATRIX };
 struct Warp {
     u32 arrived, alive, epoch;
@@ -86,7 +85,7 @@ SC_RAW static inline u32 take_ready() {
     block.ready[at] = block.ready[--block.ready_count];
     return thread;
 }
-// The running fiber waits; switches to another one, or to the block's loop if none can run.
+// Suspends the running fiber. Switches to another fiber, or to the block's loop if no fiber can run.
 SC_RAW static __attribute__((noinline)) void yield() {
     u32 me = block.now, next;
     if (block.next < block.threads && (!block.ready_count || random_number() & 1)) {
@@ -108,7 +107,7 @@ SC_RAW static __attribute__((noinline)) void yield() {
 SC_RAW static void release_block(u32 except) {
     block.waiting = 0;
     block.epoch++;
-    // All threads read it before any of them reaches the next barrier.
+    // All threads read `voted` before any thread reaches the next barrier.
     block.voted = block.votes;
     block.votes = 0;
     for (u32 i = 0; i < block.threads; i++)
@@ -137,7 +136,7 @@ SC_RAW static void exchange(Warp& warp, u32 mask) {
                 warp.result[l] = warp.value[warp.source[l]];
             }
         }
-    // Only a barrier orders memory; a shuffle does not.
+    // A barrier (`SYNC`) orders memory accesses, but a shuffle does not.
     if (warp.what[__builtin_ctz(mask)] == SYNC) warp.epoch++;
 }
 SC_RAW static bool release_warp(u32 number, u32 mask, u32 except) {
@@ -190,7 +189,7 @@ SC_RAW static void fiber_main() {
             u32 lane = __builtin_ctz(left);
             if (warp.arrived >> lane & 1) release_warp(number, warp.mask[lane], ~0u);
         }
-        // The next thread that has not started reuses this stack.
+        // The next thread that has not started reuses the stack of this fiber.
         if (block.next < block.threads && (!block.ready_count || random_number() & 1)) {
             u32 next = block.order[block.next++];
             block.fiber[next].room = block.fiber[me].room;
@@ -231,7 +230,7 @@ SC_RAW static void begin_block() {
         b.warp[w].alive = lanes >= 32 ? ~0u : (1u << lanes) - 1;
     }
 }
-// Runs one block to its end. Returns false if it cannot end or failed.
+// Runs one block to its end. Returns false if the block cannot end or has failed.
 SC_RAW static bool run_block() {
     begin_block();
     while (block.alive) {

@@ -1,6 +1,6 @@
-// nvcuda::wmma for bf16, 16 x 16 x 16, with f32 accumulators. The mapping of elements to lanes is unspecified on a GPU,
-// and
-// differs here. Loads and stores are checked; as on a GPU, they do not order memory between lanes.
+// nvcuda::wmma for bf16, 16 x 16 x 16, with f32 accumulators. CUDA leaves the mapping of elements to lanes unspecified,
+// and the mapping here differs from that of GPUs. Loads and stores are checked. As on a GPU, they do not order the
+// memory accesses of different lanes.
 #pragma once
 #include "cuda_bf16.h"
 
@@ -22,19 +22,21 @@ template <class Use, int M, int N, int K, class T, class Layout = void> struct f
 
 namespace shim {
 using software_cuda::u32;
-// Element `i` of a lane: half a row of 16.
+// Row and column of element `i` of a lane. Each lane has half a row of 16 elements.
 SC_RAW static inline u32 row_of(u32 lane) { return lane >> 1; }
 SC_RAW static inline u32 column_of(u32 lane, u32 i) { return (lane & 1) * 8 + i; }
 template <class T> SC_RAW static inline size_t place(bool by_rows, u32 i, unsigned leading) {
     u32 lane = software_cuda::lane_now(), row = row_of(lane), column = column_of(lane, i);
     return by_rows ? (size_t)row * leading + column : (size_t)column * leading + row;
 }
-// PTX requires row strides to be a multiple of half a row, which a lane moves at once; CUDA C++ requires addresses
-// aligned to 32.
+// PTX requires a row stride that is a multiple of half a row, because a lane moves half a row at once. CUDA C++
+// requires an address that is a multiple of 32 bytes.
 template <class T> constexpr unsigned STRIDE = 8 * sizeof(T);
 template <class T> SC_RAW static __attribute__((noinline)) void load(T* x, const T* from, unsigned leading, bool by_rows) {
     if ((size_t)from % 32 || leading * sizeof(T) % STRIDE<T>)
-        software_cuda::checker->report(software_cuda::checker, "alignment", "a fragment is loaded from an address that is not a multiple of 32 bytes, or with a stride that is not one of 16, or 32 for floats");
+        software_cuda::checker->report(software_cuda::checker, "alignment",
+                                       "a fragment is loaded from an address that is not a multiple of 32 bytes, or "
+                                       "with a stride that is not a multiple of 16 bytes (32 bytes for floats)");
     for (u32 i = 0; i < 8; i++) {
         const T* at = from + place<T>(by_rows, i, leading);
         software_cuda::touch<software_cuda::READ>(at, sizeof(T));
@@ -43,14 +45,16 @@ template <class T> SC_RAW static __attribute__((noinline)) void load(T* x, const
 }
 template <class T> SC_RAW static __attribute__((noinline)) void store(T* to, const T* x, unsigned leading, bool by_rows) {
     if ((size_t)to % 32 || leading * sizeof(T) % STRIDE<T>)
-        software_cuda::checker->report(software_cuda::checker, "alignment", "a fragment is stored to an address that is not a multiple of 32 bytes, or with a stride that is not one of 16, or 32 for floats");
+        software_cuda::checker->report(software_cuda::checker, "alignment",
+                                       "a fragment is stored to an address that is not a multiple of 32 bytes, or "
+                                       "with a stride that is not a multiple of 16 bytes (32 bytes for floats)");
     for (u32 i = 0; i < 8; i++) {
         T* at = to + place<T>(by_rows, i, leading);
         software_cuda::touch<software_cuda::WRITE>(at, sizeof(T));
         *at = x[i];
     }
 }
-// Waits for all lanes without ordering memory.
+// Waits for all lanes, but does not order memory accesses.
 SC_RAW static inline void together() { software_cuda::meet(~0u, software_cuda::MATRIX, 0, 0); }
 } // namespace shim
 
@@ -74,7 +78,7 @@ SC_RAW static inline void store_matrix_sync(T* to, const fragment<accumulator, 1
 }
 template <class La, class Lb>
 SC_RAW static __attribute__((noinline)) void mma_sync(fragment<accumulator, 16, 16, 16, float>& d, const fragment<matrix_a, 16, 16, 16, __nv_bfloat16, La>& a, const fragment<matrix_b, 16, 16, 16, __nv_bfloat16, Lb>& b, const fragment<accumulator, 16, 16, 16, float>& c) {
-    // The warp's scratch holds 16 x 16 of each operand, row by row.
+    // The warp's scratch memory holds 16 x 16 elements of each operand, row by row.
     float* as = (float*)(software_cuda::checker->scratch + (software_cuda::block.now >> 5) * 4096);
     float* bs = as + 256;
     unsigned lane = software_cuda::lane_now(), row = shim::row_of(lane);

@@ -1,4 +1,4 @@
-// Makes CUDA C++ compile as host C++; included before a kernel's text.
+// Makes CUDA C++ compile as host C++. The compiler includes this file before a kernel's text.
 #pragma once
 #include "types.h"
 #include "access.h"

@@ -9,7 +9,7 @@
 #define __align__(n) __attribute__((aligned(n)))
 #define __builtin_align__(n) __attribute__((aligned(n)))
 #define SOFTWARE_CUDA 1
-// Runtime functions are not instrumented; they check a kernel's accesses explicitly.
+// Functions of the shim are not instrumented. They check a kernel's accesses explicitly.
 #define SC_RAW __attribute__((no_sanitize("thread")))
 #define SC_USED __attribute__((used, visibility("hidden")))
 

@@ -1,7 +1,7 @@
 //! Vector clocks, which define the happens-before order.
 //!
-//! An agent is a stream or a host thread. In an agent's clock, the agent's own entry counts its actions. The entry of
-//! another agent is the number of that agent's last action whose end is known.
+//! An agent is a stream or a host thread. Each agent has a clock with one entry for each agent. The agent's own entry
+//! counts its actions. The entry for another agent is the number of that agent's last action that happened before.
 
 /// A vector clock; missing entries are 0.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -13,7 +13,7 @@ impl Clock {
         self.0.get(agent).copied().unwrap_or(0)
     }
 
-    /// Counts the next action of `agent` and returns its number.
+    /// Increments the entry of `agent` for its next action, and returns the number of that action.
     pub fn tick(&mut self, agent: usize) -> u32 {
         if self.0.len() <= agent {
             self.0.resize(agent + 1, 0);

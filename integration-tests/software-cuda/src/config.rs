@@ -6,15 +6,15 @@ use std::time::Duration;
 /// How the executor selects the next stream among those that are ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SchedulePolicy {
-    /// In submission order, as in a simple fake.
+    /// In submission order, as a simple test double would do.
     InOrder,
     /// In submission order, but only after the host waits or polls.
     Lazy,
     /// At random, as determined by the seed, as soon as a stream is ready.
     Random,
-    /// Like `Lazy`, but selects the latest submission that is ready. Consumers then run before producers.
+    /// Like `Lazy`, but selects the latest submission that is ready. A reader may then run before its writer.
     Adversarial,
-    /// A fixed order of streams, determined by the seed. A later stream starves while an earlier one has work.
+    /// Like `Lazy`, but in an order of streams that the seed fixes. A stream waits while an earlier one has work.
     Starve,
 }
 
@@ -33,7 +33,7 @@ impl SchedulePolicy {
         POLICIES.iter().find(|p| p.0 == name).map(|p| p.1)
     }
 
-    /// Whether work starts only after the host waits or polls.
+    /// Whether the policy is a late policy: work starts only after the host waits, polls or is idle.
     pub fn is_late(self) -> bool {
         matches!(self, SchedulePolicy::Lazy | SchedulePolicy::Adversarial | SchedulePolicy::Starve)
     }
@@ -46,18 +46,18 @@ pub(crate) struct DeviceFault {
     pub kind: DeviceFaultKind,
     /// The device's number.
     pub device: usize,
-    /// The launch of that device, counted from 1.
+    /// The number of the launch on that device, counted from 1.
     pub launch: u64,
 }
 
 /// Kinds of [`DeviceFault`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DeviceFaultKind {
-    /// From that launch on, each call returns the same error.
+    /// From this launch on, each call on the device returns the same error.
     Kill,
     /// The launch never ends.
     Hang,
-    /// The process aborts at that launch.
+    /// The process aborts at the launch.
     Die,
 }
 
@@ -85,28 +85,27 @@ pub(crate) struct SoftwareConfig {
     pub policy: SchedulePolicy,
     /// `SOFTWARE_CUDA_SEED`, 1 by default.
     pub seed: u64,
-    /// `SOFTWARE_CUDA_MEMORY`: bytes of each device, 8 GiB by default.
+    /// `SOFTWARE_CUDA_MEMORY`: memory of each device in bytes, 8 GiB by default.
     pub memory_bytes: usize,
     /// `SOFTWARE_CUDA_SHARED`: bytes of shared memory that a block may request, 227 KiB by default.
     pub shared_bytes: usize,
     /// `SOFTWARE_CUDA_ABORT_MS`: how long ncclCommAbort takes, 0 by default.
     pub abort: Duration,
-    /// `SOFTWARE_CUDA_DEADLOCK_MS`: allowed time without progress while work is queued, 10 s by default.
+    /// `SOFTWARE_CUDA_DEADLOCK_MS`: how long queued work may make no progress, 10 s by default.
     pub deadlock: Duration,
     /// `SOFTWARE_CUDA_HANG_MS`: how long a host call waits for a hung device, 60 s by default.
     pub hang: Duration,
     /// `SOFTWARE_CUDA_NCCL`: the version that the software NCCL reports, 23003 (2.30.3) by default.
     pub nccl_version: std::ffi::c_int,
-    /// `SOFTWARE_CUDA_CACHE`: folder of compiled kernels.
+    /// `SOFTWARE_CUDA_CACHE`: folder for compiled kernels.
     pub cache: PathBuf,
-    /// `SOFTWARE_CUDA_REPORT`: file of the report written at exit.
+    /// `SOFTWARE_CUDA_REPORT`: file to which the report is written at exit.
     pub report: Option<PathBuf>,
     /// `SOFTWARE_CUDA_HOST=global`: treats all host threads as one, for programs that pass no clock tokens.
     pub one_host: bool,
     /// `SOFTWARE_CUDA_FAULT`: the fault to inject.
     pub fault: Option<DeviceFault>,
-    /// `SOFTWARE_CUDA_NODE`: name of this process's node. To NCCL, equal device numbers on one node are the same
-    /// device.
+    /// `SOFTWARE_CUDA_NODE`: name of this process's node. Processes with the same node name share the node's devices.
     pub node: String,
     /// `SOFTWARE_CUDA_TRACE=1`: prints each operation when it is executed.
     pub trace: bool,
@@ -120,7 +119,7 @@ fn number(name: &str, default: u64) -> u64 {
 }
 
 impl SoftwareConfig {
-    /// Reads the environment. Panics on an invalid value, because a test that ignored the setting could check nothing.
+    /// Reads the environment. Panics on an invalid value, because a test that ignores a setting may check nothing.
     pub fn from_environment() -> SoftwareConfig {
         let text = |name: &str| std::env::var(name).ok();
         let policy = text("SOFTWARE_CUDA_POLICY").map(|name| {

@@ -1,7 +1,8 @@
-//! The control interface for tests: findings, counters, schedules, faults, clock tokens, regions.
+//! The control interface for tests: findings, counters, schedules, faults, clock tokens and regions.
 //!
 //! Clock tokens order the actions of two host threads. The sender adds a token from `software_cuda_clock_capture()` to
-//! its message, and the receiver calls `software_cuda_clock_join`. Without a token, their actions are unordered.
+//! its message, and the receiver passes the token to `software_cuda_clock_join`. Without a token, the actions of the
+//! two threads are unordered.
 #![allow(unsafe_code)]
 
 use std::ffi::c_char;
@@ -51,7 +52,7 @@ control! {
         host::forget(machine(), token);
     }
 
-    /// Records that the calling host thread reads (0) or writes (1) pinned memory. All checks apply to this access.
+    /// Records a read or write (`is_write` is 1) of pinned memory by the calling host thread. All checks apply to it.
     fn software_cuda_host_access(address: u64, bytes: u64, is_write: u32) {
         host::touch(machine(), address as usize, bytes as usize, is_write != 0);
     }
@@ -75,7 +76,7 @@ control! {
         lock(&machine().findings).list().len() as u64
     }
 
-    /// Returns all findings and counters as the same JSON as the report at exit. The text is never freed.
+    /// Returns all findings and counters in the JSON format of the report at exit. The text is never freed.
     fn software_cuda_report() -> *const c_char {
         drain(machine(), DRAIN_MAX);
         static_text(&serde_json::to_string(&report(machine())).expect("reports hold texts and numbers"))
@@ -108,8 +109,8 @@ control! {
         1
     }
 
-    /// Injects a fault at a device's `launch`-th launch, counted from now. Kind 0 kills the device, and kind 1 hangs
-    /// it.
+    /// Injects a fault at the `launch`-th launch on a device, counted from this call. Kind 0 kills the device. With
+    /// kind 1, the launch hangs.
     fn software_cuda_inject(kind: u32, device: u32, launch: u64) {
         let mut state = machine().state();
         let device = device as usize;

@@ -1,7 +1,7 @@
 //! The functions of cuBLASLt.
 //!
-//! Two kinds of requests are "not supported": those that cuBLASLt refuses, and those that this library does not
-//! emulate. The message names the request.
+//! Two kinds of requests fail as "not supported": those that cuBLASLt refuses, and those that this library does not
+//! emulate. A message on standard error names the request.
 #![allow(unsafe_code, non_snake_case)]
 
 pub mod product;
@@ -23,9 +23,10 @@ use crate::nvrtc::static_text;
 use crate::world::{OpKind, lock, machine};
 
 const VERSION: usize = 130_000;
-/// Workspace of the only algorithm, if the caller's limit permits it. This is enough to detect sharing between streams.
+/// Size in bytes of the workspace that the only algorithm uses if the caller's limit permits it. The accesses to this
+/// workspace show whether two streams share it.
 const WORKSPACE_BYTES: usize = 4096;
-/// Marks the algorithms that this library returns.
+/// Number that marks the algorithms that this library returns.
 const ALGORITHM: u64 = 0x736f_6674_6375_6461;
 
 #[derive(Clone)]

@@ -1,5 +1,5 @@
 //! cuDNN's graph API. A descriptor's attributes are checked when they are set and when the descriptor is finalised.
-//! Each supported graph has an engine, which executes it on a stream.
+//! Each supported graph has an engine, which executes the graph on a stream.
 //!
 //! This module refuses the requests that NVIDIA's library refuses. For a request that no correct program makes, it also
 //! records a finding.
@@ -26,9 +26,9 @@ use crate::nvrtc::static_text;
 use crate::world::{OpKind, current_device, lock, machine};
 
 const VERSION: usize = 92_801;
-/// Bytes of every plan's workspace. This is enough to detect a workspace that streams share.
+/// Bytes of every plan's workspace. The accesses to a workspace show whether two streams share it.
 const WORKSPACE_BYTES: usize = 256;
-/// Numbers of two engines: the one that the heuristic returns, and the one that adds in a fixed order.
+/// Numbers of the two engines: first the engine that the heuristic returns, then the engine that adds in a fixed order.
 const ENGINES: [i64; 2] = [2, 6];
 
 /// A descriptor with the values of its attributes, all widened to i64.
@@ -36,7 +36,7 @@ pub(crate) struct Descriptor {
     kind: DescriptorKind,
     values: BTreeMap<Attribute, Vec<i64>>,
     is_sealed: bool,
-    /// The graph, in a finalised operation graph and in the descriptors that are derived from it.
+    /// The graph. It is set in a finalised operation graph, and in the descriptors that are derived from it.
     graph: Option<Arc<Graph>>,
 }
 
@@ -92,10 +92,10 @@ impl Objects {
         };
         let attribute = format!("{:?} of a {:?}", name, descriptor.kind);
         if descriptor.is_sealed {
-            return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, &format!("sets {attribute}, which is finalised"));
+            return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, &format!("sets {attribute} that is already finalised"));
         }
         let Some(known) = schema::of(descriptor.kind).iter().find(|known| known.name == name) else {
-            return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, &format!("sets {attribute}, which it does not have"));
+            return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, &format!("sets {attribute}, an unknown attribute"));
         };
         if known.kind != kind || values.is_empty() || values.len() > known.count_max {
             let message = format!("sets {attribute} to {} of {kind:?}, expected {known:?}", values.len());
@@ -172,7 +172,7 @@ impl Objects {
         Ok(())
     }
 
-    /// Fills in the engine configurations of a heuristic, and returns their number.
+    /// Writes the results of a heuristic to engine configurations, and returns the number of results.
     fn results(&mut self, heuristic: u64, to: &[u64]) -> Result<usize, CudnnStatus> {
         let graph = self.sealed(heuristic as i64, "a heuristic's results")?.graph.clone();
         let Some(graph) = graph.filter(|graph| graph.has_engine()) else { return Ok(0) };

@@ -45,7 +45,7 @@ pub fn find_leaks(machine: &SoftwareMachine) -> usize {
     leaks.len()
 }
 
-/// Returns the objects that were created and not destroyed, or none after an injected fault.
+/// Returns the objects that were created but not destroyed. Returns none after an injected fault.
 pub fn leaks(machine: &SoftwareMachine) -> Vec<String> {
     let mut leaks = Vec::new();
     let state = machine.state();

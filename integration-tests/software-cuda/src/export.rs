@@ -1,4 +1,4 @@
-//! Exports functions whose types match those in cudarc.
+//! Exports functions whose types match the declarations in cudarc.
 
 /// A library's status type.
 pub(crate) trait LibraryStatus: Copy {
@@ -27,8 +27,8 @@ pub fn status<S: LibraryStatus>(result: Result<(), S>) -> S {
     result.err().unwrap_or(S::OK)
 }
 
-/// Exports functions of one of cudarc's libraries. The bodies return a `Result`, and the calls are counted. A function
-/// whose signature differs from cudarc's `sys` does not compile.
+/// Exports functions of a library that cudarc declares. The bodies return a `Result`, and the calls are counted. A
+/// function whose signature differs from cudarc's `sys` does not compile.
 macro_rules! exports {
     ($lib:ident; $(fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty $body:block)*) => { $(
         /// # Safety

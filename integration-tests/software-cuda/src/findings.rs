@@ -6,10 +6,10 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// An error that a check found. Repetitions only increase `count`.
+/// An error that a check found. If the error occurs again, only `count` increases.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize, PartialEq, Eq)]
 pub struct SimFinding {
-    /// The class, such as `race` or `bounds`. The crate documentation lists all classes.
+    /// The kind, such as `race` or `bounds`. The crate documentation lists all kinds.
     pub kind: String,
     /// What happened, and where.
     pub message: String,
@@ -133,7 +133,7 @@ pub struct SimReport {
     pub classes: BTreeMap<String, u64>,
     /// Launches by kernel.
     pub kernels: BTreeMap<String, u64>,
-    /// Peak of allocated bytes for each device; the last entry is pinned memory.
+    /// Peak of allocated bytes on each device. The last entry is the peak of pinned memory.
     pub peak_bytes: Vec<u64>,
     /// Number of executed operations.
     pub executed: u64,

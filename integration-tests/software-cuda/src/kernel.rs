@@ -17,11 +17,12 @@ pub const ARGUMENTS_MAX: usize = 64;
 pub const THREADS_MAX: u32 = 1024;
 /// Maximum dynamic shared memory of a block; the shim's array has the same size.
 pub const SHARED_BYTES_MAX: usize = 227 << 10;
-/// Bytes of a fiber's stack. With a power of two, all stacks would compete for the same few cache lines.
+/// Bytes of a fiber's stack. If this were a power of two, all stacks would compete for the same few cache lines.
 const STACK_BYTES: usize = (64 << 10) + 33 * 64;
 const SCRATCH_BYTES: usize = 32 * 4096;
-/// Number of checked bytes of a library's static and dynamic shared memory, and number of bytes of each word's cell.
+/// Maximum number of bytes of a library's static and dynamic shared memory that are checked.
 const SHARED_CHECKED_BYTES: usize = 2 << 20;
+/// Size of `SharedCell` in `shim/access.h`. Each word of shared memory has one.
 const SHARED_CELL_BYTES: usize = 32;
 
 /// Marks an argument that points to a table of pointers. The kernel may then access memory to which no argument points.

@@ -7,13 +7,13 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-/// Number of addresses reserved for each place.
+/// Number of bytes of addresses that are reserved for each place.
 const PLACE_BYTES: usize = 64 << 30;
 const PAGE_BYTES: usize = 4096;
 /// The gap after an allocation is as long as the allocation, up to this limit.
 const GAP_BYTES_MAX: usize = 1 << 20;
-/// Number of bytes at the start of a new allocation whose bits are all set to 1. Later pages stay untouched until their
-/// first use.
+/// The bits of a new allocation are set to 1, up to this number of bytes. The pages after these bytes stay untouched
+/// until their first use.
 const FILLED_BYTES_MAX: usize = 1 << 20;
 /// Number of bytes that one word of the shadow memory describes.
 pub const WORD_BYTES: usize = 4;
@@ -103,7 +103,7 @@ pub(crate) struct Allocation {
     pub id: u32,
     /// The operation that freed the allocation.
     pub freed: Option<String>,
-    /// The stream operation that allocated the memory, after it has executed. `None` for an immediate allocation.
+    /// The stream operation that allocated the memory. `None` until it executes, or if the allocation was immediate.
     pub born: Option<u32>,
     /// Whether the memory was allocated by a stream operation that has not executed yet.
     pub unborn: bool,
@@ -111,7 +111,7 @@ pub(crate) struct Allocation {
     pub regions: BTreeMap<usize, Region>,
     /// For each agent, its last operation that accessed the allocation.
     pub users: HashMap<usize, u32>,
-    /// Number of queued copies that use the allocation, and number of those that write it.
+    /// Number of queued copies that use the allocation, and number of these copies that write the allocation.
     pub pending: (u32, u32),
     /// Number of finished copies that have written the allocation.
     pub copies_in: u64,
@@ -123,8 +123,8 @@ impl Allocation {
         self.unborn || self.born.is_some()
     }
 
-    /// Returns the id and the end of the named region at an offset. Outside of named regions, the id is the
-    /// allocation's.
+    /// Returns the id and the end of the named region at an offset. Outside of named regions, returns the id of the
+    /// allocation and the end of the unnamed part.
     pub fn region(&self, offset: usize) -> (u32, usize) {
         match self.regions.range(..=offset).next_back() {
             Some((start, region)) if offset < start + region.bytes => (region.id, start + region.bytes),
@@ -142,7 +142,7 @@ pub(crate) struct Owner {
     pub bytes: usize,
     /// Id of the named region, or of the allocation if the address is in no named region.
     pub region: u32,
-    /// The end of the named region. If there is none, the start of the next named region or the end of the allocation.
+    /// The end of the named region. Outside of named regions, the start of the next one or the end of the allocation.
     pub region_end: usize,
     /// The location of the memory.
     pub place: Place,
@@ -226,8 +226,8 @@ impl Registry {
         self.next_id - 1
     }
 
-    /// Returns the last allocation, freed or not, that starts at or below the address. The gap after it may contain the
-    /// address.
+    /// Returns the last allocation, freed or not, that starts at or below the address. The address may be in the gap
+    /// after this allocation.
     pub fn nearest(&self, address: usize) -> Option<&Allocation> {
         self.allocations.range(..=address).next_back().map(|a| a.1).filter(|_| self.window.contains(address))
     }
@@ -243,7 +243,7 @@ impl Registry {
         found.filter(|a| address < a.base + a.bytes.max(1))
     }
 
-    /// Returns the owner of an address.
+    /// Returns the allocation and region that contain an address.
     pub fn owner(&self, address: usize) -> Option<Owner> {
         let a = self.find(address)?;
         let (region, end) = a.region(address - a.base);
@@ -274,7 +274,7 @@ impl Registry {
         }
         allocation.regions.insert(offset, Region { bytes, id });
         if !allocation.users.is_empty() {
-            // Reset the cells of this part, because each cell caches its region.
+            // Reset the shadow cells of this part, because each cell caches the id of its region.
             let cells = (window.shadow + (address - window.base) / WORD_BYTES * window.cell_bytes) as *mut u8;
             // SAFETY: the cells are the shadow of a live allocation; the caller holds the shadow's lock.
             unsafe { std::ptr::write_bytes(cells, 0, bytes.div_ceil(WORD_BYTES) * window.cell_bytes) };
@@ -282,12 +282,12 @@ impl Registry {
         true
     }
 
-    /// Returns the bytes in use at a place.
+    /// Returns the number of bytes that are allocated at a place.
     pub fn live_bytes(&self, place: Place) -> usize {
         self.live_bytes[self.index(place)]
     }
 
-    /// Returns the peak of bytes in use for each device. The last entry is the host.
+    /// Returns the peak of allocated bytes for each device. The last entry is the peak of pinned memory.
     pub fn peak_bytes(&self) -> &[usize] {
         &self.peak_bytes
     }

@@ -1,6 +1,6 @@
 //! NCCL's functions for communicators. Collectives and messages are in `calls`.
 //!
-//! A unique id names a socket of the process that created the id. The ranks of all processes connect to it; see `hub`.
+//! A unique id names a socket of the process that created the id. All processes connect to this socket; see `hub`.
 #![allow(unsafe_code, non_snake_case)]
 
 pub mod abroad;
@@ -26,14 +26,14 @@ fn comm(state: &State, handle: ncclComm_t) -> Result<&Comm, ncclResult_t> {
     let comm = state.comms.comms.get(&(handle as u64)).ok_or(ncclResult_t::ncclInvalidArgument)?;
     if comm.is_closed {
         machine().report_finding("misuse", &format!("comm {handle:?}"), || {
-            format!("communicator of rank {} on device {} is used after its end", comm.rank, comm.device)
+            format!("communicator of rank {} on device {} is used after it was closed", comm.rank, comm.device)
         });
         return Err(ncclResult_t::ncclInvalidArgument);
     }
     Ok(comm)
 }
 
-/// Returns the status of a communicator: success, an error, or in progress while ranks are missing or a call runs.
+/// Returns the status of a communicator: success, an error, or "in progress" if ranks are missing or a call runs.
 fn status_of(state: &State, comm: &Comm) -> ncclResult_t {
     let clique = &state.comms.cliques[&comm.clique];
     match comm.error.or(clique.error) {
@@ -192,7 +192,7 @@ exports! { nccl;
         machine().progressed.notify_all();
         if dropped > 0 && !is_excused {
             machine().report_finding("aborted", &format!("{rank}"), || {
-                format!("communicator of rank {rank} on device {device} is aborted with {dropped} operations in queues")
+                format!("communicator of rank {rank} on device {device} is aborted with {dropped} queued operations")
             });
         }
         Ok(())

@@ -86,7 +86,7 @@ exports! { nvrtc;
 
     fn nvrtcCompileProgram(program: nvrtcProgram, count: c_int, options: *const *const c_char) -> nvrtcResult {
         let options: Vec<String> = (0..count.max(0) as usize).map(|i| text(*options.add(i))).collect();
-        // Remove the program from the map while it compiles. Other programs then need not wait.
+        // Remove the program from the map while it compiles, so that calls for other programs need not wait.
         let handle = program as u64;
         let mut unit = lock(units()).remove(&handle).ok_or(nvrtcResult::NVRTC_ERROR_INVALID_PROGRAM)?;
         machine().compiling.fetch_add(1, Ordering::Relaxed);

@@ -15,7 +15,7 @@ use crate::nccl::engine;
 use crate::shadow::{Access, Accessor, OperationName, Shadow};
 use crate::world::{OpKind, QueuedOp, Rows, SoftwareMachine, SourceState, State, lock, set_in_callback};
 
-/// A running operation, with the agent that executes it and the operation's clock.
+/// A running operation, its agent (see `clock`) and its clock.
 pub(crate) struct Running {
     /// Agent of the operation's stream.
     pub agent: usize,
@@ -36,8 +36,8 @@ pub fn start(machine: &SoftwareMachine, state: &mut State, handle: u64, host: &C
     let mut clock = own.clock.clone();
     clock.join(host);
     if !own.is_non_blocking {
-        // The NULL stream and blocking streams run in submission order. Earlier work has ended, and later work has not
-        // started.
+        // The work of the NULL stream and of blocking streams runs in submission order. Work that was submitted earlier
+        // has ended, and work that was submitted later has not started.
         let ordered = state
             .streams
             .iter()
@@ -58,7 +58,7 @@ pub fn start(machine: &SoftwareMachine, state: &mut State, handle: u64, host: &C
     Running { agent, device, operation, clock: clock.padded(state.agents), knows: clock }
 }
 
-/// Executes the first operation of a stream, or its next part. Releases the lock during the execution.
+/// Executes the first operation of a stream, or its next part. Releases the lock while it executes.
 pub fn run<'a>(machine: &'a SoftwareMachine, mut state: MutexGuard<'a, State>, handle: u64) -> MutexGuard<'a, State> {
     let stream = state.streams.get_mut(&handle).expect("the caller picked it");
     let is_nccl = matches!(stream.queue[0].kind, OpKind::Nccl(_));
@@ -106,7 +106,7 @@ fn perform(machine: &SoftwareMachine, op: &QueuedOp, running: &Running, seed: u6
         machine.state().host(machine.config.one_host).clock.join(&running.knows);
         set_in_callback(true);
         if let Some(function) = function {
-            // SAFETY: the program has passed the function to be called with this argument.
+            // SAFETY: the program has passed the function together with this argument.
             unsafe { function(*data as *mut std::ffi::c_void) };
         }
         set_in_callback(false);
@@ -121,7 +121,7 @@ fn perform(machine: &SoftwareMachine, op: &QueuedOp, running: &Running, seed: u6
     }
     let mut accessor = accessor(&mut shadow, &machine.registry, &machine.findings, running);
     if matches!(op.kind, OpKind::Copy { .. }) {
-        // A copy may access every device, even without peer access.
+        // A copy may access all devices, even without peer access.
         accessor.allow_all_devices();
     }
     match &op.kind {
@@ -148,7 +148,7 @@ pub fn accessor<'a>(
     Accessor::new(shadow, registry, findings, running.operation, running.agent, device, &running.clock)
 }
 
-/// Returns a digest of the bytes, which detects changes.
+/// Returns a digest of the bytes. A changed digest shows that the bytes have changed.
 ///
 /// # Safety
 ///
@@ -231,7 +231,7 @@ pub fn free(accessor: &mut Accessor, machine: &SoftwareMachine, base: usize, by:
         return accessor.report("bad-free", "frees an allocation a second time");
     }
     if let Some(user) = accessor.unordered_user(&users) {
-        accessor.report("use-after-free", &format!("frees memory that {user} still uses, with no order between them"));
+        accessor.report("use-after-free", &format!("frees memory that {user} uses, in no defined order"));
     }
     lock(&machine.registry).free(base, by.to_string());
 }

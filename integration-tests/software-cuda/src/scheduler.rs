@@ -1,8 +1,8 @@
 //! Schedules streams and detects deadlocks.
 //!
-//! One thread executes all operations. An operation is ready when it is first in its stream, the NULL stream's order
-//! permits it, and the event for which it waits (if any) was recorded. A started collective is ready when its partners
-//! have also started.
+//! One thread executes all operations. An operation is ready if it is first in its stream, the order of the NULL stream
+//! permits it, and the event for which it waits (if any) was recorded. A collective that has started is ready if the
+//! calls of the other ranks have also started.
 
 use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
@@ -13,13 +13,13 @@ use crate::nccl::{abroad, engine};
 use crate::run::run;
 use crate::world::{DriverError, OpKind, SoftwareMachine, State, Stream, in_callback, lock};
 
-/// How long the late policies hold work back if the host neither waits nor polls nor submits more.
+/// How long the late policies ([`SchedulePolicy::is_late`]) hold work back if the host is idle.
 const LATE_AFTER: Duration = Duration::from_millis(1);
-/// Number of unsuccessful polls by the host after which the late policies run work.
+/// Number of unsuccessful polls by the host after which the late policies start work.
 const LATE_POLLS: u64 = 3;
 const IDLE_WAIT: Duration = Duration::from_millis(20);
 
-/// Returns the streams that the NULL stream's rules order with `handle`. Their earlier work must end first.
+/// Returns the streams that the NULL stream's rules order with the stream `handle`. Their earlier work must end first.
 fn ordered_by_null_stream<'a>(state: &'a State, handle: u64) -> impl Iterator<Item = (u64, &'a Stream)> + 'a {
     let own = &state.streams[&handle];
     let null = state.devices[own.device].null_stream;
@@ -41,11 +41,11 @@ fn ordered_by_null_stream<'a>(state: &'a State, handle: u64) -> impl Iterator<It
 pub(crate) enum Blocker {
     /// Another stream must execute an operation first.
     Stream(u64, String),
-    /// No queued operation will make this one ready.
+    /// No queued operation will make this operation ready.
     Missing(String),
 }
 
-/// Returns the blockers of a stream's first operation. A ready operation has no blockers; `None` means an empty queue.
+/// Returns the blockers of a stream's first operation: none if it is ready, and `None` if the queue is empty.
 pub fn blockers(state: &State, handle: u64) -> Option<Vec<Blocker>> {
     let stream = &state.streams[&handle];
     let op = stream.queue.front()?;
@@ -120,7 +120,7 @@ pub fn execute(machine: &'static SoftwareMachine) {
     }
 }
 
-/// Detects streams that wait for each other. After a time without progress, also detects waits that nothing will end.
+/// Detects streams that wait for each other. After a time without progress, also detects waits without an end.
 fn detect_deadlock(machine: &SoftwareMachine, state: &mut State) {
     let is_compiling = machine.compiling.load(Ordering::Relaxed) > 0;
     let is_deferred = state.comms.comms.values().any(|c| !c.deferred.is_empty());
@@ -184,7 +184,7 @@ pub fn host_wait<'a>(
 ) -> Result<MutexGuard<'a, State>, DriverError> {
     if in_callback() {
         machine.report_finding("misuse", "callback", || {
-            "a host function of a stream waits for the device, which would never end".into()
+            "a host function of a stream waits for the device, and this wait would never end".into()
         });
         return Err(DriverError::CUDA_ERROR_NOT_PERMITTED);
     }
@@ -214,7 +214,7 @@ pub fn synchronise_device(machine: &SoftwareMachine, device: usize) -> Result<()
     let streams: Vec<u64> = machine.state().streams.iter().filter(|(_, s)| is_open(s)).map(|(h, _)| *h).collect();
     for stream in streams {
         match synchronise(machine, stream) {
-            // The stream was destroyed in the meantime. The wait below includes its work.
+            // The stream was destroyed in the meantime. The wait below also covers the work of destroyed streams.
             Err(DriverError::CUDA_ERROR_INVALID_HANDLE) => {}
             other => other?,
         }
@@ -239,7 +239,7 @@ pub fn synchronise(machine: &SoftwareMachine, stream: u64) -> Result<(), DriverE
     Ok(())
 }
 
-/// Waits until no operation can execute, because all have finished or the remaining operations are blocked forever.
+/// Waits until all operations have finished or the remaining operations are blocked forever.
 pub fn drain(machine: &SoftwareMachine, limit: Duration) {
     let start = Instant::now();
     let mut state = lock(&machine.state);

@@ -1,14 +1,14 @@
 //! The shadow memory: the last writer and the readers of each word, and the checks on them.
 //!
 //! Compiled kernels run the same checks (`shim/access.h`), and call [`slow`] for the complex cases. Copies, products
-//! and collectives are checked directly in this file. The shim declares the same layouts, so change both together.
+//! and collectives are checked directly in this file. The shim has the same layouts, so change both files together.
 //!
-//! - SH-1: if two operations access a byte and one of them writes, a stream, event, host thread or collective orders
-//!   them. Otherwise they are a race, even if this run executes them in a harmless order.
-//! - SH-2: if two threads of one launch access a byte and one of them writes, they are in one block with a barrier
-//!   between the accesses.
-//! - SH-3: a byte is written before it is read. An access is to allocated memory, through a pointer to the region that
-//!   contains the memory.
+//! - SH-1: if two operations access a byte and one of them writes it, a stream, event, host thread or collective orders
+//!   the two operations. Otherwise they are a race, even if this run executes them in a harmless order.
+//! - SH-2: if two threads of one launch access a byte and one of them writes it, the threads are in one block, and a
+//!   barrier is between the accesses.
+//! - SH-3: a byte is written before it is read. Each access is to allocated memory, through a pointer to the region
+//!   that contains this memory.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -23,10 +23,10 @@ use crate::memory::{Owner, Place, Registry, WORD_BYTES};
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Cell {
     writer: u32,
-    /// The operation that read the word, or a set of such operations if the highest bit is set.
+    /// The operation that read the word. If the highest bit is set, this is the number of a set of operations.
     reader: u32,
-    /// Four bits (one per byte) for each of: allocated, initialised, written by `writer`, read by `reader`. Then one
-    /// bit: written atomically.
+    /// Four groups of four bits, one bit per byte: allocated, initialised, written by `writer`, and read by `reader`.
+    /// One further bit is set if the last write was atomic.
     bits: u32,
     region: u32,
     /// The thread of a launch that wrote the word; 0 if there is none.
@@ -34,7 +34,7 @@ pub(crate) struct Cell {
     reader_thread: u64,
 }
 
-/// All bytes of a word.
+/// The bits of all bytes of a word. The shifts that follow select a group of bits in [`Cell::bits`].
 const ALL: u32 = 0xf;
 const INIT: u32 = 4;
 const WRITTEN: u32 = 8;
@@ -43,8 +43,9 @@ const ATOMIC: u32 = 1 << 16;
 const SET: u32 = 1 << 31;
 /// Number of words whose region is checked together.
 const REGION_CHECK_WORDS: usize = 256;
-/// The block number that is stored for a word that several blocks have read.
+/// The block number that is stored if several blocks have read a word.
 const MANY_BLOCKS: u64 = 0xfffff;
+/// The lane number that is stored if several warps of a block have read a word.
 const MANY_WARPS: u64 = 2047;
 
 /// An executed operation: its agent, and its number among the agent's operations.
@@ -75,13 +76,13 @@ pub(crate) struct Checker {
     entries: *const Entry,
     clock: *const u32,
     operation: u32,
-    /// The last change that [`slow`] made to a word's set of readers.
+    /// A set of readers before (`readers_from`) and after (`readers_to`) the last change by [`slow`].
     readers_from: u32,
     readers_to: u32,
     /// Whether the block has executed a fence.
     pub fenced: u32,
     regions: [u32; 16],
-    // SAFETY: these are only types, of the two functions at the end of this file. The functions state their contracts.
+    // SAFETY: these lines are only types. The two functions at the end of this file state their contracts.
     slow: unsafe extern "C" fn(*mut Checker, usize, usize, u32, u64) -> u32,
     report: unsafe extern "C" fn(*mut Checker, *const c_char, *const c_char),
     user: *mut Accessor<'static>,
@@ -95,7 +96,7 @@ pub(crate) struct Checker {
     pub shared_cells: usize,
     /// Seed of the order of threads and blocks.
     pub seed: u64,
-    /// Number of the block, counted over all launches. Cells of shared memory that earlier blocks wrote are invalid.
+    /// Number of the block, counted over all launches. A cell of shared memory with an earlier number is invalid.
     pub generation: u64,
 }
 
@@ -138,7 +139,8 @@ fn lane_of(thread: u64) -> u64 {
     thread >> 32 & 0x7ff
 }
 
-/// Whether two threads of one launch, `before` and then `now`, violate SH-2 at a word. The shim has the same function.
+/// Whether the accesses of two threads of one launch to a word violate SH-2. The thread `before` accessed the word
+/// first. The shim has the same function.
 fn conflict(before: u64, now: u64, fenced: bool) -> bool {
     if before == 0 || now == 0 {
         return false;
@@ -154,7 +156,7 @@ fn conflict(before: u64, now: u64, fenced: bool) -> bool {
     a == MANY_WARPS || warp != b >> 5 || before & 0xffff == now & 0xffff
 }
 
-/// Returns the thread to store for a word that `before` and `now` have both read.
+/// Returns the thread number to store for a word that the threads `before` and `now` have read.
 fn merged(before: u64, now: u64) -> u64 {
     const LANE: u64 = 0x7ff << 32;
     if before == 0 || now == 0 || before == now {
@@ -188,7 +190,7 @@ impl Default for Shadow {
 }
 
 impl Shadow {
-    /// Adds an operation that has the number `number` among its agent's operations.
+    /// Adds an operation of `agent`, which is a stream or a host thread. `number` counts the agent's operations.
     pub fn operation(&mut self, agent: usize, number: u32, name: OperationName) -> u32 {
         self.entries.push(Entry { agent: agent as u32, number });
         self.names.push(name);
@@ -199,10 +201,10 @@ impl Shadow {
     /// Returns an operation's name.
     pub fn name(&self, operation: u32) -> String {
         let OperationName { action, agent } = &self.names[operation as usize];
-        format!("{action} ({agent}, operation {} there)", self.entries[operation as usize].number)
+        format!("{action} (operation {} of {agent})", self.entries[operation as usize].number)
     }
 
-    /// Whether an operation happens before a clock.
+    /// Whether an operation happens before the action that has this clock.
     pub fn is_before(&self, operation: u32, clock: &[u32]) -> bool {
         let entry = self.entries[operation as usize];
         clock.get(entry.agent as usize).copied().unwrap_or(0) >= entry.number
@@ -216,7 +218,7 @@ impl Shadow {
         }
     }
 
-    /// Adds `operation` to the readers of a word, and removes the readers that happen before `clock`.
+    /// Adds `operation`, whose clock is `clock`, to the readers of a word. Removes the readers that happen before it.
     fn with_reader(&mut self, reader: u32, operation: u32, clock: &[u32]) -> u32 {
         let mut set = self.readers(reader);
         set.retain(|r| *r != operation && !self.is_before(*r, clock));
@@ -307,7 +309,7 @@ impl<'a> Accessor<'a> {
             let stop = word_end.min(end);
             let mask = ((1u32 << (stop - at)) - 1) << (at % WORD_BYTES);
             if at.wrapping_sub(checker.base) >= checker.bytes {
-                let message = format!("touches address {at:#x}, which is neither device memory nor pinned memory");
+                let message = format!("accesses address {at:#x}, which is neither device memory nor pinned memory");
                 self.report("bounds", &message);
                 return false;
             }
@@ -330,7 +332,7 @@ impl<'a> Accessor<'a> {
         true
     }
 
-    /// Handles an ordered access to a whole word outside of a launch. Returns false in all other cases.
+    /// Handles an ordered access to a whole word outside of a launch. In all other cases, returns false.
     fn touch_whole(&self, checker: &Checker, cell: &mut Cell, access: Access) -> bool {
         let is_known = checker.regions[(cell.region & 15) as usize] == cell.region && cell.bits & ALL == ALL;
         let me = self.operation;
@@ -373,7 +375,7 @@ impl<'a> Accessor<'a> {
         let verb = if whole.2 == Access::Read { "reads" } else { "writes" };
         let Some(owner) = registry.owner(at).filter(|o| at + bytes <= o.base + o.bytes) else {
             let near = registry.nearest(at).map_or(String::from("any allocation"), |a| {
-                format!("an allocation of {} bytes on {}, freed or not", a.bytes, a.place)
+                format!("the nearest allocation of {} bytes on {}", a.bytes, a.place)
             });
             let offset = registry.nearest(at).map_or(0, |a| at - a.base);
             drop(registry);
@@ -399,11 +401,11 @@ impl<'a> Accessor<'a> {
         if !born {
             self.report(
                 "race",
-                &format!("{verb} memory of {} bytes before its allocation on another stream", owner.bytes),
+                &format!("{verb} memory of {} bytes that another stream allocates, in no defined order", owner.bytes),
             );
         }
         if !is_peer {
-            self.report("peer", &format!("{verb} memory of {} without access to it enabled", owner.place));
+            self.report("peer", &format!("{verb} memory of {} without peer access", owner.place));
             return false;
         }
         if self.allowed.as_ref().is_some_and(|a| !a.contains(&owner.region)) {
@@ -425,7 +427,7 @@ impl<'a> Accessor<'a> {
         true
     }
 
-    /// Checks SH-1, SH-2 and the rest of SH-3 for bytes of one word.
+    /// Checks SH-1, SH-2 and, for a read, whether the bytes were written (SH-3). All bytes are in one word.
     fn check_word(
         &mut self,
         checker: &mut Checker,
@@ -447,13 +449,13 @@ impl<'a> Accessor<'a> {
         if cell.writer != me && !self.shadow.is_before(cell.writer, self.clock) {
             if same_bytes {
                 let writer = self.shadow.name(cell.writer);
-                self.word_finding("race", at, &format!("{verb} what {writer} writes, with no order between them"));
+                self.word_finding("race", at, &format!("{verb} bytes that {writer} writes, in no defined order"));
             }
         } else if cell.writer == me && same_bytes && !both_atomic && conflict(cell.writer_thread, thread, fenced) {
             self.word_finding(
                 "race-in-launch",
                 at,
-                &format!("a thread {verb} what another thread writes in one launch"),
+                &format!("a thread {verb} bytes that another thread of the launch writes"),
             );
         }
         if access == Access::Read {
@@ -473,11 +475,11 @@ impl<'a> Accessor<'a> {
         for reader in self.shadow.readers(cell.reader) {
             if reader == me {
                 if read_bytes && conflict(cell.reader_thread, thread, fenced) && !both_atomic {
-                    self.word_finding("race-in-launch", at, "a thread writes what another thread reads in one launch");
+                    self.word_finding("race-in-launch", at, "a thread writes bytes that another thread reads");
                 }
             } else if read_bytes && !self.shadow.is_before(reader, self.clock) {
                 let reader = self.shadow.name(reader);
-                self.word_finding("race", at, &format!("writes what {reader} reads, with no order between them"));
+                self.word_finding("race", at, &format!("writes bytes that {reader} reads, in no defined order"));
             }
         }
         if cell.reader != me {
@@ -507,8 +509,8 @@ impl<'a> Accessor<'a> {
         });
     }
 
-    /// Checks SH-1 for the free of an allocation: it must be after all operations that accessed the allocation. Returns
-    /// the first operation that violates this.
+    /// Checks SH-1 for the free of an allocation: the free must happen after all operations that accessed the
+    /// allocation. Returns the first operation that is not ordered before the free.
     pub fn unordered_user(&self, users: &HashMap<usize, u32>) -> Option<String> {
         let mut late: Vec<u32> = users.values().copied().filter(|u| !self.shadow.is_before(*u, self.clock)).collect();
         late.sort_unstable();
@@ -516,8 +518,8 @@ impl<'a> Accessor<'a> {
     }
 }
 
-/// Marks the whole words after the checked word at `at` as words of the same region, so they need no check of their
-/// own.
+/// Marks the whole words after the checked word at `at` as words of the same region, so that the region of these words
+/// need not be checked again.
 fn claim_next_words(cell: &mut Cell, owner: &Owner, at: usize) {
     let words = (owner.region_end - at) / WORD_BYTES;
     let bits = if owner.place == Place::Host { ALL | ALL << INIT } else { ALL };

@@ -1,7 +1,7 @@
 //! Functions for tests to run a program on the software device.
 //!
-//! The dynamic linker reads its search path when a process starts, so a test starts a child process: the test itself
-//! with other arguments, or another program. [`command`] returns the child's command, and
+//! The dynamic linker reads its search path when a process starts. A test therefore starts a child process, which runs
+//! the test program itself with other arguments, or another program. [`command`] returns the child's command, and
 //! [`SimReport::read`](crate::SimReport::read) reads its report.
 
 use std::ffi::OsStr;
@@ -28,7 +28,7 @@ const NAMES: &[&str] = &[
     "libcudnn.so.9",
 ];
 
-/// Returns the path of the built library: beside the running test or program, or from `SOFTWARE_CUDA_LIBRARY`.
+/// Returns the path of the built library. It is beside the running program, or named by `SOFTWARE_CUDA_LIBRARY`.
 pub fn library() -> io::Result<PathBuf> {
     if let Some(path) = std::env::var_os("SOFTWARE_CUDA_LIBRARY") {
         return Ok(path.into());
@@ -44,7 +44,7 @@ pub fn library() -> io::Result<PathBuf> {
     })
 }
 
-/// Creates `folder` with links through which this library replaces NVIDIA's libraries.
+/// Creates `folder` with symbolic links to this library that have the names of NVIDIA's libraries.
 pub fn install(folder: &Path) -> io::Result<()> {
     let library = library()?.canonicalize()?;
     std::fs::create_dir_all(folder)?;
@@ -84,7 +84,8 @@ pub const CASE: &str = "SHARDFLOW_TEST_CASE";
 /// Time limit of a test's child process.
 const CHILD_WITHIN: Duration = Duration::from_secs(600);
 
-/// Returns the case of a test's child process. Also exits after a time limit, because the test waits for this process.
+/// Returns the case of a test's child process. Also ends this process after a time limit, because the test waits for
+/// it.
 ///
 /// # Panics
 /// If the environment names no case.
@@ -112,7 +113,7 @@ pub struct ChildRun {
 /// `fault` optionally names a fault to inject.
 ///
 /// # Panics
-/// If the child fails (the message has the end of the child's standard error), or if the child leaves no report.
+/// If the child fails or leaves no report. The message for a failed child has the end of the child's standard error.
 pub fn run_child(case: &str, devices: usize, policy: &str, seed: u64, fault: Option<&str>) -> ChildRun {
     let environment: Vec<_> = fault.map(|fault| ("SOFTWARE_CUDA_FAULT", fault)).into_iter().collect();
     run_child_in(case, devices, policy, seed, &environment)

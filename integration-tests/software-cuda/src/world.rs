@@ -45,7 +45,7 @@ pub(crate) struct Rows {
     pub pitch: (usize, usize),
 }
 
-/// The state of a copy's pinned source when the copy was submitted.
+/// The state of a copy's source in pinned memory when the copy was submitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SourceState {
     /// Digest of the source's bytes.
@@ -70,7 +70,7 @@ pub(crate) enum OpKind {
     },
     /// Fills memory with a pattern of 1, 2 or 4 bytes.
     Fill { to: usize, pattern: u32, width: usize, count: usize },
-    /// Starts an allocation.
+    /// Makes an allocation usable.
     Alloc { base: usize },
     /// Frees an allocation.
     Free { base: usize },
@@ -80,7 +80,7 @@ pub(crate) enum OpKind {
     Wait(Arc<Signal>),
     /// Calls a host function.
     Host { function: CUhostFn, data: usize },
-    /// Executes collectives and messages of one group on one communicator.
+    /// Executes the collectives and messages of one group on one communicator.
     Nccl(Box<Group>),
     /// Computes a matrix product.
     Product(Box<Product>),
@@ -90,9 +90,9 @@ pub(crate) enum OpKind {
 
 /// One record of an event on a stream.
 pub(crate) struct Signal {
-    /// The stream that records it.
+    /// The stream that records the event.
     pub stream: u64,
-    /// The stream's clock and the time at the record. Empty until the record is executed.
+    /// The clock of the stream and the time when the record was executed. Empty until then.
     pub done: OnceLock<(Clock, Instant)>,
 }
 
@@ -116,7 +116,7 @@ pub(crate) struct Stream {
     pub is_non_blocking: bool,
     /// Requested priority of the stream.
     pub priority: i32,
-    /// The stream's agent in clocks.
+    /// The stream's index in clocks; see `clock` for agents.
     pub agent: usize,
     /// Name of the stream in messages.
     pub name: Arc<str>,
@@ -162,13 +162,13 @@ pub(crate) struct Device {
     pub retained: u64,
     /// Handle of the device's NULL stream.
     pub null_stream: u64,
-    /// The joined clocks of the device's destroyed streams.
+    /// The joined clocks of all destroyed streams of the device.
     pub ended: Clock,
 }
 
 /// A host thread.
 pub(crate) struct Host {
-    /// The thread's agent in clocks.
+    /// The thread's index in clocks; see `clock` for agents.
     pub agent: usize,
     /// The thread's clock.
     pub clock: Clock,
@@ -195,7 +195,7 @@ pub(crate) struct State {
     /// Communicators.
     pub comms: Comms,
     hosts: HashMap<u64, Host>,
-    /// Number of streams and host threads that were ever created.
+    /// Number of streams and host threads that have existed so far.
     pub agents: usize,
     next_handle: u64,
     next_sequence: u64,
@@ -203,7 +203,7 @@ pub(crate) struct State {
     pub executed: u64,
     /// Time of the last submission or execution.
     pub last_progress: Instant,
-    /// When another process that shares a communicator last reported progress.
+    /// Time at which another process with ranks of the same communicator last reported progress.
     pub peers_progressed: Instant,
     /// Number of waiting host threads.
     pub waiting_hosts: usize,
@@ -211,7 +211,7 @@ pub(crate) struct State {
     pub last_submission: Instant,
     /// Number of queries that returned "not ready" since the last submission.
     pub polls: u64,
-    /// For the late policies: whether the host has waited, polled or been idle since its last submission.
+    /// For late policies (`is_late`): whether the host has waited, polled or been idle since its last submission.
     pub is_released: bool,
     /// Whether a deadlock was reported.
     pub is_stuck: bool,
@@ -225,9 +225,9 @@ pub(crate) struct SoftwareMachine {
     pub config: SoftwareConfig,
     /// Streams, queues and devices.
     pub state: Mutex<State>,
-    /// Notified on a submission.
+    /// Notified when an operation is submitted.
     pub submitted: Condvar,
-    /// Notified on progress.
+    /// Notified when the executor makes progress.
     pub progressed: Condvar,
     /// Shadow memory.
     pub shadow: Mutex<Shadow>,
@@ -235,7 +235,7 @@ pub(crate) struct SoftwareMachine {
     pub registry: Mutex<Registry>,
     /// Findings.
     pub findings: Mutex<Findings>,
-    /// Number of running compilations. While there are any, a lack of progress is not a deadlock.
+    /// Number of running compilations. A lack of progress during a compilation is not a deadlock.
     pub compiling: AtomicU64,
 }
 
@@ -455,7 +455,7 @@ impl State {
     ) {
         self.next_sequence += 1;
         let op = QueuedOp { kind, host, name: name.into(), sequence: self.next_sequence };
-        // If the call was deferred, its stream may have been destroyed.
+        // If the call was deferred, its stream may have been destroyed in the meantime.
         let Some(queue) = self.streams.get_mut(&stream).map(|s| &mut s.queue) else { return };
         queue.push_back(op);
         self.last_progress = Instant::now();

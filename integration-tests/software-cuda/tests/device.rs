@@ -1,4 +1,4 @@
-//! Tests of the software device alone: kernels, schedules, and mistakes that the tests plant.
+//! Tests of the software device alone: its kernels, its schedules, and the detection of planted mistakes.
 //!
 //! Each test starts this program again. The child's dynamic linker loads the software device instead of NVIDIA's
 //! libraries.

@@ -1,11 +1,12 @@
-//! A training in which one process is killed or frozen. The environment sets the moment: in the middle of forward,
-//! backward, a collective or the update of a step.
+//! A training in which one process is killed or frozen. The environment sets the moment: the middle of forward, of
+//! backward, of a collective or of the update of a step.
 //!
-//! `DIES="TARGET RANK STEP PHASE"`: TARGET is `KILL` or `STOP` for the process of RANK, or `LAUNCHER` to kill that
-//! process's parent. The death happens once. The file `died` then holds the Unix time in nanoseconds and the launch;
-//! the file `log` records progress over all restarts. Each stream emits an event on its own thread before a launch. The
-//! process therefore dies between two launches of an action, or inside a collective whose other members this program
-//! delays.
+//! The environment variable is `DIES="TARGET RANK STEP PHASE"`. TARGET is `KILL` or `STOP` for the process of RANK, or
+//! `LAUNCHER` to kill that process's parent. The fault happens only once over all restarts. The file `died` then holds
+//! the Unix time in nanoseconds and the launch. The file `log` records progress over all restarts.
+//!
+//! Each stream emits an event on its own thread before a launch. The process therefore dies between two launches of an
+//! action, or inside a collective. This program delays the other members of such a collective.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -29,8 +30,9 @@ const SAVE_EVERY: u64 = 4;
 /// After the launch event, the dying process's stream has this long to enter the collective and wait there. The other
 /// members enter only after the death, so the exact time does not matter.
 const DIES_AFTER: Duration = Duration::from_millis(100);
-/// Time limit within which the other members must see the death, and their polling interval.
+/// Time limit within which the other members must see the death.
 const DEATH_WITHIN: Duration = Duration::from_secs(10);
+/// Interval at which the other members check for the death.
 const POLL_EVERY: Duration = Duration::from_millis(20);
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -41,11 +43,11 @@ enum Target {
     Launcher,
 }
 
-/// Which process dies, how, and when.
+/// Which process dies, how it dies, and when.
 #[derive(Clone, Debug)]
 struct DeathPlan {
     target: Target,
-    /// Whether this process is the one that dies, or the one whose launcher dies.
+    /// Whether this process dies, or its launcher if the target is `Launcher`.
     is_own: bool,
     step: u64,
     phase: String,
@@ -112,7 +114,7 @@ struct Watch {
     plan: DeathPlan,
     /// The current step.
     step: Arc<AtomicU64>,
-    /// Whether a collective of the fatal step has begun.
+    /// Whether a collective of the step of the death has begun.
     begun: AtomicBool,
 }
 
@@ -124,7 +126,7 @@ impl Watch {
         if self.plan.phase == "collective" {
             return self.in_collective(launch);
         }
-        // This is the middle of the action: earlier launches have finished, and later launches have not.
+        // The launch in the middle of the action: earlier launches have finished, and later launches have not begun.
         let middle = launch.program.ends_with(&format!(" {}", self.plan.phase)) && launch.index == launch.launches / 2;
         if self.plan.is_own && middle {
             self.plan.execute(launch);
@@ -147,7 +149,7 @@ impl Watch {
     }
 }
 
-/// Delays a surviving member until the other process has died in the collective.
+/// Delays another member of the collective until the target process has died in the collective.
 fn wait_for_death() {
     let deadline = Instant::now() + DEATH_WITHIN;
     while !victim_is_dead() {

@@ -1,7 +1,7 @@
-//! A training to observe: `watched ADDRESS MESH gpipe|1f1b MICRO_BATCHES MILLISECONDS`. Every stage takes MILLISECONDS
-//! for the forward of a micro-batch, and the same time for its backward. This time does not depend on the machine's
-//! load, because the kernels wait for a timer. The line `close` on standard input blocks the last stage's forward until
-//! the line `open`. The end of the input ends the training.
+//! A training for tests of monitoring: `watched ADDRESS MESH gpipe|1f1b MICRO_BATCHES MILLISECONDS`. Every stage takes
+//! MILLISECONDS for the forward pass of a micro-batch, and the same time for its backward pass. This time does not
+//! depend on the machine's load, because the kernels wait for a timer. The line `close` on standard input blocks the
+//! forward pass of the last stage, and the line `open` unblocks it. The end of the input ends the training.
 
 use std::io::BufRead;
 use std::sync::Arc;

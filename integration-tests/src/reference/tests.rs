@@ -1,4 +1,4 @@
-//! Checks the reference against numpy, against finite differences and against itself.
+//! Compares the reference with numpy, with finite differences and with itself.
 
 use super::*;
 
@@ -13,8 +13,8 @@ fn assert_close(got: f64, expected: f64, tolerance: f64, quantity: &str) {
     assert!((got - expected).abs() <= tolerance, "{quantity}: got {got}, expected {expected}");
 }
 
-/// The expected numbers come from a float64 forward pass in numpy. In the numpy program, gradients are fourth-order
-/// central differences, and AdamW uses them to compute the later losses.
+/// The expected numbers come from a float64 forward pass in numpy. The numpy program computes gradients as fourth-order
+/// central differences. AdamW uses these gradients for the later losses.
 #[test]
 fn values_match_numpy() {
     let (loss, gradients) = first_step(&tiny(), TEXT);
@@ -41,7 +41,7 @@ fn values_match_numpy() {
     }
 }
 
-/// Checks every element of every gradient, because the numpy values cover only a few elements.
+/// Checks every element of every gradient. The numpy values cover only a few elements.
 #[test]
 fn gradients_match_finite_differences() {
     let config = tiny();
@@ -78,8 +78,8 @@ fn training_reduces_the_loss() {
     assert_close(losses[0], 3f64.ln(), 0.05, "loss of the untrained model on three tokens");
 }
 
-/// AdamW's first steps depend on the gradient's scale only through eps, so with tight clipping the loss falls more
-/// slowly.
+/// The scale of a gradient affects AdamW's first steps only through eps. With a low maximum norm, eps matters more, and
+/// the loss falls more slowly.
 #[test]
 fn clipping_scales_the_gradient() {
     let (config, text) = (ReferenceConfig::new(1, 2, 8, 8, 4), b"abcabcabcabc".repeat(20));

@@ -1,8 +1,8 @@
 //! Checks the imports between the modules of each crate against the lists of layers in `docs/architecture.md`.
 //!
-//! On that page, each crate has a heading and a numbered list of its layers, lowest first. A module belongs to the
-//! longest entry that its path begins with. The module may import modules of the same entry and of lower layers.
-//! Modules must not import each other in a circle, even below one entry.
+//! On that page, each crate has a heading and a numbered list of its layers, with the lowest layer first. The entries
+//! of a layer are paths of modules. A module belongs to the longest entry with which its path begins. The module may
+//! import modules of the same entry and of lower layers. Circles of imports are forbidden, even within one entry.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,7 +13,7 @@ pub(super) const PAGE: &str = "docs/architecture.md";
 const HEADING: &str = "## Layers";
 const LAYERED: &[&str] = &["kernels", "actors/job", "actors", "runtime"];
 
-/// For each crate, the layer of each entry.
+/// For each crate, the number of the layer of each entry.
 type Layers = BTreeMap<String, BTreeMap<String, usize>>;
 
 /// Reads the lists of layers.
@@ -112,7 +112,7 @@ fn resolve(path: &str, own: &str, modules: &BTreeSet<&str>) -> Option<String> {
             }
         }
         &"self" => drop(rest.next()),
-        // A child of the module may come first. Any other first part is another crate.
+        // The first part may be a child of the module. Otherwise, it is another crate.
         first if !modules.contains(format!("{own}::{first}").as_str()) => return None,
         _ => {}
     }
@@ -144,7 +144,7 @@ fn circle(start: &str, edges: &BTreeMap<&str, BTreeSet<String>>) -> Vec<String> 
     Vec::new()
 }
 
-/// Checks the modules of all crates in the table.
+/// Checks the modules of all crates in [`LAYERED`].
 pub(super) fn check(sources: &[Source]) -> Vec<Finding> {
     let page = sources.iter().find(|source| source.path == PAGE).unwrap_or(&Source { path: PAGE, text: "" });
     let crates = layers(page.text);
@@ -181,7 +181,7 @@ pub(super) fn check(sources: &[Source]) -> Vec<Finding> {
         }
         for (source, module) in &own {
             let circle = circle(module, &edges);
-            // Report each circle once: at the first of its modules.
+            // Report each circle only once, at the first of its modules.
             if !circle.is_empty() && circle.iter().all(|other| other >= module) {
                 let todo = format!("these modules import each other in a circle: {}", circle.join(" -> "));
                 found.push(finding(source, 1, "layers", todo));

@@ -1,4 +1,4 @@
-//! Tests of the rules in `tidy.rs`, each on a small bad input.
+//! Tests each rule in `tidy.rs` on a small bad input.
 
 use super::*;
 
@@ -95,7 +95,7 @@ fn phrases_are_found_in_prose_only() {
         assert_eq!(lines.iter().map(|line| &line[..1]).collect::<Vec<_>>()[..2], ["1", "2"], "{phrase}");
         assert_eq!(lines.len(), 3, "{phrase}: {lines:?}");
         assert_eq!(found(check_phrases(&source("a/README.md", &format!("# {phrase}\n`{phrase}`")))).len(), 2);
-        // These texts have names in code, parts of words, or punctuation between the words, which are all permitted.
+        // These texts are permitted: names in code, parts of words, and words with punctuation between them.
         let name = phrase.replace(' ', "_");
         let fine = format!("//! `{name}_x`, {}.\nfn {name}() {{ x.{name}() }}", phrase.replace(' ', ", "));
         let expected = usize::from(!phrase.contains(' '));
@@ -152,7 +152,7 @@ fn imports_against_the_layers_and_circles_are_found() {
         check(&[("actors/src/a.rs", "//!\nfn f() { crate::b::f() }\n"), ("actors/src/b.rs", "")]),
         ["actors/src/a.rs 2"]
     );
-    // Entries of one layer must not import each other. A longer entry is separate from the entry that it extends.
+    // Entries of one layer must not import each other. A longer entry is separate from an entry that is its beginning.
     assert_eq!(
         check(&[("actors/src/a.rs", ""), ("actors/src/a/low.rs", "use super::A;\n")]),
         ["actors/src/a/low.rs 1"]

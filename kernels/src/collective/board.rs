@@ -4,7 +4,7 @@
 //! - BOARD-1: other processes write the board, so its content may be wrong. The board holds only atomics and bytes.
 //!   Code that reads an offset from the board checks that the offset is inside its arena.
 //! - BOARD-2: every wait ends within `TICK` of an abort, whatever the other processes do.
-//! - BOARD-3: a member has at most one call in flight. Its posts alternate between two places, so other members may
+//! - BOARD-3: a member has at most one call in flight. The member's posts alternate between two places, so others may
 //!   still read its last post while it writes the next one. No member starts rendezvous k+2 before all members have
 //!   left rendezvous k.
 #![allow(unsafe_code)]
@@ -23,13 +23,13 @@ use crate::memory::Arena;
 /// Longest sleep between two checks for an abort.
 pub(super) const TICK: Duration = Duration::from_millis(20);
 
-/// How long a waiting member spins. It does not spin when the members outnumber the cores.
+/// How long a waiting member spins. A member does not spin when the members outnumber the cores.
 const SPIN: Duration = Duration::from_micros(5);
 
-/// How long a waiting member spins and yields its core, in total, before it sleeps.
+/// Total time for which a waiting member first spins and then yields its core, before it sleeps.
 const YIELD: Duration = Duration::from_micros(50);
 
-/// Largest x, in bytes, that is copied to the board. The owner need not wait for other members to read a copied x.
+/// Largest x, in bytes, that a member copies to the board. The member then leaves without waiting for others to read x.
 pub(super) const COPY_BYTES_MAX: usize = 8 << 10;
 
 /// Longest text on the board, in bytes; longer texts are truncated.
@@ -65,7 +65,7 @@ pub(super) struct Head {
 #[repr(C, align(64))]
 pub(super) struct Counter {
     pub(super) value: AtomicU32,
-    /// Number of waiters that sleep or are about to. A killed waiter stays counted, which only adds system calls.
+    /// Number of waiters that sleep or are about to sleep. A killed waiter stays counted; this only costs system calls.
     sleepers: AtomicU32,
 }
 
@@ -95,12 +95,12 @@ pub(super) struct Post {
 #[repr(C, align(64))]
 pub(super) struct MemberSlot {
     pub(super) posts: [Post; 2],
-    /// The member that a pending send is addressed to, plus 1; 0 when no send is pending.
+    /// The receiver of this member's pending send, plus 1; 0 when no send is pending.
     pub(super) offer: Counter,
     pub(super) sent: Post,
     /// Number of the call that the member is in. Wraps around.
     pub(super) call: AtomicU32,
-    /// The member that this one waits to receive from, plus 1; 0 when it waits for none.
+    /// The member from which this member waits to receive, plus 1; 0 when it waits for none.
     pub(super) receiving: AtomicU32,
     text_call: AtomicU32,
     text: Text,
@@ -132,7 +132,7 @@ impl Text {
 }
 
 impl Counter {
-    /// Wakes all waiters, in every process. Call it after changing `value`.
+    /// Wakes all waiters in every process. Call this function after changing `value`.
     pub(super) fn wake_waiters(&self) {
         if self.sleepers.load(Ordering::SeqCst) > 0 {
             self.wake();
@@ -144,7 +144,7 @@ impl Counter {
         let _ = futex::wake(&self.value, futex::Flags::empty(), i32::MAX as u32);
     }
 
-    /// Waits until `done` holds. Before each sleep it calls `check_interrupt` with the number of sleeps so far.
+    /// Waits until `done` returns true. Before each sleep, calls `check_interrupt` with the number of earlier sleeps.
     pub(super) fn wait(
         &self,
         oversubscribed: bool,
@@ -184,11 +184,11 @@ impl Counter {
     /// Sleeps until the value changes, a wake-up arrives, or [`TICK`] has passed.
     fn sleep(&self, done: &dyn Fn(u32) -> bool) {
         self.sleepers.fetch_add(1, Ordering::SeqCst);
-        // Load after counting this sleeper: a thread that changes the value later sees the count and wakes the sleeper.
+        // Counts this sleeper before the load. So a thread that changes the value later sees the count, and wakes it.
         let seen = self.value.load(Ordering::SeqCst);
         if !done(seen) {
             let tick = futex::Timespec { tv_sec: 0, tv_nsec: i64::from(TICK.subsec_nanos()) };
-            // The wait may end early, on a signal or a changed value. The caller checks again in any case.
+            // A signal or a changed value may end the wait early. The caller checks again in any case.
             let _ = futex::wait(&self.value, futex::Flags::empty(), seen, Some(&tick));
         }
         self.sleepers.fetch_sub(1, Ordering::SeqCst);
@@ -207,7 +207,7 @@ impl GroupArea {
         self.arrivals.wake();
     }
 
-    /// Returns the group's error once it is completely written, and `Ok` before that.
+    /// Returns the group's error once the error is completely written, and `Ok` before that.
     pub(super) fn check(&self, group: u32) -> Result<()> {
         if self.failed.load(Ordering::Acquire) != SET {
             return Ok(());
@@ -246,7 +246,7 @@ impl Board {
         size_of::<GroupArea>() + group.ranks.len() * (size_of::<MemberSlot>() + size_of::<Copies>())
     }
 
-    /// Creates the memory of one epoch's board. One process of the node calls this; the others use [`Arena::map_peer`].
+    /// Creates the memory of a board. One process of the node calls this; the other processes use [`Arena::map_peer`].
     ///
     /// # Errors
     /// [`KernelError::Arguments`] when the system provides no memory.
@@ -260,8 +260,8 @@ impl Board {
             Err(KernelError::arguments("board of collectives", what, expected, got))
         };
         if arena.bytes() != Self::bytes(groups) || !arena.is_writable() || arena.descriptor().is_none() {
-            let expected = format!("{} bytes of shared memory, writable true", Self::bytes(groups));
-            let got = format!("{} bytes, writable {}", arena.bytes(), arena.is_writable());
+            let expected = format!("{} bytes of shared memory (writable: true)", Self::bytes(groups));
+            let got = format!("{} bytes (writable: {})", arena.bytes(), arena.is_writable());
             return refused("memory", expected, got);
         }
         let mut end = size_of::<Head>();
@@ -275,7 +275,7 @@ impl Board {
         let before = board.head().groups.compare_exchange(0, digest, Ordering::AcqRel, Ordering::Acquire);
         match before {
             Err(other) if other != digest => {
-                let expected = format!("those of the other processes (digest {other:016x})");
+                let expected = format!("the same groups as the other processes (digest {other:016x})");
                 refused("groups", expected, format!("digest {digest:016x}"))
             }
             _ => Ok(board),
@@ -319,7 +319,7 @@ impl Board {
         self.slot_offset(group, member) + size_of::<MemberSlot>() + (rendezvous % 2) as usize * COPY_BYTES_MAX
     }
 
-    /// Aborts all processes and wakes all members. `members` yields each group's size. Later aborts keep the cause.
+    /// Aborts all processes and wakes all members. `members` yields each group's size. The first abort sets the cause.
     pub(super) fn abort(&self, cause: &str, members: impl Iterator<Item = usize>) {
         let head = self.head();
         if head.aborted.compare_exchange(UNSET, CLAIMED, Ordering::Acquire, Ordering::Relaxed).is_ok() {

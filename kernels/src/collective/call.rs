@@ -1,11 +1,11 @@
-//! The request of a collective: what its members call together.
+//! The request for a collective: the group, and the operation that its members call together.
 
 use std::sync::Arc;
 
 use crate::error::KernelError;
 use crate::tensor::{Region, element_count, split_range};
 
-/// How partial values are combined.
+/// How a reduction combines the members' values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ReduceOp {
     /// Addition.
@@ -29,7 +29,7 @@ pub struct Group {
 }
 
 impl Group {
-    /// The error when a member makes a different call from the other members.
+    /// The error if a member's call differs from the call of the other members.
     pub(crate) fn mismatch(&self, member: usize, expected: impl Into<String>, got: impl Into<String>) -> KernelError {
         KernelError::CollectiveMismatch { group: self.id, member, expected: expected.into(), got: got.into() }
     }
@@ -70,7 +70,7 @@ pub enum CollectiveKind {
         parts: Vec<Region>,
     },
     /// `(part) -> (other part)`: each member contributes its region of `sources` and receives its region of `targets`.
-    /// A member takes each element from its own source if possible, else from the first source that has the element.
+    /// A member takes each element from its own source or, if that lacks the element, from the first source with it.
     AllToAll {
         /// The region that each member contributes.
         sources: Vec<Region>,
@@ -82,7 +82,7 @@ pub enum CollectiveKind {
         /// The member that sends.
         root: usize,
     },
-    /// `(x) -> ()`, point to point. Returns once the receiver has joined the call and the sender may overwrite x.
+    /// `(x) -> ()`, point to point. Returns once the receiver has joined the call and x may be overwritten.
     Send {
         /// The receiving member.
         to: usize,

@@ -13,15 +13,15 @@ use crate::tensor::{DType, Region, split_range};
 /// Number of elements per block. A reduction keeps one block in the L1 cache.
 const BLOCK: usize = 1024;
 
-/// Copies into a result of at least this many elements bypass the caches, which are too small for the result. Measured
-/// with 2 and 4 processes: from 8 MiB on, bypassing takes 0.3 to 0.9 times as long as copying through the caches. At 4
-/// MiB the ratio depends on the number of processes.
+/// Copies into a result of at least this many elements bypass the caches, which are too small for the result. In
+/// measurements with 2 and 4 processes, bypassing takes 0.3 to 0.9 of the time of copying through the caches if the
+/// result has 8 MiB or more. At 4 MiB, the ratio depends on the number of processes.
 const STREAM_ELEMENTS_MIN: usize = 1 << 21;
 
 /// Runs of fewer elements than this are copied through the caches.
 const STREAM_RUN_MIN: usize = 256;
 
-/// A view without lifetime and shape. It keeps its memory alive, and is in bounds and aligned like all views (MEM-1).
+/// A view without lifetime and shape. It keeps its memory alive. Like all views, it is in bounds and aligned (MEM-1).
 #[derive(Clone, Debug)]
 pub(crate) struct Posted {
     arena: Arena,
@@ -72,7 +72,7 @@ impl Posted {
     /// The range is inside the view, holds floats, and is not written during `'a`.
     pub(crate) unsafe fn floats<'a>(&self, start: usize, len: usize) -> &'a [f32] {
         debug_assert!(start + len <= self.elements);
-        // SAFETY: the range is inside a view, which is in bounds and aligned (MEM-1). The caller ensures the rest.
+        // SAFETY: the range is inside a view, so it is in bounds and aligned (MEM-1). The contract covers the rest.
         unsafe { std::slice::from_raw_parts(self.at(start).cast(), len) }
     }
 
@@ -81,7 +81,7 @@ impl Posted {
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn floats_mut<'a>(&self, start: usize, len: usize) -> &'a mut [f32] {
         debug_assert!(start + len <= self.elements);
-        // SAFETY: the range is inside a view, which is in bounds and aligned (MEM-1). The caller ensures the rest.
+        // SAFETY: the range is inside a view, so it is in bounds and aligned (MEM-1). By the contract, it is exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.at(start).cast(), len) }
     }
 }
@@ -144,7 +144,7 @@ unsafe fn stream(source: *const u32, target: *mut u32, len: usize) {
 impl<'a> Terms<'a> {
     /// The terms of a call whose buffers were checked.
     pub(crate) fn of(call: &'a CollectiveCall, x_shape: &'a [usize], y_shape: &'a [usize], dtype: DType) -> Self {
-        // Regions determine the shapes of parts; without regions, all members must have the same shapes.
+        // Regions determine the shapes of the parts. In calls without regions, all members must have the same shapes.
         let (x_shape, whole) = match call.kind {
             CollectiveKind::AllGather { .. } => (None, Some(y_shape)),
             CollectiveKind::AllToAll { .. } => (None, None),
@@ -159,7 +159,7 @@ pub(crate) fn describe(call: &CollectiveCall, buffer: Option<(DType, &[usize])>)
     format!("{:?} of {buffer} among ranks {:?}", call.kind, call.group.ranks)
 }
 
-/// Calls [`describe`] for unchecked buffers: with the first read, or with the first write if nothing is read.
+/// Calls [`describe`] for unchecked buffers: with the first read or, if there is none, with the first write.
 pub(crate) fn describe_views(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> String {
     describe(call, reads.iter().chain(writes).next().map(|view| (view.dtype(), view.shape())))
 }
@@ -254,7 +254,7 @@ fn check_covered(name: &str, sources: &[Region], target: &Region) -> Result<()> 
         rest = rest.iter().flat_map(|region| subtract(region, source)).collect();
     }
     let Some(missing) = rest.iter().find(|region| !region.is_empty()) else { return Ok(()) };
-    let got = format!("none for {missing:?}");
+    let got = format!("no source for {missing:?}");
     Err(KernelError::arguments(name, "sources", "a source member for every element", got))
 }
 
@@ -289,10 +289,10 @@ pub(crate) fn combine_onto(op: ReduceOp, a: &[f32], y: &mut [f32]) {
 }
 
 /// Combines elements `start..start + len` of all members' x and writes the result to `y` at `to`. The order is that of
-/// [`crate::collective::Group`]: the member after the owner first, the owner last.
+/// [`crate::collective::Group`]: the member after the owner comes first, and the owner comes last.
 ///
 /// # Safety
-/// All ranges are inside. Only the caller accesses the range of y. No x is written, except where x and y share memory.
+/// All ranges are inside their views. Only the caller accesses y's range. No x is written, except where it is also y.
 unsafe fn reduce(op: ReduceOp, xs: &[Posted], owner: usize, (start, len): (usize, usize), y: &Posted, to: usize) {
     let n = xs.len();
     if n == 1 {
@@ -303,8 +303,8 @@ unsafe fn reduce(op: ReduceOp, xs: &[Posted], owner: usize, (start, len): (usize
     let in_place = xs[owner].at(start) == y.at(to);
     for block in (0..len).step_by(BLOCK) {
         let block_len = BLOCK.min(len - block);
-        // SAFETY: the range is inside by the contract. This block of y is written only after the same block of every x
-        // was read.
+        // SAFETY: the range is inside its view by the contract. This block of y is written only after the same block of
+        // every x was read.
         let x = |i: usize| unsafe { xs[(owner + i) % n].floats(start + block, block_len) };
         let sum = &mut sum[..block_len];
         let mut before = x(1);
@@ -313,8 +313,8 @@ unsafe fn reduce(op: ReduceOp, xs: &[Posted], owner: usize, (start, len): (usize
             (3..n).for_each(|i| combine_into(op, sum, x(i)));
             before = sum;
         }
-        // SAFETY: the range is inside and exclusive by the contract. If y is the owner's x, there is no other slice of
-        // it now.
+        // SAFETY: by the contract, the range is inside its view and access is exclusive. If y is the owner's x, no
+        // other slice of this memory exists now.
         let y = unsafe { y.floats_mut(to + block, block_len) };
         if in_place { combine_onto(op, before, y) } else { combine_two(op, before, x(n), y) }
     }
@@ -328,16 +328,16 @@ fn gather(buffers: &ExchangeBuffers<'_>, sources: &[Region], target: &Region) {
             let from = (&source.size[..], &common.relative_to(source).start[..]);
             let to = (&target.size[..], &common.relative_to(target).start[..]);
             for_each_run(from, to, &common.size, |from, to, len| {
-                // SAFETY: both ranges are inside, since shapes were checked against regions. Only this member writes
-                // its y, and no member writes its x until all have left the call.
+                // SAFETY: both ranges are inside their views, because shapes were checked against regions. Only this
+                // member writes its y, and no member writes its x until all members have left the call.
                 unsafe { copy_part(&buffers.xs[other], from, buffers.y, to, len, bypass_caches) };
             });
         }
     }
 }
 
-/// Splits `target` into boxes by the member to copy from: `member` if its source has the box, else the first member
-/// whose source has it. No element is in two boxes.
+/// Splits `target` into boxes, and returns them by the member from which each box is copied. That is `member` if its
+/// source contains the box, and otherwise the first member whose source contains it. No element is in two boxes.
 pub(crate) fn taken(member: usize, sources: &[Region], target: &Region) -> Vec<(usize, Vec<Region>)> {
     let mut rest = vec![target.clone()];
     let own_first = std::iter::once(member).chain((0..sources.len()).filter(|&other| other != member));
@@ -361,21 +361,21 @@ pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Resu
     match &buffers.call.kind {
         CollectiveKind::AllReduce { op } => {
             let own = split_range(y.elements, members, member);
-            // SAFETY: each member writes only its own chunk of its own memory. Until the barrier, other members read
-            // only their own chunks of that memory.
+            // SAFETY: before the barrier, each member writes only its own chunk of its own y. If x and y share memory,
+            // other members read only their own chunks of it until then.
             unsafe { reduce(*op, buffers.xs, member, (own.start, own.len()), y, own.start) };
             barrier()?;
             for (other, other_y) in buffers.ys.iter().enumerate().filter(|(other, _)| *other != member) {
                 let chunk = split_range(y.elements, members, other);
-                // SAFETY: member `other` wrote its own chunk before the barrier, and all members only read it from then
-                // on. Only this member accesses chunk `other` of its own y.
+                // SAFETY: member `other` wrote its own chunk before the barrier. After the barrier, all members only
+                // read that chunk. Only this member accesses chunk `other` of its own y.
                 unsafe { copy_part(other_y, chunk.start, y, chunk.start, chunk.len(), bypass_caches) };
             }
         }
         CollectiveKind::ReduceScatter { op, parts } => {
             let part = &parts[member];
             Runs::new(buffers.x_shape, part).for_each(0..part.element_count(), |from, to, len| {
-                // SAFETY: both ranges are inside and y overlaps no x (both checked). Only this member writes y.
+                // SAFETY: both ranges are in bounds, and y overlaps no x (both checked). Only this member writes y.
                 unsafe { reduce(*op, buffers.xs, member, (from, len), y, to) };
             });
         }
@@ -384,7 +384,7 @@ pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Resu
         // The root's x is also its y: there is nothing to copy, and other members read that memory.
         CollectiveKind::Broadcast { root } if member == *root && x.at(0) == y.at(0) => {}
         CollectiveKind::Broadcast { root } => {
-            // SAFETY: both are whole views of one size. Nobody writes the root's x: its y is elsewhere or not written.
+            // SAFETY: x and y are whole views of one size. Nobody writes the root's x: the root's y is other memory.
             unsafe { copy_part(&buffers.xs[*root], 0, y, 0, y.elements, bypass_caches) };
         }
         CollectiveKind::Send { .. } | CollectiveKind::Receive { .. } => {}
@@ -392,13 +392,13 @@ pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Resu
     Ok(())
 }
 
-/// Like [`exchange`], on copies of each x, which nobody writes. No member reads another's y, so no barrier is needed.
+/// Like [`exchange`], but reads copies of x that nobody writes. No member reads another's y, so no barrier is needed.
 pub(crate) fn exchange_copies(buffers: &ExchangeBuffers<'_>) -> Result<()> {
     let CollectiveKind::AllReduce { op } = &buffers.call.kind else { return exchange(buffers, &|| Ok(())) };
     let (members, y) = (buffers.xs.len(), buffers.y);
     for owner in 0..members {
         let chunk = split_range(y.elements, members, owner);
-        // SAFETY: both ranges are inside. Only this member accesses y, and no x shares memory with y.
+        // SAFETY: both ranges are inside their views. Only this member accesses y, and no x shares memory with y.
         unsafe { reduce(*op, buffers.xs, owner, (chunk.start, chunk.len()), y, chunk.start) };
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! Collectives between the devices of one process. After a rendezvous, members read each other's memory directly.
 //!
 //! - MEET-1: all members of a group are in the same call before any member accesses another member's memory. No member
-//!   leaves before the last has finished. In between, the register protocol prevents writes to the posted memory.
+//!   leaves before the last has finished. During the call, the register protocol prevents writes to the posted memory.
 //! - MEET-2: arguments are checked at the rendezvous. After the rendezvous, a call cannot fail, and waits only while
 //!   other members copy. So an abort needs to wake only members that wait for a rendezvous.
 #![allow(unsafe_code)]
@@ -47,7 +47,7 @@ impl InProcess {
 
     fn copy(&self, sender: &Post<Buffers>, receiver: &Post<Buffers>) {
         let elements = element_count(&receiver.y_shape);
-        // SAFETY: both are whole views of the same size. The member that arrived first stays in its call. Only the
+        // SAFETY: x and y are whole views of the same size. The member that arrived first stays in its call. Only the
         // receiver accesses y.
         unsafe { copy_elements(&sender.memory.x, 0, &receiver.memory.y, 0, elements) };
         self.0.received.count(&receiver.call, &receiver.y_shape, receiver.dtype);

@@ -1,8 +1,8 @@
 //! One issue order per device: a device issues collectives in the order of their submissions, across all its streams.
 //!
-//! - ORDER-1: the collectives of a submission go on its stream only after those of all earlier submissions to the
-//!   device. The plan fixes one order of submissions for all devices. If all devices receive them in that order, all
-//!   devices issue all collectives in that order, even if a submission reaches its stream late.
+//! - ORDER-1: a device issues a submission's collectives only after it has issued those of all earlier submissions. The
+//!   plan fixes one order of submissions for all devices. If all devices receive the submissions in that order, they
+//!   also issue all collectives in that order, even if a submission reaches its stream late.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

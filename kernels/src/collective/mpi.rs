@@ -1,13 +1,13 @@
 //! Collectives by MPI, for groups whose members are in different processes.
 //!
-//! - MPI-3: before a collective, its members agree on it with one small all-reduce of a digest, so calls passed to MPI
-//!   always match. A member in a collective notifies each member whose send or receive waits for it. The notified
-//!   member then joins the agreement with a different digest.
+//! - MPI-3: before a collective, the members compare their calls with one small all-reduce of a digest (the agreement).
+//!   So the calls that are passed to MPI always match. A member in a collective notifies each member whose send or
+//!   receive waits for it. The notified member then joins the agreement with a different digest.
 //! - MPI-4: an abort ends every wait of a call. The group then stays failed, and buffers of unfinished transfers stay
 //!   allocated (MPI-2). Creating communicators has a timeout. `mpirun` supervises the start of MPI.
 //!
-//! MPI chooses the order of additions, so sums differ from those of other engines by rounding. MPI recommends, but does
-//! not guarantee, that all members get the same bits from an all-reduce. OpenMPI returns the same bits to all members.
+//! MPI chooses the order of additions, so its sums differ by rounding from those of other engines. The MPI standard
+//! recommends, but does not require, that all members get the same bits from an all-reduce. In OpenMPI, they do.
 //!
 //! Memory: a group keeps a buffer for non-contiguous parts and in-place all-reduces, sized for its largest call so far.
 #![allow(unsafe_code)]
@@ -34,7 +34,7 @@ pub use calls::MpiWorld;
 use calls::{Comm, Layout, Transfer, pause};
 use parking_lot::Mutex;
 
-/// Posts use the tags `0..TAGS`, data uses `TAGS..2 * TAGS`. MPI supports at least 32768 tags.
+/// Posts, which announce calls, use the tags `0..TAGS`. Data uses `TAGS..2 * TAGS`. MPI supports at least 32768 tags.
 const TAGS: u32 = 1 << 14;
 
 /// Values of a post's second word: the member waits in a transfer, is in a collective, or has buffers that do not fit.
@@ -42,7 +42,7 @@ const WAITING: u64 = 0;
 const IN_COLLECTIVE: u64 = 1;
 const REJECTED: u64 = 2;
 
-/// Bytes of the record that each member sends after a disagreement: the digest of its call, and a text.
+/// Bytes of the record that each member sends if the calls differ: the digest of its own call, and a description.
 const RECORD_BYTES: usize = 256;
 
 /// The engine of groups whose members are all in different processes. A process has one engine for all its groups.
@@ -64,12 +64,12 @@ struct GroupState {
 struct State {
     comm: Option<Comm>,
     memory: Memory,
-    /// Number of collectives that the group has agreed on; wraps.
+    /// Number of collectives that the group has agreed on. Wraps around.
     collectives: u32,
     failed: Option<KernelError>,
 }
 
-/// Memory that calls need in addition to their buffers. Leaked when a call ends with an unfinished transfer.
+/// Memory that calls need in addition to their buffers. It is leaked when a call ends with an unfinished transfer.
 #[derive(Default)]
 struct Memory {
     scratch: Vec<f32>,
@@ -91,7 +91,7 @@ fn count(words: usize) -> Result<c_int> {
 }
 
 impl Layout {
-    /// Lays out the parts one after the other; also returns their total size.
+    /// Places the parts one after the other, and also returns their total size.
     fn packed(sizes: impl Iterator<Item = usize>) -> Result<(Self, usize)> {
         let (mut layout, mut end) = (Self::default(), 0);
         for size in sizes {
@@ -132,8 +132,8 @@ impl Mpi {
     /// and wait for each other for at most `within`. `process_of` returns the process that runs a rank of the mesh.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when two members of a group are in one process, or a member's process is not in
-    /// `world`; [`KernelError::Mpi`] when not all processes arrive in time, or MPI creates no communicator.
+    /// [`KernelError::Arguments`] if two members of a group are in one process, or if a member's process is not in
+    /// `world`; [`KernelError::Mpi`] if a process does not arrive in time, or if MPI cannot create a communicator.
     pub fn new(
         world: Arc<MpiWorld>,
         groups: &[Arc<Group>],
@@ -227,7 +227,7 @@ impl Call<'_> {
         let mut numbers = mem::take(&mut self.memory.numbers);
         numbers[0] = [own, !own];
         let [x, y] = &mut *numbers;
-        // SAFETY: as in `transfer`: `numbers` is returned to `memory` below, or leaked.
+        // SAFETY: as in `transfer`, and `numbers` is returned to `memory` below, or leaked.
         let agreed = unsafe { self.comm.run(Transfer::Max { x, y }, &mut || self.answer_waiting_members()) };
         if let Err(error) = agreed {
             mem::forget(numbers);
@@ -238,7 +238,7 @@ impl Call<'_> {
         if agreed { Ok(()) } else { Err(self.disagreement(own)?) }
     }
 
-    /// The error of all members after a disagreement. It names the member that agrees with the fewest other members.
+    /// The error that all members return if their calls differ. It names the member whose call the fewest members make.
     fn disagreement(&mut self, own: u64) -> Result<CallError, CallError> {
         let members = self.call.group.ranks.len();
         let mut records = vec![0; RECORD_BYTES * (1 + members)];
@@ -263,7 +263,7 @@ impl Call<'_> {
         Ok(CallError::Completed(self.call.group.mismatch(member, text(majority_member), text(member))))
     }
 
-    /// Waits until the peer of a send or receive is in its call, and checks that the two calls match.
+    /// Waits until the peer of a send or receive is in a call, and checks that the two calls match.
     fn rendezvous(&mut self, peer: usize, rejected: bool) -> CallResult {
         self.post(peer, if rejected { REJECTED } else { WAITING })?;
         let began = Instant::now();
@@ -331,7 +331,7 @@ impl Call<'_> {
         }
     }
 
-    /// Runs `work`, which makes one transfer, on `words` words of scratch memory. Leaks them if MPI may still use them.
+    /// Runs `work`, which makes one transfer, with `words` words of scratch memory. Leaks them if MPI may use them.
     fn with_scratch(&mut self, words: usize, work: impl FnOnce(&Self, &mut [f32]) -> CallResult) -> CallResult {
         let mut scratch = mem::take(&mut self.memory.scratch);
         scratch.resize(scratch.len().max(words), 0.0);
@@ -392,8 +392,8 @@ impl Call<'_> {
         let (source, target) = (&sources[member], &targets[member]);
         let (x, y) = words.split();
         let x = x.unwrap_or_default();
-        // The boxes of the whole tensor that this member sends to each member and receives from each member. Boxes that
-        // this member has in its own x are copied directly.
+        // The boxes of the whole tensor that this member sends to each member, and those that it receives from each
+        // member. Boxes that are in this member's own x are copied directly.
         let own_of = |to: usize| taken(to, sources, &targets[to]).into_iter().find(|(from, _)| *from == member);
         let sent_boxes: Vec<Vec<Region>> = (0..n).map(|to| own_of(to).map_or(Vec::new(), |(_, boxes)| boxes)).collect();
         let mut got = vec![Vec::new(); n];

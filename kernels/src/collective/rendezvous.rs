@@ -1,6 +1,6 @@
 //! The rendezvous of a group's members on the host, for engines whose members all run in this process.
 //!
-//! - MEET-3: a group whose members disagreed fails permanently, so that no member waits for a member that has left.
+//! - MEET-3: a group whose members' calls differ fails permanently, so that no member waits for one that has left.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ const SPIN: Duration = Duration::from_micros(20);
 #[derive(Clone, Debug)]
 pub(crate) struct Post<M> {
     pub(crate) call: CollectiveCall,
-    /// Empty if the call reads nothing. Likewise, `y_shape` is empty if the call writes nothing.
+    /// This shape is empty if the call reads nothing. Likewise, `y_shape` is empty if the call writes nothing.
     pub(crate) x_shape: Vec<usize>,
     pub(crate) y_shape: Vec<usize>,
     pub(crate) dtype: DType,
@@ -52,7 +52,7 @@ impl<M> Post<M> {
         self.call.group.mismatch(self.call.member, expected, got)
     }
 
-    /// Sender, receiver, and whether this is the sender's post; `None` for a collective of all members.
+    /// The sender, the receiver, and whether this is the sender's post. `None` for a collective of all members.
     pub(crate) fn ends(&self) -> Option<(usize, usize, bool)> {
         match self.call.kind {
             CollectiveKind::Send { to } => Some((self.call.member, to, true)),
@@ -109,7 +109,8 @@ impl<M: Clone> Groups<M> {
         }
     }
 
-    /// Members that have posted wait for members that have not. Each side of a transfer waits for the other side.
+    /// The current waits. In a collective, members that have posted wait for members that have not posted. In a
+    /// transfer, each side waits for the other side.
     pub(crate) fn waits(&self) -> Vec<MemberWait> {
         let groups: Vec<_> = self.by_id.lock().values().cloned().collect();
         groups.iter().flat_map(|rendezvous| rendezvous.waits()).collect()
@@ -175,7 +176,7 @@ impl<M: Clone> State<M> {
             return mismatch(if sends { "receive" } else { "send" });
         }
         if self.posts.get(member).is_some_and(Option::is_some) {
-            return mismatch("one call of a member at a time");
+            return mismatch("at most one call of a member at a time");
         }
         let first = self.posts.iter().flatten().next()?;
         if first.terms() != post.terms() { mismatch(&first.describe()) } else { None }
@@ -224,8 +225,8 @@ impl<M: Clone> Rendezvous<M> {
         self.changed.notify_all();
     }
 
-    /// Waits until `done` holds for the state. Code that makes `done` true either calls [`Rendezvous::advance`] with
-    /// the lock held, or notifies the waiting members after it has held the lock.
+    /// Waits until `done` returns true for the state. Code that makes `done` true either calls [`Rendezvous::advance`]
+    /// while it holds the lock, or takes and releases the lock and then notifies the waiting members.
     fn wait(&self, done: impl Fn(&State<M>) -> bool) -> MutexGuard<'_, State<M>> {
         let mut state = self.state.lock();
         while !done(&state) {
@@ -243,7 +244,7 @@ impl<M: Clone> Rendezvous<M> {
         state
     }
 
-    /// Arrives at a collective. The last member runs `complete` on all posts while the others wait. All get its result.
+    /// Arrives at a collective. The last member runs `complete` on all posts while the others wait. All get the result.
     pub(crate) fn join(
         &self,
         post: Post<M>,
@@ -269,7 +270,7 @@ impl<M: Clone> Rendezvous<M> {
         Ok(Arrival::Complete(state.current.clone()))
     }
 
-    /// Arrives at a transfer. The second member runs `copy` on the posts of sender and receiver while the first waits.
+    /// Arrives at a transfer. The second member to arrive runs `copy` on both members' posts while the first one waits.
     pub(crate) fn transfer(
         &self,
         post: Post<M>,
@@ -281,7 +282,7 @@ impl<M: Clone> Rendezvous<M> {
         }
         let Some((from, to, sends)) = post.ends() else { return Ok(Arrival::Complete(None)) };
         if let Some(Some(waiting)) = state.posts.get(if sends { to } else { from }) {
-            // The peer waits in a collective of the group: the two can never match.
+            // The peer waits in a collective of the group, so the two calls can never match.
             let error = post.mismatch(waiting.describe(), post.call.name().to_owned());
             return Err(self.fail(&mut state, error));
         }

@@ -1,4 +1,4 @@
-//! Forwards each group's calls to the group's engine, since groups may span one process, one node, or several nodes.
+//! Forwards each group's calls to an engine that fits the group, which may span one process, one node or several nodes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ pub struct Routed {
 }
 
 impl Routed {
-    /// `engines` maps group ids to engines; other groups use `default`. One engine may serve many groups.
+    /// `engines` maps group ids to engines. Groups without an entry use `default`. One engine may serve many groups.
     pub fn new(engines: BTreeMap<u32, Arc<dyn Collective>>, default: Arc<dyn Collective>) -> Self {
         Self { by_group: engines, default }
     }

@@ -1,7 +1,7 @@
 //! Collectives between devices of several processes of one node. Members post their calls on a board in shared memory,
-//! then read each other's arenas directly.
+//! and then read each other's arenas directly.
 //!
-//! MEET-1 holds as in `in_process`, MEET-3 as in `rendezvous`. Instead of MEET-2:
+//! MEET-1 (see `in_process`) and MEET-3 (see `rendezvous`) hold. These invariants replace MEET-2:
 //! - NODE-1: a peer may die or freeze at any time, so every wait ends once any process aborts. Partial results of an
 //!   aborted call are invalid.
 //! - NODE-2: a member copies a small x to the board and leaves as soon as all members have arrived. No other member
@@ -23,7 +23,7 @@ use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Membe
 use crate::error::{KernelError, Result};
 use crate::memory::{Arena, View};
 
-/// After a disagreement, a member waits this many [`TICK`]s at most for the other member's description of its call.
+/// If two calls differ, a member waits for the other member's description of its call for at most this many [`TICK`]s.
 const DESCRIPTION_TICKS_MAX: u32 = 50;
 
 /// The engine of groups whose members run in several processes of one node. Each process has one engine.
@@ -66,12 +66,12 @@ struct Call<'a> {
 }
 
 impl SharedMemory {
-    /// Creates the engine of this process. `board` is one memfd ([`Board::create`]), mapped read-write. All processes
+    /// Creates the engine of this process. `board` is a memfd from [`Board::create`], mapped read-write. All processes
     /// pass the same board and the same `groups` in the same order. `arenas` maps the rank of every member device to
     /// the memory of its x and y: the device's own arena if this process runs the device, else a read-only mapping.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when the board does not match the groups, or a member's arena is missing.
+    /// [`KernelError::Arguments`] if the board does not match the groups, or if a member's arena is missing.
     pub fn new(board: Arena, groups: &[Arc<Group>], arenas: BTreeMap<usize, Arena>) -> Result<Self> {
         let board = Board::new(board, groups)?;
         let missing = groups.iter().flat_map(|group| &group.ranks).find(|rank| !arenas.contains_key(rank));
@@ -100,7 +100,7 @@ impl SharedMemory {
     }
 
     fn check_aborted(&self) -> Result<()> {
-        // Prefer the board's cause, the first of all processes. It is missing if a process died while writing it.
+        // Prefers the board's cause: the first of all processes. It is missing if a process died while writing it.
         match self.board.aborted() {
             Some(cause) => Err(KernelError::Aborted { cause }),
             None => self.abort_status.check(),
@@ -170,7 +170,7 @@ impl Call<'_> {
         (0..self.members()).for_each(|member| self.other(member).offer.wake_waiters());
     }
 
-    /// Waits for the description of another member's call, for an error. A live member publishes it within a tick.
+    /// Waits for the description of another member's call, for an error text. A live member publishes it within a tick.
     fn wait_for_description(&self, member: usize) -> String {
         let until = Instant::now() + TICK * DESCRIPTION_TICKS_MAX;
         loop {
@@ -184,7 +184,7 @@ impl Call<'_> {
         }
     }
 
-    /// Fails the group after this member and `other` disagreed. The error names the one whose call fewer members make.
+    /// Fails the group: the calls of this member and of `other` differ. The error names the one with the rarer call.
     fn fail_disagreement(&self, other: usize) -> KernelError {
         let (member, own_call) = (self.call.member, self.describe());
         self.slot.publish_call(&own_call);
@@ -208,15 +208,15 @@ impl Call<'_> {
         (post.number.load(Ordering::SeqCst) == next).then_some(post)
     }
 
-    /// The error of a group that has failed, or that a member is failing now.
+    /// The error of a group that has failed, or whose failure a member is recording now.
     fn group_error(&self) -> KernelError {
         let known = self.group_area.check(self.call.group.id).and_then(|()| self.engine.check_aborted());
         let unknown = || self.call.group.mismatch(self.call.member, "a different call", self.describe());
         known.err().unwrap_or_else(unknown)
     }
 
-    /// The error that ends a wait, if any: an abort, a failed group or, after the first sleep, a peer whose call can
-    /// never match this one.
+    /// Returns the error that ends a wait, if any. Its cause is an abort, a failed group or, after the first sleep, a
+    /// peer whose call can never match this call.
     fn check_interrupt(&self, sleeps: usize, mismatched_peer: &dyn Fn() -> Option<usize>) -> Result<()> {
         self.engine.check_aborted()?;
         let failed = self.group_area.check(self.call.group.id);
@@ -230,7 +230,7 @@ impl Call<'_> {
         }
     }
 
-    /// Waits until `done` holds for the counter. Fails if an error interrupts the call.
+    /// Waits until `done` returns true for the counter. Fails if an error interrupts the call.
     fn wait(
         &self,
         counter: &Counter,
@@ -263,7 +263,7 @@ impl Call<'_> {
         if copied {
             let offset = self.engine.board.copy_offset(self.group, self.call.member, number);
             if let Some(copy) = Posted::checked(self.engine.board.arena(), offset, x.element_count()) {
-                // SAFETY: both have the size of x. Only this member accesses the copy until it posts (BOARD-3).
+                // SAFETY: x and its copy have equal sizes. Until this member posts, others ignore the copy (BOARD-3).
                 unsafe { copy_elements(&Posted::of(x), 0, &copy, 0, x.element_count()) };
             }
         }
@@ -336,7 +336,7 @@ impl Call<'_> {
         })
     }
 
-    /// Returns `other` if it waits for this member in a collective: a point-to-point call with it can then never match.
+    /// Returns `other` if it waits for this member in a collective: then a point-to-point call with it cannot match.
     fn in_collective(&self, other: usize) -> Option<usize> {
         self.posted_next(other).map(|_| other)
     }
@@ -361,7 +361,7 @@ impl Call<'_> {
         }
         let arena = &self.engine.arenas[&self.call.group.ranks[from]];
         let source = self.posted(from, arena, sender.sent.x.load(Ordering::Relaxed), y.element_count())?;
-        // SAFETY: both are whole views. The sender stays in its call, and only the receiver accesses y.
+        // SAFETY: source and y are whole views. The sender stays in its call, and only the receiver accesses y.
         unsafe { copy_elements(&source, 0, &Posted::of(y), 0, y.element_count()) };
         self.engine.received.count(self.call, y.shape(), y.dtype());
         sender.offer.value.store(0, Ordering::SeqCst);
@@ -389,7 +389,7 @@ impl Collective for SharedMemory {
         self.board.abort(cause, self.groups.iter().map(|known| known.group.ranks.len()));
     }
 
-    /// A member that has posted for its next rendezvous waits for the members that have not.
+    /// A member that has posted for its next rendezvous waits for the members that have not posted.
     fn waits(&self) -> Vec<MemberWait> {
         let mut waits = Vec::new();
         for (index, GroupProgress { group, progress }) in self.groups.iter().enumerate() {

@@ -9,7 +9,7 @@ use crate::collective::call::{CollectiveCall, Group};
 use crate::error::{KernelError, Result};
 use crate::tensor::DType;
 
-/// Bytes that devices have received from others, by rank.
+/// Number of bytes that each device has received from other devices, by rank.
 #[derive(Debug, Default)]
 pub(crate) struct ReceivedBytes(Mutex<HashMap<usize, u64>>);
 
@@ -56,7 +56,7 @@ pub struct MemberWait {
     pub group: u32,
     /// Rank of the device that waits.
     pub rank: usize,
-    /// Rank of the device that it waits for.
+    /// Rank of the device for which `rank` waits.
     pub peer: usize,
 }
 

@@ -2,10 +2,10 @@
 //!
 //! - WIRE-1: a member reads and writes only its own buffers. It receives all other data over channels and checks it. A
 //!   peer can send wrong values, but cannot make this process allocate or read more than the call specifies.
-//! - WIRE-2: all members of a call must agree on it. Each transfer's header carries a hash of the call, and how many
-//!   calls its two ends have completed together. This reveals a member that is in a different call.
-//! - WIRE-3: every wait ends on an abort, a failure of the group or the end of a connection. While this member has
-//!   bytes to send, a wait also ends on the write timeout. A failed group stays failed.
+//! - WIRE-2: all members of a call must make the same call. Each transfer's header carries a hash of the call, and the
+//!   number of calls that the two ends have completed together. The header thus reveals a member in a different call.
+//! - WIRE-3: every wait ends on an abort, on a failure of the group, or at the end of a connection. While this member
+//!   has bytes to send, a wait also ends on the write timeout. A failed group stays failed.
 //!
 //! Memory: from its first call on, a member of a group holds [`SCRATCH_BYTES`] and about 17 KiB per other member.
 //! Within a node the kernel buffers at most 1 MiB per direction of a connection.
@@ -49,19 +49,19 @@ use port::{GroupStatus, Port};
 /// Size of a member's buffer for data in transit, in bytes.
 pub const SCRATCH_BYTES: usize = flow::SLOTS * flow::PIECE_WORDS * size_of::<f32>();
 
-/// An all-reduce uses the tree when the values of all members together have at most this many bytes (for two members, a
-/// quarter of this), else the ring. With two members, one thread of the tree does all additions. Measured with 2 and 4
-/// processes on 2 cores, over Unix sockets and TCP: tree and ring take the same time at 64 to 128 KiB per member for
-/// two members, and at 256 KiB per member for four members.
+/// An all-reduce uses the tree if the values of all members together have at most this many bytes, or a quarter of this
+/// for two members. Otherwise it uses the ring. With two members, one thread of the tree does all additions. Measured
+/// with 2 and 4 processes on 2 cores, over Unix sockets and TCP: tree and ring take the same time at 64 to 128 KiB per
+/// member for two members, and at 256 KiB per member for four members.
 pub const TREE_BYTES_MAX: usize = 512 << 10;
 
-/// `(group id, member, peer)`: the member's end of its connection to the peer.
+/// `(group id, member, peer)`: identifies the member's end of its connection to the peer.
 pub type ChannelKey = (u32, usize, usize);
 
-/// Creates a group's channel from a member (first index) to another (second). Called once per pair. Must not block.
+/// Creates a group's channel from one member (first index) to another (second). Called once per pair; must not block.
 pub type Connect = dyn Fn(&Group, usize, usize) -> io::Result<Channel> + Send + Sync;
 
-/// The members that `member` needs a channel to: all others, since any two members may exchange tensors.
+/// The members to which `member` needs a channel: all other members, since any two members may exchange tensors.
 pub fn peers(group: &Group, member: usize) -> Vec<usize> {
     (0..group.ranks.len()).filter(|&peer| peer != member).collect()
 }
@@ -100,8 +100,8 @@ impl fmt::Debug for Wire {
 impl Wire {
     /// Creates an engine over authenticated connections from each local member of a group to each of its [`peers`].
     ///
-    /// A write that makes no progress for `write_timeout` fails the group. A write stalls while the receiver is late,
-    /// so the timeout must exceed the largest delay between two members within a step.
+    /// If a write makes no progress for `write_timeout`, the group fails. A write makes no progress while the receiver
+    /// is late, so the timeout must exceed the largest delay between two members within a step.
     pub fn new(channels: BTreeMap<ChannelKey, Channel>, write_timeout: Duration) -> Self {
         Self {
             unused_channels: Mutex::new(channels),
@@ -114,13 +114,13 @@ impl Wire {
         }
     }
 
-    /// Creates an engine without connections. A member of a group creates its connections at its first call.
+    /// Creates an engine without connections. Each member creates its connections to the group at its first call.
     pub fn with_connector(connect: Box<Connect>, write_timeout: Duration) -> Self {
         Self { connect: Some(connect), ..Self::new(BTreeMap::new(), write_timeout) }
     }
 
-    /// Sets the size at which all-reduces switch from tree to ring. `bytes` replaces [`TREE_BYTES_MAX`] and is limited
-    /// to [`SCRATCH_BYTES`]. For measurements and tests. All members must use the same value.
+    /// Sets the size at which all-reduces switch from tree to ring, for measurements and tests. `bytes` replaces
+    /// [`TREE_BYTES_MAX`] and is limited to [`SCRATCH_BYTES`]. All members must use the same value.
     pub fn set_tree_bytes_max(&self, bytes: usize) {
         self.tree_bytes_max.store(bytes.min(SCRATCH_BYTES), Ordering::Relaxed);
     }

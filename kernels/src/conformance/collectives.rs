@@ -1,4 +1,4 @@
-//! Tests collectives of one to four devices: bit-exact results, byte counts, disagreements, aborts.
+//! Tests collectives of one to four devices: bit-exact results, byte counts, members whose calls differ, and aborts.
 
 use std::sync::Arc;
 use std::thread;
@@ -175,7 +175,8 @@ fn cut(whole: &[f32], shape: &[usize], region: &Region) -> Vec<f32> {
     (0..region.element_count()).map(|index| whole[flat(index, region, shape)]).collect()
 }
 
-/// Combines the owner's part in f32 in the order that every engine must keep: first the next member, last the owner.
+/// Combines the members' values of the owner's part in f32. The order is the one that every engine must keep: from the
+/// member after the owner to the owner.
 fn combine(op: ReduceOp, owner: usize, members: &[Vec<f32>]) -> Vec<f32> {
     let n = members.len();
     let mut sum = members[(owner + 1) % n].clone();
@@ -195,7 +196,8 @@ impl Suite<'_> {
         self.numbers.tensor(&[elements], 1.0).as_f32().unwrap_or_default().to_vec()
     }
 
-    /// Maximum difference of sums in two orders. Each sum rounds n - 1 times, by <= `n * EPSILON / 2` (values: <= 1).
+    /// Maximum difference between sums in two orders. Each sum is rounded n - 1 times. Since the values are at most 1,
+    /// one rounding changes the sum by at most `n * EPSILON / 2`.
     fn tolerance(&self, kind: &CollectiveKind) -> f32 {
         match kind {
             CollectiveKind::AllReduce { op: ReduceOp::Sum }
@@ -386,7 +388,7 @@ fn concurrent(report: &mut Report, make: &Make<'_>, any_order: bool) -> Result<(
             let x = buffer(offset, &[elements], DType::F32);
             let op = Op::Collective(CollectiveCall { group, member: i, kind });
             let reduce = with_workspace(device, WORKSPACE + offset, launch(op, vec![x.clone()], vec![x.clone()]));
-            // Each round multiplies the values by n. The division keeps them constant.
+            // Each round multiplies the values by n. Scaling by 1/n afterwards keeps them constant.
             let op = Op::Scale { factor: 1.0 / n as f32 };
             let scale = Launch { op, writes: vec![x], workspace: None, ..reduce.clone() };
             let launches = (0..ROUNDS).flat_map(|_| [reduce.clone(), scale.clone()]).collect();
@@ -412,7 +414,7 @@ fn disagreements(report: &mut Report, make: &Make<'_>) {
         ("a different shape", 0, sum(), [5, 5]),
         ("a different kind", 0, gather(), [2, 6]),
         ("buffers that do not fit", 0, sum(), [6, 5]),
-        // The odd member sends to member 0 instead.
+        // The odd member sends to member 0 instead of joining the all-reduce.
         ("a send", 1, CollectiveKind::Send { to: 0 }, [6, 0]),
         ("a receive", 1, CollectiveKind::Receive { from: 0 }, [0, 6]),
     ];

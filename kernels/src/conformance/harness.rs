@@ -206,7 +206,7 @@ impl Layout {
             let expected = Self::fence();
             let got = arena.read_host(fence, &expected.shape, DType::I32)?;
             if got != expected {
-                return Err(format!("wrote outside its buffers, into the {FENCE_BYTES} bytes from {fence}").into());
+                return Err(format!("wrote outside its buffers, into the {FENCE_BYTES} bytes at byte {fence}").into());
             }
         }
         Ok(())

@@ -29,7 +29,7 @@ fn is_same(got: f32, expected: f64, tolerance: f64) -> bool {
     close || got == expected || got.is_nan() && expected.is_nan()
 }
 
-/// Tests row maxima, which ignore NaN, and sums of exponentials, which propagate NaN, in one program and in two.
+/// Tests row maxima (which ignore NaN) and sums of exponentials (which propagate NaN), in one program and in two.
 fn rows(report: &mut Report, device: &Device) {
     const NAN: f32 = f32::NAN;
     const INFINITY: f32 = f32::INFINITY;

@@ -575,7 +575,7 @@ impl Suite<'_> {
             let region = Region { start: start.to_vec(), size: size.to_vec() };
             let got = self.dropout(&filled(&size, DType::F32, 1.0), (p, 7), [5, 0], (&shape, &start, 0));
             let same = got.iter().enumerate().all(|(i, y)| *y == whole[flat(i, &region, &shape)]);
-            self.report.expect(&format!("dropout of {region:?}"), same, "differs from that part of the whole");
+            self.report.expect(&format!("dropout of {region:?}"), same, "differs from the same part of the whole");
         }
         // Splits the tensor into micro-batches along each dim, and into two shards along the last dim.
         for (dim, count) in [(0, 2), (0, 3), (1, 2), (1, 7), (2, 3)] {
@@ -593,14 +593,14 @@ impl Suite<'_> {
                 let same = got.iter().enumerate().all(|(i, y)| *y == whole[flat(i, &region, &shape)])
                     && got.len() == element_count(&size);
                 let check = format!("dropout of micro-batch {micro_batch} of {count} along dim {dim}, {region:?}");
-                self.report.expect(&check, same, "differs from that part of the step's tensor");
+                self.report.expect(&check, same, "differs from the same part of the step's tensor");
             }
         }
         for (what, seed, step) in [("seed", 8, 5), ("step", 7, 6)] {
             let other = self.dropout(&ones, (p, seed), [step, 0], (&shape, &[0, 0, 0], 0));
             let same = other.iter().zip(&whole).filter(|(a, b)| a == b).count() as f64 / n;
             let expected = q * q + (1.0 - q) * (1.0 - q);
-            let message = format!("{same} of the mask is the same, expected {expected}");
+            let message = format!("a fraction of {same} of the mask is the same, expected {expected}");
             self.report.expect(&format!("dropout with a different {what}"), (same - expected).abs() < 0.03, message);
         }
         let x = self.numbers.tensor(&[5], 1.0);

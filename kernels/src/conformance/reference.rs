@@ -25,7 +25,7 @@ pub(super) fn gelu(x: f64) -> f64 {
 /// The derivative of a scalar function by central differences.
 pub(super) fn derivative(f: impl Fn(f64) -> f64, x: f64) -> f64 {
     let h = 1e-4;
-    // Fourth order: both the rounding error in f64 and the step's error are far below f32 precision.
+    // A formula of fourth order: the rounding error in f64 and the step's error are both far below f32 precision.
     (8.0 * (f(x + h) - f(x - h)) - (f(x + 2.0 * h) - f(x - 2.0 * h))) / (12.0 * h)
 }
 

@@ -144,7 +144,7 @@ fn events(device: &Device) -> Outcome {
     let copy = launch(Op::Copy, &[floats(0, 0, &[2])], &[floats(0, 64, &[2])]);
     let consumer = submit(&second, &arena, vec![copy], vec![])?;
     let after = second.record();
-    ensure(!event.query() && !after.query(), "an event was set before the work recorded before it finished")?;
+    ensure(!event.query() && !after.query(), "an event was set before the earlier work of its stream finished")?;
     ensure(consumer.recv_timeout(Duration::ZERO).is_err(), "work after an event did not wait")?;
     open.send(Stamped::new(()))?;
     wait(&producer)?;

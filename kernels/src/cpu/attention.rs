@@ -89,7 +89,7 @@ pub(crate) fn attention(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<
             }
             let lse = &mut lse[first..end];
             inlined!(dispatch(|| softmax_block(scores, lse, first, end)));
-            // SAFETY: as above.
+            // SAFETY: as for the product above.
             unsafe { product((rows, depth, end), o.at(first, 0), false, 1.0, plain(scores, end), v) };
         }
     });
@@ -135,8 +135,8 @@ pub(crate) fn attention_grad(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Re
     Ok(())
 }
 
-/// Computes the gradients for one block of query rows: `p = e^(s - lse)`, `dv += p' do`, `dp = do v'`, `ds = p (dp -
-/// rowsum(do o))`, `dq = scale ds k`, `dk += scale ds' q`.
+/// Computes the gradients for one block of query rows. With `'` for the transpose: `p = e^(s - lse)`, `dv += p' do`,
+/// `dp = do v'`, `ds = p (dp - rowsum(do o))`, `dq = scale ds k`, `dk += scale ds' q`.
 #[allow(clippy::too_many_arguments)]
 fn grad_block(
     dims: Dims,
@@ -163,7 +163,7 @@ fn grad_block(
             let (past, future) = p[i * end..(i + 1) * end].split_at_mut(first + i + 1);
             let (ds_past, ds_future) = ds[i * end..(i + 1) * end].split_at_mut(first + i + 1);
             let lse = lse[first + i];
-            // SAFETY: as above; both rows are only read.
+            // SAFETY: as for the products above; both rows are only read.
             let delta = unsafe { inlined!(fold([row(d_o, i, depth), row(o, i, depth)], |[d_o, o]| d_o * o)) };
             inlined!(update(past, [], |score, []| exp(score - lse)));
             inlined!(update(ds_past, [past], |dp, [p]| p * (dp - delta)));
@@ -171,7 +171,7 @@ fn grad_block(
             ds_future.fill(0.0);
         }
     }));
-    // SAFETY: as above.
+    // SAFETY: as for the products above.
     unsafe {
         product((end, depth, rows), dv, accumulate, 1.0, plain(p, end).transposed(), d_o);
         product((rows, depth, end), dq, false, scale, plain(ds, end), k);

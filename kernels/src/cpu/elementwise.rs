@@ -130,7 +130,8 @@ pub(crate) fn scale(args: &mut Args<'_>, pool: &Pool, factor: f32) -> Result<()>
     Ok(())
 }
 
-/// Each thread sums some columns over all rows, in row order, so bits do not depend on the number of threads (BITS-1).
+/// Sums over the leading dims. Each thread sums some of the columns over all rows, in row order, so the bits of the
+/// result do not depend on the number of threads (BITS-1).
 pub(crate) fn sum_leading(args: &mut Args<'_>, pool: &Pool) -> Result<()> {
     let (x, y, accumulate) = (args.f32(0)?, args.out(0)?, args.accumulate);
     let width = y.len();

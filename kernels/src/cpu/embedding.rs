@@ -20,7 +20,7 @@ pub(crate) fn embedding(args: &mut Args<'_>, pool: &Pool, vocab_start: usize, vo
     Ok(())
 }
 
-/// Each thread owns some rows of the table, and scans all ids in order. So the order of each row's sum is fixed.
+/// Each thread owns some rows of the table and scans all ids in order. So each row adds its terms in a fixed order.
 pub(crate) fn embedding_grad(args: &mut Args<'_>, pool: &Pool, vocab_start: usize) -> Result<()> {
     let [vocab, width] = args.launch.dims("shape of write 0", args.writes[0].shape(), "[v, c]")?;
     let (ids, dy, accumulate) = (args.i32(0)?, args.f32(1)?, args.accumulate);

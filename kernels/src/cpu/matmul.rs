@@ -1,7 +1,8 @@
 //! Matrix products by the crate `gemm-f32`. Each thread computes a slice of the result.
 //!
-//! The bits of an element depend only on the length `k` of the summed index (BITS-1), not on slices, caches or vector
-//! width: each block of `k` is a chain of fused multiply-adds, and the sums of the blocks are added in order.
+//! For given inputs, the bits of an element depend only on the length `k` of the summed index (BITS-1), not on slices,
+//! caches or vector width. `k` is split into blocks. Each block's sum is a chain of fused multiply-adds, and the sums
+//! of the blocks are added in order.
 #![allow(unsafe_code)]
 
 use crate::cpu::args::Args;
@@ -16,7 +17,8 @@ const FORK_MULTIPLIES: usize = 128 * 1024;
 /// Slices are multiples of this many rows or columns, so that micro-kernels process whole tiles.
 const GRAIN: usize = 16;
 
-/// Maximum length of the summed index per call. `gemm` splits longer sums by cache size into blocks at least this long.
+/// Maximum length of the summed index per call of `gemm`. `gemm` would split a longer sum into blocks of at least this
+/// length, but the exact length would depend on the cache sizes.
 const BLOCK_MAX: usize = 512;
 
 /// A matrix in memory. Strides are in elements.
@@ -78,7 +80,7 @@ pub(crate) unsafe fn product(
         // Conjugation does not change real numbers. It makes `gemm` avoid its code paths for small results and for
         // vectors: `gemm` would choose these paths by the shape of this slice, and they sum in different orders.
         let conjugate_out = true;
-        // SAFETY: the contract includes that of `gemm`: valid matrices, an exclusive destination.
+        // SAFETY: the contract includes `gemm`'s: the matrices are valid, and access to the destination is exclusive.
         unsafe {
             gemm_f32::gemm::f32::get_gemm_fn()(
                 m,

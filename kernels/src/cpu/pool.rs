@@ -20,7 +20,8 @@ use parking_lot::Mutex;
 
 use crate::tensor::split_range;
 
-/// How long a waiting thread spins before it parks: longer than gaps between launches, and about the cost of parking.
+/// How long a waiting thread spins before it parks: longer than the gaps between launches, and about the time that
+/// parking takes.
 const SPIN: Duration = Duration::from_micros(40);
 
 /// Minimum number of elements (of a kernel with a few operations per element) for which a fork pays off.
@@ -84,7 +85,7 @@ impl Pool {
             return;
         }
         let shared = &*self.shared;
-        assert_eq!(shared.pending.load(Ordering::Acquire), 0, "a job may not start another");
+        assert_eq!(shared.pending.load(Ordering::Acquire), 0, "a job must not start another job");
         // SAFETY: only the lifetime is changed; by POOL-2, every use happens inside this call.
         let work_erased = unsafe {
             std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync + 'static)>(work)
@@ -202,7 +203,8 @@ fn run_helper(shared: &Shared, helper: usize) {
     }
 }
 
-/// Spins until `ready`, then parks. The thread that makes `ready` true then reads `parked`, and unparks this thread.
+/// Waits until `ready` returns true: spins for up to [`SPIN`], and then parks. The thread that makes `ready` true must
+/// afterwards read `parked` and, if it is set, unpark this thread.
 fn wait_until(ready: impl Fn() -> bool, parked: &AtomicBool) {
     let mut began = None;
     loop {
@@ -245,7 +247,7 @@ impl<'a, T> Pieces<'a, T> {
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn range(&self, range: Range<usize>) -> &'a mut [T] {
         assert!(range.start <= range.end && range.end <= self.len, "piece out of bounds");
-        // SAFETY: in bounds by the assertion, exclusive by the contract, and alive by the borrow.
+        // SAFETY: the range is in bounds (assertion), exclusive (contract) and alive (borrow).
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
 }

@@ -1,5 +1,5 @@
 //! Vector loops in plain Rust. `pulp` compiles them for AVX-512, AVX2 and the baseline, and selects one at run time.
-//! Loops run over single elements, which compilers vectorize best. An element's value does not depend on its index.
+//! Loops run over single elements: compilers vectorize these best. An element's value does not depend on its index.
 
 /// Number of independent partial sums, which let compilers vectorize sums. Element i is added to partial sum i mod 16.
 pub(crate) const LANES: usize = 16;
@@ -25,7 +25,7 @@ impl<'a> Operand<'a> {
 }
 
 /// Runs `work`, compiled for the best instruction set of this machine. `work` and its closures must be
-/// `#[inline(always)]`: otherwise they are compiled for the baseline, where a fused multiply-add is a function call.
+/// `#[inline(always)]`. Otherwise they are compiled for the baseline, where a fused multiply-add is a function call.
 #[inline(always)]
 pub(crate) fn dispatch<R>(work: impl FnMut() -> R) -> R {
     struct Inlined<F>(F);
@@ -304,7 +304,8 @@ mod tests {
         }
     }
 
-    /// Tests that the loops fuse, order and approximate in the same way for each instruction set.
+    /// Tests that, for each instruction set, the loops use the same fused multiply-adds, the same order of additions
+    /// and the same approximations.
     #[cfg(target_arch = "x86_64")]
     #[test]
     fn the_vector_width_does_not_change_bits() {

@@ -1,5 +1,6 @@
-//! Runs launches on bf16: widens the reads to f32 in the stream's scratch memory, runs the kernel there, and rounds the
-//! kernel's writes back to bf16. This is the reference for devices that widen in registers and also sum in f32.
+//! Runs launches on bf16 tensors: widens the reads to f32 in the stream's scratch memory, runs the kernel there, and
+//! rounds the kernel's writes back to bf16. The results are the reference for devices that widen in registers and also
+//! sum in f32.
 #![allow(unsafe_code)]
 
 use half::bf16;

@@ -9,15 +9,15 @@ use crate::op::Op;
 /// Environment variable that selects the attention implementation.
 pub const ATTENTION_ENV: &str = "SHARDFLOW_ATTENTION";
 
-/// The attention implementation of a GPU. All processes of a job must use the same one, or results differ by rounding.
+/// The attention implementation of a GPU. All processes of a job must use the same one: results differ by rounding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Attention {
     /// Shardflow's kernels.
     Own,
-    /// cuDNN if it has an engine with bit-identical results in every run, else Shardflow's kernels.
+    /// cuDNN if it has an engine that gives the same bits in every run. Otherwise, Shardflow's kernels.
     #[default]
     Ordered,
-    /// cuDNN, even if its backward engine sums parts of dq in arbitrary order. Then the bits differ from run to run.
+    /// cuDNN, even if its backward engine sums dq in arbitrary order. Results may then differ from run to run.
     AnyOrder,
 }
 
@@ -47,7 +47,7 @@ impl Attention {
 #[derive(Debug, Default)]
 pub(crate) struct AttentionCounters([PassCounters; 2]);
 
-/// Launches of one pass: all of them, and those that cuDNN ran.
+/// Number of launches of one pass: all launches, and the launches that cuDNN ran.
 #[derive(Debug, Default)]
 struct PassCounters {
     all: AtomicU64,

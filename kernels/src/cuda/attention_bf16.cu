@@ -22,7 +22,7 @@ using nvcuda::wmma::row_major;
 
 #define ROWS 64
 #define THREADS 128
-// Padding, in elements, after the D elements of a tile row. Eight rows lie in different banks and stay 16-byte aligned.
+// Padding of a tile row, in elements. With it, eight rows lie in different banks, and stay 16-byte aligned.
 #define PAD 8
 // Row pitch of the 16 columns of probabilities in the backward pass, in elements.
 #define P_PITCH 24
@@ -50,8 +50,8 @@ struct IsSame<A, A> {
     static constexpr bool value = true;
 };
 
-// Like load_matrix_sync, but from shared memory only. On a GPU, it issues the instruction for shared memory directly.
-// Otherwise NVRTC loses the address space for bf16, and an operand takes four generic loads instead of one `ldmatrix`.
+// Like load_matrix_sync, but only for shared memory. On a GPU, this issues the instruction for shared memory directly.
+// With load_matrix_sync, NVRTC issues four generic loads per bf16 operand instead of one `ldmatrix`.
 template <class F>
 INLINE void load_shared(F& to, const bf16* from, u32 pitch) {
 #if defined(__CUDA_ARCH__) && !defined(SOFTWARE_CUDA)
@@ -74,7 +74,7 @@ INLINE void load_shared(F& to, const bf16* from, u32 pitch) {
 #endif
 }
 
-// Row and column of each of a lane's eight elements in a fragment of sums, in four bits each.
+// The row and the column of each of a lane's eight elements in a fragment of sums. Each number takes four bits.
 struct FragmentMap {
     u32 rows, columns;
 
@@ -181,7 +181,7 @@ INLINE void add_product(Sums (&sums)[D / 16], const Left& p, const bf16* tile) {
     }
 }
 
-// Writes a warp's 16 rows from row `begin` on, as f32 if `wide`, else as bf16. Only data sent between devices is wide.
+// Writes a warp's 16 rows from row `begin` on: as f32 if `wide` is set (for data sent between devices), else as bf16.
 template <int D, class F>
 INLINE void write_rows(void* out, int wide, const Sums (&sums)[D / 16], HeadRows item, i64 begin, i64 time, int depth,
                        FragmentMap map, F factor) {
@@ -323,8 +323,8 @@ INLINE void load_statistics(float2* statistics, const float* lse, const float* d
     }
 }
 
-// Computes dk = scale ds' q and dv = p' do for a block of keys; ' is the transpose, p and ds are as in
-// attention_f32.cu. Tiles are transposed: the rows are a warp's 16 keys, and the columns are queries.
+// Computes dk = scale ds' q and dv = p' do for a block of keys. The notation is that of attention_f32.cu. Tiles are
+// transposed: the rows are a warp's 16 keys, and the columns are queries.
 template <int D>
 INLINE void attention_grad_keys(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
                                 const float* delta, void* dk, int dk_wide, void* dv, int dv_wide, i64 time, int heads,
@@ -362,7 +362,7 @@ INLINE void attention_grad_keys(const bf16* d_o, const bf16* q, const bf16* k, c
         load_statistics(statistics, lse, delta, number * time, query, time);
         __syncthreads();
         for (int t = 0; t < 4; t++) {
-            // Skip: all these queries precede all these keys.
+            // Skip these queries if all of them precede all keys of this warp.
             if (query + t * 16 + 15 < first_row) continue;
             Sums scores, dp;
             k_rows.dots(scores, q_tile + t * 16 * PITCH);
@@ -390,7 +390,7 @@ INLINE void attention_grad_keys(const bf16* d_o, const bf16* q, const bf16* k, c
     write_rows<D>(dv, dv_wide, dv_sums, item, first_row, time, depth, map, [](int) { return 1.0f; });
 }
 
-// dq = scale ds k for a block of queries.
+// Computes dq = scale ds k for a block of queries.
 template <int D>
 INLINE void attention_grad_queries(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
                                    const float* delta, void* dq, int dq_wide, i64 time, int heads, int depth,
@@ -424,7 +424,7 @@ INLINE void attention_grad_queries(const bf16* d_o, const bf16* q, const bf16* k
         load_tile<D>(v_tile, v, item, key, time, depth, whole);
         __syncthreads();
         for (int t = 0; t < 4; t++) {
-            // Stop: all these keys follow all these queries.
+            // Stop if all of these keys follow all queries of this warp.
             if (key + t * 16 > first_row + 15) break;
             Sums scores, dp;
             q_rows.dots(scores, k_tile + t * 16 * PITCH);

@@ -1,6 +1,7 @@
 // Causal attention and its gradient in f32. Tiles are in shared memory and sums in registers; scores are not stored
 // (Dao et al. 2022, https://arxiv.org/abs/2205.14135). The gradient recomputes the probabilities from lse. One kernel
-// computes dk and dv by blocks of keys, another dq by blocks of queries. So each sum has one owner and a fixed order.
+// computes dk and dv by blocks of keys, another computes dq by blocks of queries. Each sum has one owner and a fixed
+// order.
 //
 // A block is 256 threads, viewed as 16 by 16. Thread (x, y) has rows y * R + i and columns x + 16 j of a tile. D is the
 // head's depth rounded up to a compiled depth. The extra dims are zeros in shared memory. An item is a (batch, head); a
@@ -98,7 +99,7 @@ INLINE void add_transposed_product(float (&sums)[4][C], const float* a, int a_pi
     }
 }
 
-// Writes a thread's part of a tile, at rows begin + y * 4 + i.
+// Writes a thread's part of a tile to the rows begin + y * 4 + i.
 template <int C>
 INLINE void write_rows(float* out, const float (&values)[4][C], HeadRows item, i64 begin, i64 time, int depth,
                        const float (&factors)[4]) {
@@ -182,8 +183,9 @@ INLINE void attention(const float* q, const float* k, const float* v, float* o, 
     write_rows(o, sums, item, begin, time, depth, factors);
 }
 
-// Computes dk = scale ds' q and dv = p' do for a block of keys, where ' is the transpose, p = e^(scale s - lse) and ds
-// = p (do v' - delta). delta holds the row sums of do * o. Sums over the queries of this block and of all later blocks.
+// Computes dk = scale ds' q and dv = p' do for a block of keys. Here, ' is the transpose, the scores are s = q k', the
+// probabilities are p = e^(scale s - lse), and ds = p (do v' - delta). delta holds the row sums of do * o. The products
+// sum over the queries of this block and of all later blocks.
 template <int D>
 INLINE void attention_grad_keys(const float* d_o, const float* q, const float* k, const float* v, const float* lse,
                                 const float* delta, float* dk, float* dv, i64 time, int heads, int depth, i64 blocks,
@@ -233,7 +235,7 @@ INLINE void attention_grad_keys(const float* d_o, const float* q, const float* k
     write_rows(dv, dv_sums, item, begin, time, depth, {1.0f, 1.0f, 1.0f, 1.0f});
 }
 
-// dq = scale ds k for a block of queries.
+// Computes dq = scale ds k for a block of queries.
 template <int D>
 INLINE void attention_grad_queries(const float* d_o, const float* q, const float* k, const float* v, const float* lse,
                                    const float* delta, float* dq, i64 time, int heads, int depth, i64 blocks,
@@ -278,7 +280,7 @@ INLINE void attention_grad_queries(const float* d_o, const float* q, const float
                 ds_tile[(y * 4 + i) * P_PITCH + x + 16 * j] = past ? p * (dp[i][j] - row_delta[i]) : 0.0f;
             }
         }
-        // A warp barrier suffices: see `attention`.
+        // A warp barrier suffices, as in `attention`.
         __syncwarp();
         add_product<KEYS>(sums, ds_tile + y * 4 * P_PITCH, P_PITCH, k_tile + x, PITCH);
     }

@@ -1,5 +1,5 @@
 // Causal attention for heads of any depth, one warp per row, and the row sums that every backward pass needs first.
-// These kernels are slow; tiled kernels cover common depths. An output is f32 if its `.._wide` is set, else bf16.
+// These kernels are slow; tiled kernels cover common depths. Outputs are f32 if their flag `.._wide` is set, else bf16.
 
 // Offset of row `row` of item `item`, a (batch, head), in a tensor [b, t, h, d].
 INLINE i64 row_start(i64 item, i64 row, i64 time, int heads, i64 depth) {
@@ -26,7 +26,7 @@ INLINE void add_columns(float (&sums)[LANE_COLUMNS], float factor, const T* row,
     }
 }
 
-// Writes to the row that begins at element `start`.
+// Writes factor * sums to the row that begins at element `start`, for the columns from `begin` on.
 INLINE void write_columns(void* to, bool wide, i64 start, const float (&sums)[LANE_COLUMNS], float factor, i64 begin,
                           i64 depth) {
 #pragma unroll

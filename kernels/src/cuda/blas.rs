@@ -33,7 +33,7 @@ pub(crate) struct ProductPlans {
 struct Key {
     dims: [u64; 3],
     transposed: [bool; 2],
-    /// The matrices a, b and d, with their places cleared.
+    /// The matrices a, b and d. Their places are cleared: only `alignment` depends on addresses.
     matrices: [Matrix; 3],
     accumulates: bool,
     /// Alignments of a, b and d, in bytes.
@@ -53,7 +53,7 @@ fn check(status: cublasStatus_t, call: &'static str, place: &str) -> Result<()> 
     if status == cublasStatus_t::CUBLAS_STATUS_SUCCESS {
         return Ok(());
     }
-    // SAFETY: both return static strings.
+    // SAFETY: both functions return static strings.
     let (name, text) =
         unsafe { (static_text(sys::cublasLtGetStatusName(status)), static_text(sys::cublasLtGetStatusString(status))) };
     Err(KernelError::Cuda { place: place.to_owned(), call, code: status as u32, name, text })
@@ -83,7 +83,7 @@ impl ProductPlans {
         Self { by_key: HashMap::new(), blas }
     }
 
-    /// Creates the plan of a product for addresses with these alignments. Requires the context to be bound.
+    /// Creates a plan for the product and the alignments of the addresses. Requires the context to be bound.
     pub(crate) fn prepare(&mut self, product: &Product, addresses: [u64; 3], place: &str) -> Result<()> {
         Self::plan(&mut self.by_key, &self.blas, product, addresses, place).map(drop)
     }
@@ -206,7 +206,7 @@ impl Plan {
     fn choose(&self, blas: &Blas, key: &Key, workspace: usize, place: &str) -> Result<sys::cublasLtMatmulAlgo_t> {
         use sys::cublasLtMatmulAlgoGetHeuristic as get_heuristic;
         use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
-        // Partial sums stay f32 if the result is bf16.
+        // With this scheme, partial sums stay f32 even if the result is bf16.
         use sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as REDUCTION;
         let mut preference = std::ptr::null_mut();
         // SAFETY: the call writes a handle to a local.
@@ -220,11 +220,11 @@ impl Plan {
             (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, d),
             (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, d),
         ];
-        // SAFETY: all-zero bytes are a valid result; the call below overwrites it.
+        // SAFETY: a result of all-zero bytes is valid. The call below overwrites this result.
         let mut found: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
         let mut count = 0;
-        // SAFETY: handles are live. Values have the attributes' sizes (8 and 4 bytes). The call writes at most one
-        // result.
+        // SAFETY: the handles are live. Each value has the size of its attribute (8 or 4 bytes). `get_heuristic` writes
+        // at most one result.
         let status = unsafe {
             let bytes = Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             let set = |attribute, value: *const c_void, size| {

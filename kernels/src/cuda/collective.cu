@@ -1,6 +1,6 @@
 // Reductions over the members of a group that share a GPU.
 
-// y = ((x0 + x1) + ..) + x[members - 1], or the maximum. The last input may be y itself.
+// y = ((x0 + x1) + ..) + x[members - 1], or the maximum if `largest` is set. The last input may be y itself.
 extern "C" __global__ void combine_members_f32(
     float* y, const float* x0, const float* x1, const float* x2, const float* x3, const float* x4, const float* x5,
     const float* x6, const float* x7, const float* x8, const float* x9, const float* x10, const float* x11,
@@ -10,7 +10,7 @@ extern "C" __global__ void combine_members_f32(
         float sum = x0[i];
         for (int m = 1; m < members; m++) {
             const float next = all[m][i];
-            // Like Rust's `max`: a number wins over a NaN.
+            // Of a number and a NaN, fmaxf returns the number, like Rust's `max`.
             sum = largest ? fmaxf(sum, next) : sum + next;
         }
         y[i] = sum;

@@ -11,7 +11,7 @@ typedef unsigned long long u64;
 typedef unsigned int u32;
 typedef __nv_bfloat16 bf16;
 
-// The block's dynamic shared memory as a pointer. A compiler for another target may define it first.
+// The block's dynamic shared memory as a pointer. A compiler for another target may define the macro first.
 #ifndef DYN_SHARED
 extern __shared__ __align__(128) unsigned char dynamic_shared[];
 #define DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(dynamic_shared)
@@ -69,7 +69,7 @@ struct CommonWidth {
     static constexpr int value = Width<T>::value < Width<U>::value ? Width<T>::value : Width<U>::value;
 };
 
-// Loads W adjacent elements, in accesses of 16 or 8 bytes if the size allows. The address is aligned to the access.
+// Loads W adjacent elements, in accesses of 16 or 8 bytes if the size allows. The address must be aligned accordingly.
 template <int W, class T>
 INLINE void load(float (&values)[W], const T* from) {
     T raw[W];
@@ -109,7 +109,7 @@ INLINE void store(T* to, const float (&values)[W]) {
     }
 }
 
-// The larger value. Ignores a NaN in b, like the CPU kernel; the row's sum of exponentials then becomes NaN.
+// Returns the larger value. Ignores a NaN in b, like the CPU kernel; the row's sum of exponentials is NaN anyway.
 INLINE float larger(float a, float b) { return b > a ? b : a; }
 
 // Sum over each group of LANES adjacent threads of a warp, returned to each thread of the group.
@@ -157,7 +157,7 @@ __device__ inline float block_max(float value) {
 INLINE i64 global_thread() { return (i64)blockIdx.x * blockDim.x + threadIdx.x; }
 
 // Checks all indices with one block and records the first that is not in 0..limit, unless the stream's record already
-// holds an error. Launches of a stream are ordered, so a record has one writer at a time. See ErrorRecord.
+// holds an error. Launches of a stream are ordered, so a record has one writer at a time. See ErrorRecord in step.rs.
 __device__ inline void check_indices(const int* indices, i64 count, i64 limit, u32* record, u32 launch) {
     __shared__ u64 firsts[32];
     u64 first = ~0ull;

@@ -1,6 +1,7 @@
-//! The primary context of a GPU: opened once, bound by each thread that uses it. Converts status codes to errors.
+//! The primary context of a GPU. It is opened once, and each thread that uses the GPU binds it. The context also
+//! converts status codes to errors.
 //!
-//! - CONTEXT-1: an error that makes the context unusable is stored as `lost`. It fails pending work and later calls.
+//! - CONTEXT-1: an error that makes the context unusable is stored as `lost`. Pending work and later calls then fail.
 #![allow(unsafe_code)]
 
 use std::fmt::Display;
@@ -62,11 +63,11 @@ fn device_attribute(device: sys::CUdevice, attribute: CUdevice_attribute, place:
     Ok(value)
 }
 
-/// The driver's handle of a device, its name and its compute capability. Requires [`library::driver`].
+/// Returns a device's handle, name and compute capability. The caller has called [`library::driver`].
 pub(super) fn describe_device(ordinal: usize, place: &str) -> Result<(sys::CUdevice, String, (i32, i32))> {
     let (mut device, mut name) = (0, [0; 256]);
     let ordinal = i32::try_from(ordinal).unwrap_or(i32::MAX);
-    // SAFETY: each call writes to locals of its declared types; the name ends with a 0 within the buffer.
+    // SAFETY: each call writes to a local of the type that the call declares. The name ends with a 0 in the buffer.
     let name = unsafe {
         check_code(sys::cuDeviceGet(&mut device, ordinal), "cuDeviceGet", &place)?;
         check_code(sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as i32 - 1, device), "cuDeviceGetName", &place)?;
@@ -106,7 +107,8 @@ impl Context {
         self.check(unsafe { sys::cuCtxSetCurrent(self.handle.0) }, "cuCtxSetCurrent", &self.place())
     }
 
-    /// Binds the context in a `Drop`. Returns false if the context is lost: nothing is left to free, calls may hang.
+    /// Binds the context in a `Drop`. Returns false if the context is lost. Driver calls may then hang, and nothing is
+    /// left to free.
     pub(crate) fn bind_to_drop(&self) -> bool {
         self.lost().is_none() && self.bind().is_ok()
     }
@@ -164,7 +166,7 @@ impl Drop for Context {
         if self.lost().is_some() {
             return;
         }
-        // SAFETY: the context was retained once in `open`. An error here has no remedy.
+        // SAFETY: the context was retained once in `open`. An error here cannot be handled.
         let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
     }
 }

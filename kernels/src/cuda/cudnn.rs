@@ -1,6 +1,7 @@
-//! cuDNN's fused attention, if cuDNN is installed. Each stream has one handle and caches plans by shape. The workspace
-//! belongs to the launch. The kernels of `attention_*.cu` run the shapes that cuDNN refuses. Both implementations give
-//! the same results up to rounding and the same `lse`, so forward and backward may use different implementations.
+//! Runs attention with cuDNN's fused kernels, if cuDNN is installed. Each stream has one handle and caches plans by
+//! shape. The launch provides the workspace. The kernels of `attention_*.cu` run the shapes that cuDNN refuses. cuDNN
+//! and these kernels give the same results up to rounding, and the same `lse`. So the forward pass and the backward
+//! pass may use different implementations.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -80,8 +81,8 @@ impl Drop for CudnnHandle {
     }
 }
 
-/// The backward engine, and knobs with which it sums dq in a fixed order and stores no score matrix. The knobs and the
-/// minimum version are those of NVIDIA's cudnn-frontend 1.32.
+/// Returns the backward engine and the knobs that sum dq in a fixed order without storing the scores, if the GPU has
+/// such an engine. The knobs and the minimum version are those of NVIDIA's cudnn-frontend 1.32.
 fn ordered_engine(capability: (i32, i32), version: usize) -> Option<PinnedEngine> {
     const HOPPER: &[(Knob, i64)] = &[
         (Knob::CUDNN_KNOB_TYPE_TILE_M, 2),
@@ -94,7 +95,7 @@ fn ordered_engine(capability: (i32, i32), version: usize) -> Option<PinnedEngine
     (capability.0 == 9 && version >= 92_500).then_some(PinnedEngine { engine: 6, knobs: HOPPER })
 }
 
-/// Destroys plans with the context bound; leaks them if the context is lost.
+/// Binds the context and destroys the plans. Leaks the plans if the context is lost.
 impl Drop for AttentionPlans {
     fn drop(&mut self) {
         let plans = std::mem::take(&mut self.by_key);
@@ -136,18 +137,18 @@ impl AttentionPlans {
                 None => {
                     let ((major, minor), version) = (self.gpu.capability(), handle.api.version());
                     let got = format!("none for compute capability {major}.{minor} in cuDNN {version}");
-                    let expected = "one with a fixed order of sums";
+                    let expected = "a cuDNN engine that sums dq in a fixed order";
                     return Err(KernelError::arguments("attention_grad", "engine", expected, got));
                 }
             },
         };
         let (target, graph) = (Target::Handle(handle.raw), Graph::of(shape));
-        // Engines that need a larger workspace are not used.
+        // Engines that need a larger workspace than the launch provides are not used.
         Plan::new(handle.api, target, graph, pin, shape.workspace_bytes(), place).map(Some)
     }
 
-    /// Enqueues attention. Returns false if Shardflow's kernels must run it. Requires a bound context. `address_of`
-    /// returns buffer addresses that `Bound` checked. `workspace` holds [`AttentionShape::workspace_bytes`] bytes.
+    /// Enqueues attention. Returns false if Shardflow's kernels must run. Requires a bound context. `address_of`
+    /// returns addresses that `Bound` has checked. `workspace` has [`AttentionShape::workspace_bytes`] bytes.
     pub(crate) fn issue(
         &mut self,
         shape: &AttentionShape,

@@ -15,7 +15,7 @@ use crate::memory::{DeviceStorage, Tally, View};
 pub(crate) struct DeviceMemory {
     pub(crate) gpu: Arc<Gpu>,
     rank: usize,
-    /// Stamped after the memory was zeroed. So an access that has read the address comes after the zeroing.
+    /// Stamped after the zeroing of the memory, so each access that has read the address is ordered after the zeroing.
     address: Stamped<u64>,
     bytes: usize,
     tally: Arc<Tally>,
@@ -23,13 +23,13 @@ pub(crate) struct DeviceMemory {
 }
 
 impl DeviceMemory {
-    /// Allocates zeroed memory, counted in `tally`. Nothing else allocates device memory, so the tally is complete.
+    /// Allocates zeroed memory and counts it in `tally`. Nothing else allocates device memory: the tally is complete.
     pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self> {
         let (mut address, place) = (0, gpu.place());
         if bytes > 0 {
             let transfer = gpu.transfer.lock();
             gpu.context.bind()?;
-            // Do not use a memory pool: other GPUs cannot access pool memory, whatever peer access the contexts have.
+            // Do not use a memory pool: other GPUs cannot access pool memory, even if the contexts have peer access.
             // SAFETY: the call writes an address to a local.
             let result = unsafe { sys::cuMemAlloc_v2(&mut address, bytes) };
             if result == CUresult::CUDA_ERROR_OUT_OF_MEMORY || result == CUresult::CUDA_ERROR_INVALID_VALUE {
@@ -88,7 +88,7 @@ impl Drop for DeviceMemory {
         self.releases.join();
         if self.bytes > 0 && self.gpu.context.bind_to_drop() {
             // SAFETY: the memory was allocated in `new` and is freed once. No work uses it: submissions keep their
-            // arenas until they end. The context records an error that makes it unusable.
+            // arenas until they end. If the call fails, `check` stores an error that makes the context unusable.
             let result = unsafe { sys::cuMemFree_v2(*self.address.get()) };
             let _ = self.gpu.context.check(result, "cuMemFree", &self.gpu.place());
         }

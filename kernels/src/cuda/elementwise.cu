@@ -34,12 +34,12 @@ INLINE void map2(const T* a, const T* b, U* y, i64 n, F f) {
     for (i64 i = first; i < n && i < first + W; i++) narrow(&y[i], f(widen(a[i]), widen(b[i])));
 }
 
-// Phi(x), computed by erfc so that the lower tail keeps its digits.
+// Phi(x), the normal distribution function. It is computed with erfc, which keeps the precision of the lower tail.
 INLINE float normal_cdf(float x) { return 0.5f * erfcf(x * -0.70710678f); }
 INLINE float gelu(float x) { return x * normal_cdf(x); }
 INLINE float gelu_slope(float x) { return fmaf(x, 0.39894228f * expf(-0.5f * x * x), normal_cdf(x)); }
 
-// y[row, j] = f(s), where s is a[row, j] + b[j] rounded to type U. Stores s in `sums` if that is not null.
+// y[row, j] = f(s), where s is a[row, j] + b[j] rounded to type U. Stores s in `sums` if `sums` is not null.
 template <class T, class U, class F>
 INLINE void map_suffix(const T* a, const T* b, U* sums, U* y, i64 n, i64 width, F f) {
     constexpr int W = CommonWidth<T, U>::value;

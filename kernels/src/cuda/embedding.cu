@@ -35,12 +35,12 @@ extern "C" __global__ void __launch_bounds__(256)
     embedding(ids, table, y, count, held, width, vocab_start, vocab, record, launch);
 }
 
-// Adds each row of dy to the table's row of the same id, in order. A block stands for one position of ids. It processes
-// its id only if no earlier position has the same id. So each row has one writer and a fixed order of additions.
+// Adds each row of dy to the table's row of the same id, in order. Each position of ids has one block. A block
+// processes its id only if no earlier position has the same id. So a row has one writer and a fixed order of additions.
 template <class T>
 INLINE void embedding_grad(const int* ids, const T* dy, float* dtable, i64 count, i64 held, i64 width,
                            i64 vocab_start) {
-    // Number of positions that a thread scans at once for a match.
+    // Number of positions that a thread scans at once for its block's id.
     constexpr int PLACES = 8;
     __shared__ int counts[8];
     __shared__ int matches[256];
@@ -59,7 +59,7 @@ INLINE void embedding_grad(const int* ids, const T* dy, float* dtable, i64 count
                 const i64 place = begin + 256 * p + threadIdx.x;
                 any |= place < count && ids[place] == id;
             }
-            // Skip positions after a scan without a match, which is the usual case.
+            // If the scan finds no match, which is the usual case, skip the scanned positions.
             if (!__syncthreads_or(any)) {
                 begin += 256 * (PLACES - 1);
                 continue;

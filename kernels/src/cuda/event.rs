@@ -1,4 +1,4 @@
-//! A pool of CUDA events, so that the steady state creates none.
+//! A pool of CUDA events, so that no event is created in the steady state.
 #![allow(unsafe_code)]
 
 use std::fmt::Display;
@@ -18,7 +18,7 @@ pub(crate) struct EventPool {
     free: Mutex<Vec<Raw<sys::CUevent>>>,
 }
 
-/// An event that a stream has recorded. Returns to the pool when dropped.
+/// An event that a stream has recorded. It returns to the pool when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Recorded {
     event: Raw<sys::CUevent>,
@@ -67,7 +67,7 @@ impl Drop for EventPool {
             return;
         }
         for event in self.free.get_mut().drain(..) {
-            // SAFETY: the pool owns the event and destroys it once. The driver keeps recorded events until completion.
+            // SAFETY: the pool owns the event and destroys it once. The driver keeps a recorded event until it is done.
             let _ = unsafe { sys::cuEventDestroy_v2(event.0) };
         }
     }
@@ -84,7 +84,7 @@ impl Recorded {
 
     /// Makes a stream wait for the event. The stream may belong to another device.
     pub(crate) fn wait_on(&self, stream: Raw<sys::CUstream>, place: &dyn Display) -> Result<()> {
-        // SAFETY: the handles are live. The call captures the event's present state, so a finished event may be reused.
+        // SAFETY: the handles are live. The call captures the event's present state, so the event may be recorded anew.
         let result = unsafe { sys::cuStreamWaitEvent(stream.0, self.event.0, 0) };
         self.events.context.check(result, "cuStreamWaitEvent", place)
     }

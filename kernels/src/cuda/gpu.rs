@@ -1,4 +1,4 @@
-//! An open GPU of this process: context, modules, cuBLASLt, transfers, poller. Several devices may share a GPU.
+//! An open GPU of this process: its context, modules, cuBLASLt handle, transfers and poller. Mesh devices may share it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -48,7 +48,7 @@ impl Gpu {
     ///
     /// # Errors
     /// [`KernelError::Unavailable`] if the driver, the device or cuBLASLt is missing, if the driver is too old, or if
-    /// the variable names an unknown implementation; [`KernelError::Cuda`] for driver errors.
+    /// `SHARDFLOW_ATTENTION` names an unknown implementation; [`KernelError::Cuda`] for driver errors.
     pub fn open(ordinal: usize) -> Result<Arc<Self>, KernelError> {
         Self::open_with(ordinal, Attention::from_env()?)
     }
@@ -78,7 +78,7 @@ impl Gpu {
     }
 
     /// Enables peer access among these GPUs where the machine supports it, so that copies between them bypass host
-    /// memory. Call it before creating arenas.
+    /// memory. Call this function before creating arenas.
     ///
     /// # Errors
     /// [`KernelError::Cuda`]. Lack of support is not an error.
@@ -91,7 +91,7 @@ impl Gpu {
         Ok(())
     }
 
-    /// The device, as error messages name it.
+    /// The name of the device in error messages.
     pub fn place(&self) -> String {
         self.context.place()
     }
@@ -124,7 +124,7 @@ impl Gpu {
         super::memory::free_and_total(&self.context)
     }
 
-    /// Counters of this GPU by name: attention launches by implementation.
+    /// Counters of this GPU, by name. They count the attention launches of each pass and implementation.
     pub fn counts(&self) -> Vec<(&'static str, u64)> {
         self.attention_counters.by_name().to_vec()
     }

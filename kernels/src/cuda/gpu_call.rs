@@ -1,4 +1,4 @@
-//! One member's part of a collective on a GPU's stream: the data of a call that every GPU engine needs.
+//! One member's part of a collective on a GPU's stream, with the data that every GPU engine needs.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::tensor::DType;
 #[derive(Clone, Debug)]
 pub(crate) struct GpuCall<'a> {
     pub(crate) call: &'a CollectiveCall,
-    /// Device addresses of x and y; 0 if absent.
+    /// Device addresses of the input x and the output y; 0 if absent.
     pub(crate) x: u64,
     pub(crate) y: u64,
     /// Address of the launch's workspace (STAGE-1); 0 if absent.

@@ -16,7 +16,7 @@ pub(crate) struct InFlight {
     pub(crate) program: Arc<Program>,
     pub(crate) repeat: bool,
     notify: Mutex<Notify>,
-    /// The abort statuses of the engine if the program has collectives: an aborted one looks complete on the stream.
+    /// The engine's abort statuses if the program has collectives. An aborted collective looks complete on the stream.
     abort_statuses: Arc<[AbortStatus]>,
     slot: Mutex<Option<RecordSlot>>,
 }
@@ -32,14 +32,15 @@ impl InFlight {
 
     pub(crate) fn signal(self: Arc<Self>, tag: u32) -> Completion {
         Box::new(move |failed| {
-            // Do not signal results of an aborted collective.
+            // Do not signal after an abort, because the results of an aborted collective are invalid.
             if failed.is_none() && self.aborted().is_none() {
                 self.send(Notification::Signal(tag));
             }
         })
     }
 
-    /// Ends the submission. Releases its memory first, since the receiver of the final notification may rely on that.
+    /// Returns the completion that ends the submission. It releases the submission's memory before it sends the final
+    /// notification, because the receiver may rely on this order.
     pub(crate) fn end(self: Arc<Self>, bases: Vec<Base>, result: Result<()>) -> Completion {
         Box::new(move |failed| {
             bases.iter().for_each(|base| base.arena.mark_released());
@@ -56,7 +57,7 @@ impl InFlight {
         self.abort_statuses.iter().find_map(AbortStatus::aborted)
     }
 
-    /// Sends the final notification, once all work on the stream is done or has failed.
+    /// Sends the final notification. The submission's work on the stream must be done or have failed.
     pub(crate) fn finish(&self, result: Result<()>) {
         let record = self.slot.lock().take().and_then(|slot| slot.read());
         let record_error = record.map(|record| {

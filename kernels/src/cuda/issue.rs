@@ -1,11 +1,11 @@
 //! Issues submissions on a CUDA stream: launches as their lowered steps, collectives through the engine, signals and
-//! completions as events that the poller reports. The caller specifies whether issuing may block. If it may not block,
-//! the issuer returns the part that would block.
+//! completions as events that the poller reports. The caller specifies whether issuing may block. If it may not, the
+//! issuer stops before the first step that would block and returns the rest of the submission.
 //!
-//! - ISSUE-1: the memory that a step uses is in bounds and on the stream's own GPU. `bound` has checked the bounds;
-//!   this module checks that each buffer is on the GPU. A submission keeps its arenas until its final notification.
-//! - ISSUE-2: issuing a prepared program loads, compiles and allocates nothing. The driver may delay such work until
-//!   the GPU's queues are empty, and a collective in one of the queues may wait for the calling thread.
+//! - ISSUE-1: the memory that a step uses is in bounds (checked by `bound`) and on the stream's own GPU (checked here).
+//!   Only a region copy may read from another GPU. A submission keeps its arenas until its final notification.
+//! - ISSUE-2: issuing a prepared program loads, compiles and allocates nothing. The driver may delay loads and
+//!   allocations until the GPU's queues are empty. A collective in these queues may wait for the calling thread.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -133,7 +133,7 @@ impl Issuer {
                 Ok(LoweredLaunch { steps, uses_record }) => {
                     self.prepare_steps(steps, *uses_record, [&launch.reads, &launch.writes])?;
                 }
-                // The launch has no steps, or it fails when it is issued, after the check of its buffers.
+                // The launch has no steps, or it will fail when it is issued, after its buffers are checked.
                 Err(KernelError::Arguments { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -175,9 +175,9 @@ impl Issuer {
     pub(crate) fn release_memory(&self) {
         let context = &self.stream.gpu.context;
         let recorded = if context.bind_to_drop() { self.stream.record().ok() } else { None };
-        // Without an event, the context is lost and nothing can be freed.
+        // If no event could be recorded, the context is lost, and nothing can be freed.
         let Some(recorded) = recorded else { return };
-        // The last completion keeps the GPU and its poller alive.
+        // The last completion, which releases device memory, keeps the GPU and its poller alive until then.
         for memory in self.staging.arena.iter().chain([&self.records.memory]) {
             self.stream.report(recorded.clone(), release(memory.clone(), Event::default()));
         }
@@ -266,7 +266,7 @@ impl Issuer {
                     run.pending_collective = wait;
                     continue;
                 }
-                // The last launch is counted below.
+                // The last of these launches is counted below.
                 run.next_launch += count - 1;
             }
             if self.check_finite && !run.non_finite_reported {
@@ -324,7 +324,7 @@ impl Issuer {
     fn issue_next(&mut self, run: &mut Run) -> Result<(usize, Option<Wait>)> {
         let in_flight = run.in_flight.clone();
         let launches = &in_flight.program.launches;
-        // Fusion would hide the first launch's outputs from the Inf/NaN check and delay a signal between the two.
+        // Fusion would hide the first launch's outputs from the Inf/NaN check, and delay a signal between the launches.
         let second_index = run.next_launch + 1;
         let has_signal_between = || in_flight.program.signals.iter().any(|&(position, _)| position == second_index);
         if let Some(second) = launches.get(second_index)
@@ -412,8 +412,8 @@ impl Issuer {
         let accumulate = launch.accumulate;
         let source = read.arena().device_memory().map(|memory: &DeviceMemory| memory.gpu.context.clone());
         let (Some(source), false) = (source, accumulate || read.dtype() != write.dtype()) else {
-            let got = format!("{:?} to {:?}, accumulate {accumulate}", read.dtype(), write.dtype());
-            return Err(launch.refused("read 0", "GPU memory, copied without conversion or addition", got));
+            let got = format!("source {:?}, write 0 {:?}, accumulate {accumulate}", read.dtype(), write.dtype());
+            return Err(launch.refused("read 0", "a source in GPU memory, equal dtypes, and no accumulation", got));
         };
         self.check_on_this_gpu(launch.op.name(), write)?;
         launch.check_buffers(false)?;
@@ -462,7 +462,7 @@ impl Issuer {
         let timer = self.metrics.collective(call);
         if let Some(engine) = self.engine.on_device(call) {
             self.stream.issue_test_delay()?;
-            // Abort, or the other members would wait forever.
+            // If this fails, abort: the other members would otherwise wait forever.
             self.stream.begin_call(Some(timer)).inspect_err(|error| self.engine.abort(&error.to_string()))?;
             return match engine.0.enqueue(call, bound, self.stream.clone())? {
                 Enqueued::Issued => self.stream.end_call().map(|()| None),
@@ -493,7 +493,7 @@ fn addresses(product: &Product, address_of: &dyn Fn(Place) -> Result<u64>) -> Re
     Ok([address_of(product.a.place)?, address_of(product.b.place)?, address_of(product.d.place)?])
 }
 
-/// Start of the library's part of the workspace, or 0 without a workspace. The workspace's size has been checked.
+/// Returns where the library's part of the workspace starts, or 0 without a workspace. The caller has checked its size.
 fn library_workspace(bound: &Bound<'_>) -> Result<u64> {
     bound.workspace.as_ref().map_or(Ok(0), |view| device_address(view).map(lower::library_start))
 }

@@ -1,4 +1,4 @@
-//! Finds the CUDA libraries, or reports how to install them. Callers check first: cudarc panics if one is missing.
+//! Finds the CUDA libraries, or reports how to install them. Callers must check first: cudarc panics if one is missing.
 #![allow(unsafe_code)]
 
 use std::fmt::{self, Display};
@@ -9,21 +9,21 @@ use cudarc::{cublaslt, driver::sys, nvrtc};
 use super::status::{check_code, unavailable};
 use crate::error::{KernelError, Result};
 
-/// The oldest supported driver, as the CUDA version that libraries and cubins need: `1000 * major + 10 * minor`.
+/// The oldest driver that libraries and cubins support, given by its CUDA version: `1000 * major + 10 * minor`.
 const DRIVER_MIN: i32 = 13_000;
 
 const DRIVER_HINT: &str = "install NVIDIA's driver of version 580 or newer (Debian: apt install nvidia-driver), or run the \
-     container with --gpus all; without a GPU choose the device cpu";
+     container with --gpus all; without a GPU, choose the device cpu";
 
 /// Environment variables that the driver reads when it starts, and their values. Variables that are already set keep
-/// their values. The launcher sets them for its processes. A single-threaded process sets them when it starts the
-/// driver.
+/// their values. The launcher sets the variables for its processes. A single-threaded process sets them when it starts
+/// the driver.
 pub const SETTINGS: [(&str, &str); 3] = [
     // Libraries load all kernels at once, so that no load blocks behind a collective that waits for another GPU.
     ("CUDA_MODULE_LOADING", "EAGER"),
-    // The same for kernel data. The CUDA 13 guide says that this variable follows the one above; older guides do not.
+    // The same for kernel data. The CUDA 13 guide says that the variable above implies this one; older guides do not.
     ("CUDA_MODULE_DATA_LOADING", "EAGER"),
-    // The maximum, because streams that share a queue wait for each other.
+    // The maximum number of queues, because streams that share a queue wait for each other.
     (QUEUES, "32"),
 ];
 
@@ -48,12 +48,12 @@ pub(crate) struct Driver {
     pub(crate) devices: usize,
 }
 
-/// Declares `Api`: the functions of a library that is loaded at run time. Tries these file names in order.
+/// Declares `Api`: the functions of a library that is loaded at run time. The given file names are tried in order.
 macro_rules! dynamic_library {
     ([$($file:literal),*] $($field:ident: $symbol:literal = fn($($arg:ty),*) -> $out:ty;)*) => {
         #[derive(Debug)]
         pub(crate) struct Api {
-            // SAFETY: these are only types. Each call states why it is sound.
+            // SAFETY: this only declares function types. Each caller states why its call is sound.
             $(pub(super) $field: unsafe extern "C" fn($($arg),*) -> $out,)*
             /// Keeps the functions loaded.
             _library: libloading::Library,

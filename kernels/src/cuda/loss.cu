@@ -136,7 +136,7 @@ struct RunningExpSum {
 };
 
 // row_max and sum_exp_target in one pass over the logits, for a vocabulary that is not split. Each thread's sum is
-// relative to the largest logit that the thread has seen. Inf and NaN give the same results as two passes.
+// relative to the largest logit that the thread has seen. Inf and NaN logits give the same results as in two passes.
 template <class T>
 INLINE void row_max_sum_exp_target(const T* logits, const int* targets, float* maxima, float* sums, float* chosen,
                                    i64 rows, i64 width, i64 vocab_start, i64 vocab, u32* record, u32 launch) {

@@ -1,6 +1,6 @@
 //! Lowers a launch to steps on a CUDA device: kernels with their geometry, or a matrix product. Accesses no device.
 //!
-//! The backend checks what depends on memory: writes overlap nothing (MEM-2) except as [`in_place`] allows.
+//! The backend checks memory: no write may overlap another buffer (MEM-2), except as [`in_place`] allows.
 
 use crate::cuda::step::{Arg, Step, product_workspace_bytes};
 use crate::error::KernelError;
@@ -73,7 +73,7 @@ pub fn lower(launch: &Launch, accumulate: bool, shared_bytes_max: usize) -> Resu
 }
 
 /// Workspace in bytes that a launch needs on a CUDA device, for any of the kernels, libraries or engines that may run
-/// it. 0 for most ops, and for shapes that the op refuses. A GPU has no other scratch memory.
+/// it. Returns 0 for most ops, and for shapes that the op refuses. A launch has no other scratch memory on a GPU.
 pub fn workspace_bytes(launch: &Launch) -> usize {
     let read = |i: usize| launch.reads.get(i).map_or(&[][..], |buffer| &buffer.shape[..]);
     let own = match &launch.op {

@@ -20,7 +20,7 @@ use crate::memory::{Base, View};
 use crate::op::{Buffer, Launch, Op, Program};
 use crate::tensor::element_count;
 
-/// Maximum number of cached programs per stream, far more than an actor has. If exceeded, the cache is cleared.
+/// Maximum number of cached programs per stream, far more than an actor has. If there are more, the cache is cleared.
 const PROGRAMS_MAX: usize = 1024;
 
 #[derive(Debug, Default)]
@@ -35,12 +35,12 @@ struct CachedProgram {
     lowered: [Option<Arc<LoweredProgram>>; 2],
 }
 
-/// A program lowered for submissions with `repeat`, or for those without.
+/// A program, lowered either for submissions with `repeat` or for submissions without it.
 #[derive(Debug)]
 pub(crate) struct LoweredProgram {
     /// Indexed by launch. Each launch is lowered at first use, after the check of its buffers.
     launches: Vec<OnceLock<Result<LoweredLaunch>>>,
-    /// Indexed by launch: the fused form of this launch and the next, if there is one.
+    /// Indexed by launch: the fused form of the launch and its successor, if one kernel can run both.
     pairs: Vec<OnceLock<Option<FusedPair>>>,
     repeat: bool,
     pub(crate) last_call: Option<usize>,
@@ -53,8 +53,8 @@ pub(crate) struct LoweredLaunch {
     pub(crate) uses_record: bool,
 }
 
-/// Two launches fused into one, with the buffers to which a place in the fused steps refers. Each launch can still run
-/// alone.
+/// Two launches fused into one, with the buffers that the places in the fused steps refer to. Each of the two launches
+/// can still run alone.
 #[derive(Debug)]
 pub(crate) struct FusedPair {
     pub(crate) reads: Vec<Buffer>,
@@ -92,13 +92,13 @@ impl LoweredProgram {
         Self { launches, pairs, repeat, last_call }
     }
 
-    /// The steps of launch `index` of the program. The launch's buffers have been checked.
+    /// Returns the steps of launch `index` of the program. The caller has checked the launch's buffers.
     pub(crate) fn launch(&self, index: usize, launch: &Launch, gpu: &Gpu) -> Result<&LoweredLaunch> {
         let accumulate = self.repeat && launch.accumulate;
         self.launches[index].get_or_init(|| lower_launch(launch, accumulate, gpu)).as_ref().map_err(Clone::clone)
     }
 
-    /// True if there is certainly no fused kernel for launch `index` and the next. Does not look at buffers.
+    /// Returns true if there is certainly no fused kernel for launch `index` and its successor. Ignores their buffers.
     pub(crate) fn cannot_fuse(&self, index: usize, [first, second]: [&Launch; 2]) -> bool {
         match self.pairs[index].get() {
             Some(pair) => pair.is_none(),
@@ -106,7 +106,7 @@ impl LoweredProgram {
         }
     }
 
-    /// The fused form of launch `index` and the next. The buffers of both have been checked.
+    /// Returns the fused form of launch `index` and its successor. The caller has checked the buffers of both.
     pub(crate) fn fused_pair(&self, index: usize, launches: [&Launch; 2], gpu: &Gpu) -> Option<&FusedPair> {
         self.pairs[index].get_or_init(|| fuse_pair(launches, gpu)).as_ref()
     }
@@ -127,7 +127,7 @@ fn overlap(a: &Buffer, b: &Buffer) -> bool {
 }
 
 impl FusedPair {
-    /// Resolves the pair's buffers. `None` if a write overlaps a buffer on another base: `overlap` ignores those.
+    /// Resolves the pair's buffers. Returns `None` if a write overlaps a buffer on another base (see `overlap`).
     pub(crate) fn bind<'a>(&'a self, name: &'a str, bases: &'a [Base]) -> Result<Option<Bound<'a>>> {
         let resolve = |buffer| View::resolve(name, buffer, bases);
         let reads = self.reads.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
@@ -175,7 +175,7 @@ fn prepare_step(step: Step, gpu: &Gpu) -> Result<PreparedStep> {
     })
 }
 
-/// The address of a place in a bound launch whose buffers are all on the device.
+/// Returns the address of a place in a bound launch. All buffers of the launch must be on the device.
 pub(crate) fn address(bound: &Bound<'_>, place: Place) -> Result<u64> {
     let view = match place.operand {
         Operand::Read(i) => bound.reads.get(i),

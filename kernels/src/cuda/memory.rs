@@ -1,7 +1,7 @@
 //! Pinned host memory, and synchronous copies between host and device through a pinned buffer on a dedicated stream.
 //!
 //! - PINNED-1: nobody accesses the part of a pinned buffer that a copy in progress uses. [`HostTransfer`] waits for
-//!   each piece before the next. Streams wait for the event recorded after a copy before they reuse a buffer.
+//!   each piece before the next. Other users wait for an event recorded after the copy before they reuse the buffer.
 #![allow(unsafe_code)]
 
 use std::ptr::NonNull;
@@ -45,8 +45,8 @@ impl HostTransfer {
         self.wait(result, "cuMemsetD8Async")
     }
 
-    /// Copies `bytes` bytes to device memory in pieces that `fill` writes until it returns false. Requires a bound
-    /// context.
+    /// Copies `bytes` bytes to device memory in pieces. `fill` writes each piece. The copy stops early if `fill`
+    /// returns false. Requires a bound context.
     pub(crate) fn write(&mut self, to: u64, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<()> {
         self.released.get();
         for at in (0..bytes).step_by(PIECE_BYTES) {
@@ -55,8 +55,8 @@ impl HostTransfer {
                 break;
             }
             let from = self.pinned.start.0.cast();
-            // SAFETY: the caller guarantees that `to` is device memory of this context. The piece stays until the wait
-            // (PINNED-1).
+            // SAFETY: the caller guarantees that `to` is device memory of this context. Nobody changes the piece until
+            // `wait` returns (PINNED-1).
             let result = unsafe { sys::cuMemcpyHtoDAsync_v2(to + at as u64, from, piece, self.stream.0) };
             self.wait(result, "cuMemcpyHtoDAsync")?;
         }
@@ -64,7 +64,7 @@ impl HostTransfer {
         Ok(())
     }
 
-    /// Passes `bytes` bytes of device memory in pieces to `take`, until it returns false. Requires a bound context.
+    /// Passes `bytes` bytes of device memory to `take` in pieces, until `take` returns false. Requires a bound context.
     pub(crate) fn read(&mut self, from: u64, bytes: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<()> {
         self.released.get();
         for at in (0..bytes).step_by(PIECE_BYTES) {
@@ -81,7 +81,7 @@ impl HostTransfer {
         Ok(())
     }
 
-    /// Waits for the call that returned `result`.
+    /// Checks the `result` of an asynchronous call and waits until the call has completed on the stream.
     fn wait(&self, result: sys::CUresult, call: &'static str) -> Result<()> {
         self.context.check(result, call, &self.context.place())?;
         // SAFETY: the stream is live.
@@ -115,7 +115,7 @@ pub(crate) fn destroy_stream(context: &Context, stream: Raw<sys::CUstream>) {
     }
 }
 
-/// Zeroed page-locked host memory; not write-combined, since the host also reads it.
+/// Zeroed, page-locked host memory. It is not write-combined, because the host also reads it.
 #[derive(Debug)]
 pub(crate) struct Pinned {
     context: Arc<Context>,
@@ -173,7 +173,7 @@ impl Drop for Pinned {
     }
 }
 
-/// Free and total bytes of the device. Requires the context to be bound.
+/// Returns the free and the total memory of the device, in bytes. Requires the context to be bound.
 pub(crate) fn free_and_total(context: &Context) -> Result<(usize, usize)> {
     let (mut free, mut total) = (0, 0);
     // SAFETY: the call writes to locals.

@@ -1,5 +1,5 @@
-//! Kernels by name. A module is loaded when its first kernel is requested: from a cubin for the GPU's architecture if
-//! one is installed next to the program, otherwise compiled from source at run time.
+//! Looks up kernels by name. A module is loaded when its first kernel is requested: from a cubin for the GPU's
+//! architecture, if one is installed. Otherwise, the module is compiled from source at run time.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -19,7 +19,7 @@ use super::status::static_text;
 use super::step::SHARED_BYTES_DEFAULT;
 use crate::error::{KernelError, Result};
 
-/// Environment variable: a directory of cubins (`NAME.ARCH.cubin`), searched before `cubins` next to the program.
+/// Environment variable for a directory of cubins (`NAME.ARCH.cubin`), used before `cubins` next to the program.
 pub const CUBINS: &str = "SHARDFLOW_CUBINS";
 
 #[derive(Debug)]
@@ -37,7 +37,7 @@ struct Loaded {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Function {
     pub(crate) handle: Raw<sys::CUfunction>,
-    /// Maximum dynamic shared memory set on the function, in bytes.
+    /// The limit of dynamic shared memory that is set on the function, in bytes.
     shared_bytes: u32,
 }
 
@@ -46,7 +46,7 @@ impl Modules {
         Self { context: context.clone(), loaded: Mutex::default() }
     }
 
-    /// Returns the kernel of this name and allows it this much dynamic shared memory. Requires the context to be bound.
+    /// Returns the kernel and allows it `shared_bytes` bytes of dynamic shared memory. Requires a bound context.
     pub(crate) fn function(&self, name: &'static str, shared_bytes: u32) -> Result<Function> {
         let mut loaded = self.loaded.lock();
         let place = format!("kernel {name} on {}", self.context.place());
@@ -138,14 +138,14 @@ fn cubins(module: &str, (major, minor): (i32, i32)) -> Vec<PathBuf> {
     folders.iter().flat_map(of).collect()
 }
 
-/// Headers that kernel sources include, directly or indirectly, and the Python package of CUDA 13 that contains each.
+/// Headers that kernel sources include, directly or not, each with the Python package of CUDA 13 that contains it.
 const HEADERS: [(&str, &str); 2] = [("cuda_bf16.h", "nvidia-cuda-runtime"), ("crt/host_defines.h", "nvidia-cuda-crt")];
 
 /// All existing header directories. A toolkit has one; the Python packages may have several.
 fn includes() -> Vec<PathBuf> {
     let homes = ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(env::var_os);
     let mut folders: Vec<PathBuf> = homes.map(|home| Path::new(&home).join("include")).collect();
-    // Wheels and toolkits keep headers next to the library's directory; the library is loaded by now.
+    // Wheels and toolkits keep headers next to the directory of NVRTC, which is loaded by now.
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let library =
         maps.lines().filter_map(|line| line.split_whitespace().last()).find(|path| path.contains("libnvrtc.so"));
@@ -171,7 +171,7 @@ fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>> {
     let name = CString::new(file.clone()).unwrap_or_default();
     let mut options = vec![format!("--gpu-architecture={target}"), "--std=c++17".to_owned()];
     // Load the library so that `includes` finds its directory.
-    // SAFETY: the library is installed.
+    // SAFETY: NVRTC is installed, as `require` has checked. The call writes to temporaries.
     let _ = unsafe { nvrtc::nvrtcVersion(&mut 0, &mut 0) };
     let folders = includes();
     options.extend(folders.iter().map(|folder| format!("--include-path={}", folder.display())));
@@ -191,7 +191,8 @@ fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>> {
     if result != SUCCESS {
         return failed(result, "nvrtcCreateProgram");
     }
-    // SAFETY: the program is live and destroyed once. Options end with 0. Buffers have the sizes that NVRTC reports.
+    // SAFETY: the program is live and destroyed once. The options end with 0. Buffers have the sizes that NVRTC
+    // reports.
     unsafe {
         let compile_status = nvrtc::nvrtcCompileProgram(program, options.len() as i32, options.as_ptr());
         let (mut size, mut image) = (0, Vec::new());
@@ -222,7 +223,7 @@ fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>> {
 mod tests {
     use super::*;
 
-    /// The Python packages of CUDA 13 split the headers between two packages; nothing compiles with only one of them.
+    /// The headers of CUDA 13 are in two Python packages. Nothing compiles if only one of the two is installed.
     #[test]
     fn the_hint_names_missing_headers_and_their_packages() {
         let root = env::temp_dir().join(format!("shardflow-headers-{}", std::process::id()));

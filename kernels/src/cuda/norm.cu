@@ -32,7 +32,7 @@ INLINE void keep_packs(const T* row, i64 width, float (&kept)[KeptPacks<W>::pack
     }
 }
 
-// `x` is the complete row. With a residual, an earlier pass has computed the sum.
+// `x` is the complete row. If there is a residual, `add_row` has already added it.
 template <int W, class T, class U>
 INLINE void layer_norm_row(const T* x, const float* weight, U* y, float* mean, float* rstd, i64 width, float eps) {
     float kept[KeptPacks<W>::packs][W];
@@ -62,7 +62,7 @@ INLINE void layer_norm_row(const T* x, const float* weight, U* y, float* mean, f
     }
 }
 
-// sums = a + b for one row. A lane later reads only the elements that it wrote itself.
+// sums = a + b for one row. Each lane later reads only elements that it wrote itself, so no barrier is needed.
 template <int W, class T>
 INLINE void add_row(const T* a, const T* b, T* sums, i64 width) {
     for (i64 place = (i64)(threadIdx.x % 32) * W; place < width; place += 32 * W) {

@@ -1,6 +1,6 @@
 // AdamW with decoupled weight decay, in place. Sums of squares and the clipping factor are in reduce.cu.
 
-// Number of packs of four elements per thread. Many elements share the two powers that a block computes.
+// Number of packs of four elements per thread. All elements of a block share the two powers that it computes.
 #define PACKS_PER_THREAD 4
 
 struct Update {
@@ -15,7 +15,7 @@ struct Update {
 };
 
 // `hyper` holds the learning rate and the step. The kernel computes 1 - beta^step from `ln_beta1` and `ln_beta2`, the
-// logarithms of the betas. Changes nothing if the scale or the learning rate is Inf or NaN.
+// logarithms of the betas. The kernel changes nothing if the scale or the learning rate is Inf or NaN.
 extern "C" __global__ void __launch_bounds__(256, 4)
     adamw_f32(const float* grad, const float* hyper, const float* scale, float* param, float* m, float* v, i64 n,
               float beta1, float beta2, double ln_beta1, double ln_beta2, float eps, float weight_decay) {

@@ -1,10 +1,10 @@
 //! One thread per GPU. It queries, in stream order, whether the work of each stream is done, and reports the result.
 //!
-//! - POLL-1: the completions of a stream are reported in stream order, each only when its work is done.
-//! - POLL-2: the thread parks while nothing is pending and no stream is about to enter or leave a collective. Otherwise
-//!   it spins briefly and then sleeps at most [`SLEEP_MAX`] at a time, which bounds the delay of a report.
-//! - POLL-4: at the same intervals the thread reads the progress of streams through collectives (PROGRESS-1).
+//! - POLL-1: the completions of a stream are reported in stream order, each only after its work is done.
+//! - POLL-2: the thread parks while no completion is pending and no stream is about to enter or leave a collective.
+//!   Otherwise it spins briefly and then sleeps at most [`SLEEP_MAX`] at a time, which bounds the delay of a report.
 //! - POLL-3: if the context is lost (CONTEXT-1), all pending completions fail with the context's error, in order.
+//! - POLL-4: after each round of queries, the thread reads the progress of streams through collectives (PROGRESS-1).
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -29,10 +29,10 @@ const SPIN: Duration = Duration::from_micros(20);
 /// The first sleep after the spin; each following sleep is twice as long.
 const SLEEP_MIN: Duration = Duration::from_micros(10);
 const SLEEP_MAX: Duration = Duration::from_micros(50);
-/// How often engines check for errors while something is pending.
+/// Interval at which engines check for errors while the thread is not parked.
 const CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Called when an event is done, or with the error of a lost context (POLL-3). Must not block.
+/// Called when an event is done, or with an error if the context is lost (POLL-3) or the stream closed. Must not block.
 pub(crate) type Completion = Box<dyn FnOnce(Option<&KernelError>) + Send>;
 
 pub(crate) fn set_event(event: Event) -> Completion {
@@ -48,7 +48,7 @@ pub(crate) fn release(arena: Arena, event: Event) -> Completion {
     })
 }
 
-/// An engine that detects its own errors. It is called periodically while something is pending.
+/// An engine that detects its own errors. The poller calls the engine periodically while the poller is not parked.
 pub(crate) trait ErrorCheck: Send + Sync {
     /// Must not block: the calling thread reports all completions of the GPU.
     fn check_errors(self: Arc<Self>);
@@ -136,7 +136,7 @@ impl Poller {
         queue.pending.lock().is_empty()
     }
 
-    /// True on the poller's own thread, which must not block.
+    /// Returns true on the poller's own thread, which must not block.
     pub(crate) fn is_poller_thread(&self) -> bool {
         self.thread.as_ref().is_some_and(|thread| thread.thread().id() == thread::current().id())
     }
@@ -160,7 +160,7 @@ impl Shared {
     fn serve(&self) {
         // With the default timer slack, the kernel extends short sleeps by about 50 us.
         let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1_000));
-        // A failure repeats at the first query and is reported there.
+        // If this bind fails, the first query fails in the same way and reports the error.
         let _ = self.context.bind();
         let (mut last_progress, mut sleep, mut last_check) = (Instant::now(), SLEEP_MIN, Instant::now());
         while !self.stop.load(Ordering::SeqCst) {
@@ -192,7 +192,7 @@ impl Shared {
         }
     }
 
-    /// Whether nothing is pending and no stream is about to enter or leave a call.
+    /// Returns whether no completion is pending and no stream is about to enter or leave a collective or pipe call.
     fn is_idle(&self) -> bool {
         let expects_progress =
             |queue: &Arc<CompletionQueue>| queue.progress.as_ref().is_some_and(|progress| progress.expects_progress());
@@ -259,7 +259,7 @@ impl Shared {
     }
 }
 
-/// Reports a completion. Panics of the receiver are dropped, since nobody could handle them.
+/// Reports a completion. If the receiver panics, the panic is dropped, since no caller could handle it.
 fn report(completion: Completion, failed: Option<&KernelError>) {
     drop(catch_unwind(AssertUnwindSafe(|| completion(failed))));
 }

@@ -13,7 +13,7 @@ use crate::error::Result;
 /// What `shardflow doctor` reports about CUDA.
 #[derive(Clone, Debug)]
 pub struct Probe {
-    /// CUDA version of the driver, such as `13.0`; or why there is no driver.
+    /// CUDA version of the driver, such as `13.0`, or why there is no driver.
     pub driver: Result<String>,
     /// Each device, or why the query failed.
     pub devices: Vec<Result<DeviceFacts>>,
@@ -32,7 +32,7 @@ pub struct DeviceFacts {
     pub bytes_total: usize,
 }
 
-/// Probes driver, devices, memory and libraries. Creates no context, so it allocates no device memory.
+/// Probes the driver, devices, memory and libraries. Creates no context, so it allocates no device memory.
 pub fn probe() -> Probe {
     let libraries = Library::ALL.map(|library| (library, version(library))).into();
     match driver() {
@@ -76,7 +76,7 @@ fn version(library: Library) -> Result<String> {
 mod tests {
     use super::*;
 
-    /// Runs only without a driver, as in CI. `probe` must report everything that is missing, and must not panic.
+    /// For machines without a driver, as in CI: `probe` must report everything that is missing, and must not panic.
     #[test]
     fn the_probe_reports_what_a_machine_without_cuda_lacks() {
         let probe = probe();

@@ -1,10 +1,10 @@
 //! Progress of streams as the GPU reports it: a stream writes a number to a word of pinned memory, in stream order, and
 //! the host reads the word at any time.
 //!
-//! - PROGRESS-1: a stream writes a call's number when it reaches the call, and again after the call. Calls are put on a
-//!   stream one at a time, so both words only increase (and wrap around).
+//! - PROGRESS-1: a stream writes a call's number to one word when it reaches the call, and to another word after the
+//!   call. Calls are put on a stream one at a time, so both words only increase (and wrap around).
 //!
-//! PINNED-1 does not apply: the GPU writes words while the host reads them. Every access is to a whole word.
+//! PINNED-1 does not apply here: the GPU writes words while the host reads them. Every access is to a whole word.
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -19,7 +19,7 @@ use super::memory::Pinned;
 use crate::error::Result;
 use crate::metrics::CollectiveTimer;
 
-/// Words per GPU; each stream uses two.
+/// Number of words per GPU. Each stream uses two words.
 const WORDS: usize = 4096;
 /// Index of the word that holds the number of the last call that the stream has reached.
 const REACHED: usize = 0;
@@ -54,7 +54,7 @@ pub(crate) struct CallProgress {
     words: Arc<ProgressWords>,
     /// Index of the stream's first word.
     index: usize,
-    /// Both words at the last update.
+    /// The values of both words at the last update.
     seen: AtomicU64,
     state: Mutex<State>,
 }
@@ -64,7 +64,7 @@ struct State {
     begun: u32,
     /// Number of the last call that is completely on the stream.
     ended: u32,
-    /// Calls not yet seen to be complete.
+    /// Calls that no update has seen to be complete.
     open: VecDeque<Open>,
 }
 
@@ -75,13 +75,13 @@ struct Open {
     timer: Option<CollectiveTimer>,
 }
 
-/// Whether a word with this value has reached the number. Numbers wrap around.
+/// Returns whether a word with this value has reached the number. Numbers wrap around.
 fn has_reached_number(word: u32, number: u32) -> bool {
     word.wrapping_sub(number) < u32::MAX / 2
 }
 
 impl CallProgress {
-    /// Counts the call that goes on the stream next. Returns the address and value that the stream writes before it.
+    /// Counts the next call. Returns the address and the value that the stream must write before the call.
     pub(super) fn begin(&self, timer: Option<CollectiveTimer>) -> (u64, u32) {
         let mut state = self.state.lock();
         let number = state.begun.wrapping_add(1);
@@ -90,7 +90,7 @@ impl CallProgress {
         (self.address(REACHED) as u64, number)
     }
 
-    /// Returns the address and value that the stream writes after the last call.
+    /// Ends the last call. Returns the address and the value that the stream must write after the call.
     pub(super) fn end(&self) -> (u64, u32) {
         let mut state = self.state.lock();
         state.ended = state.begun;
@@ -115,7 +115,7 @@ impl CallProgress {
         has_reached_number(self.read(PASSED), number)
     }
 
-    /// Reads the words and reports call times. Called by one thread. The polling interval limits the times' accuracy.
+    /// Reads the words and reports call times, which are as accurate as the polling interval. Called by one thread.
     pub(super) fn update(&self) {
         // Read PASSED first: a stream has reached every call that it has completed.
         let passed = self.read(PASSED);

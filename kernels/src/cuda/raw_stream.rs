@@ -19,17 +19,17 @@ use crate::metrics::CollectiveTimer;
 
 pub(crate) const PARAMETERS_MAX: usize = 32;
 
-/// Maximum row pitch of a copy: `CU_DEVICE_ATTRIBUTE_MAX_PITCH` of every GPU.
+/// Maximum row pitch of a copy, in bytes. Every GPU has this `CU_DEVICE_ATTRIBUTE_MAX_PITCH`.
 const PITCH_MAX: u64 = i32::MAX as u64;
 
-/// Rows of equal size and pitch, in the source and destination of a copy.
+/// A copy of rows of equal size. In the source and in the destination, the distance between rows is constant.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowCopy {
     from: u64,
     to: u64,
     bytes: usize,
     count: usize,
-    /// Distance between rows in bytes, in source and destination.
+    /// Pitch: the distance between rows in the source and in the destination, in bytes.
     pitch: (u64, u64),
 }
 
@@ -38,7 +38,7 @@ impl RowCopy {
         Self { from, to, bytes, count: 1, pitch: (0, 0) }
     }
 
-    /// Appends a row that follows the other rows in source and destination. Returns false if its pitch or size differs.
+    /// Appends a row that follows the other rows in source and destination. Returns false if its size or pitch differs.
     pub(crate) fn append(&mut self, next: &RowCopy) -> bool {
         let first = (next.from - self.from, next.to - self.to);
         let pitch = if self.count == 1 { first } else { self.pitch };
@@ -57,7 +57,7 @@ pub(crate) struct RawStream {
     pub(crate) gpu: Arc<Gpu>,
     pub(crate) rank: usize,
     pub(crate) handle: Raw<sys::CUstream>,
-    /// The stream, as error messages name it.
+    /// The name of the stream in error messages.
     pub(crate) place: String,
     /// `None` if the GPU has no progress words left.
     pub(crate) call_progress: Option<Arc<CallProgress>>,
@@ -99,7 +99,7 @@ impl RawStream {
         let Geometry { grid: [gx, gy, gz], block: [bx, by, bz], shared_bytes } = *geometry;
         let (kernel, stream) = (function.handle.0, self.handle.0);
         let (parameters, none) = (pointers.as_mut_ptr(), std::ptr::null_mut());
-        // SAFETY: the handles are live. The driver copies the parameters, which match the kernel by the contract.
+        // SAFETY: the handles are live. The driver copies the parameters. By contract, these match the kernel.
         let result =
             unsafe { sys::cuLaunchKernel(kernel, gx, gy, gz, bx, by, bz, shared_bytes, stream, parameters, none) };
         self.check(result, "cuLaunchKernel")
@@ -173,7 +173,7 @@ impl RawStream {
         self.check(unsafe { sys::cuMemcpy3DPeerAsync(&description, self.handle.0) }, "cuMemcpy3DPeerAsync")
     }
 
-    /// Copies to pinned host memory. Nobody accesses that memory until an event after the copy is done (PINNED-1).
+    /// Copies to pinned host memory, which nobody may access until an event after the copy is done (PINNED-1).
     pub(crate) fn copy_out(&self, to: *mut u8, from: u64, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());
@@ -182,7 +182,7 @@ impl RawStream {
         self.check(unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), from, bytes, self.handle.0) }, "cuMemcpyDtoHAsync")
     }
 
-    /// Copies from pinned host memory. Nobody writes that memory until an event after the copy is done (PINNED-1).
+    /// Copies from pinned host memory, which nobody may write until an event after the copy is done (PINNED-1).
     pub(crate) fn copy_in(&self, to: u64, from: *const u8, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());
@@ -213,7 +213,7 @@ impl RawStream {
     fn write_word(&self, (to, value): (u64, u32)) -> Result<()> {
         // The only flag that the call accepts.
         let flags = sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT as u32;
-        // SAFETY: `to` is an aligned word of pinned host memory that lives until the stream ends, by the contract.
+        // SAFETY: `to` is an aligned word of pinned host memory. `ProgressWords` outlive all streams that write them.
         let result = unsafe { sys::cuStreamWriteValue32_v2(self.handle.0, to, value, flags) };
         self.gpu.poller.wake();
         self.check(result, "cuStreamWriteValue32")

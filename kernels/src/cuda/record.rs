@@ -1,4 +1,4 @@
-//! The error record of a stream ([`ErrorRecord`]), and the pinned memory for its copies after submissions.
+//! The error record of a stream ([`ErrorRecord`]), and the pinned memory to which it is copied after each submission.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
@@ -46,7 +46,7 @@ pub(crate) struct RecordSlot {
 }
 
 impl ErrorRecords {
-    /// Allocates the device record, counted in `tally`.
+    /// Allocates the record on the device and counts its memory in `tally`.
     pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, tally: &Arc<Tally>) -> Result<Self> {
         let memory = Arena::on_device(DeviceMemory::new(gpu, rank, BYTES, tally)?);
         Ok(Self { memory, blocks: Vec::new() })

@@ -2,8 +2,8 @@
 // one partial sum per part in the workspace. The shape alone determines the number of parts, so results have the same
 // bits on every device.
 
-// A block sums W * blockDim.x columns of the rows of part blockIdx.y. The number of its threads in y is a power of two;
-// they take the rows in turn. `value(row, column, values)` adds W adjacent values; values after `width` are ignored.
+// A block sums W * blockDim.x columns of the rows of part blockIdx.y. Its number of threads in y is a power of two.
+// They take the rows in turn. `value(row, column, values)` adds W adjacent values; values after `width` are ignored.
 template <class V, class U>
 INLINE void column_sums(V value, U* out, i64 rows, i64 width, i64 rows_per_part, bool accumulate) {
     constexpr int W = 4;
@@ -109,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(256)
 // 2^-192, as in op.rs.
 #define SQUARES_SCALE 1.5930919111324523e-58
 
-// The bits of a double. The workspace is only aligned to a float.
+// The bits of a double as two floats, because the workspace is only aligned to a float.
 struct DoubleBits {
     float words[2];
 };
@@ -162,9 +162,9 @@ extern "C" __global__ void __launch_bounds__(256) add_partial_sums(const float* 
     if (threadIdx.x == 0) add_squares(out, sum);
 }
 
-// norm = sqrt(sum of the first column of `sums`, or of the second if the first overflows a float). scale = min(1,
-// max_norm / (norm + 1e-6)), NaN if the norm is Inf or NaN. `n` counts both columns. In the only block, one thread adds
-// in order.
+// norm = sqrt(s), where s is the sum of the first column of `sums`. If s overflows a float, it is computed from the sum
+// of the second column, which is scaled by 2^-192. scale = min(1, max_norm / (norm + 1e-6)), or NaN if the norm is Inf
+// or NaN. `n` counts the elements of both columns. There is one block, in which one thread adds in order.
 extern "C" __global__ void __launch_bounds__(256)
     clip_scale(const float* sums, float* scale, float* norm, i64 n, float max_norm) {
     __shared__ float chunk[256];

@@ -1,10 +1,10 @@
-//! Collectives between devices of one process that share GPUs. NCCL does not support shared GPUs. The rendezvous of
-//! members is on the host. The last member to arrive enqueues all members' parts on the members' streams, ordered by
+//! Collectives between devices of one process that share GPUs. NCCL does not support shared GPUs. The members meet on
+//! the host. The last member to arrive enqueues the parts of all members on their streams, and orders these parts by
 //! events. No host thread waits for a GPU. Data on another GPU is copied to the reader's GPU before a kernel reads it.
 //!
-//! - LOCAL-1: each member waits on its stream's own thread for the last member, so only the last enqueues the parts.
+//! - LOCAL-1: only the last member enqueues the parts. Each earlier member waits for this on its stream's own thread.
 //! - LOCAL-2: a member's stream accesses another member's memory only after that member's `ready` event, and continues
-//!   only after the `done` events of all members. This is MEET-1 between streams.
+//!   only after the `done` events of all members. This is the rule MEET-1 of `in_process`, applied to streams.
 
 use std::sync::Arc;
 
@@ -30,13 +30,13 @@ pub struct SharedGpu(Groups<Memory>);
 
 #[derive(Clone, Debug)]
 struct Memory {
-    /// Device addresses of x and y; 0 if absent.
+    /// Device addresses of the input x and the output y; 0 if absent.
     x: u64,
     y: u64,
     /// Address of the launch's workspace (STAGE-1).
     workspace: u64,
     stream: Arc<RawStream>,
-    /// Recorded after all earlier work of the member's stream.
+    /// The event after all earlier work on the member's stream.
     ready: Arc<Recorded>,
 }
 
@@ -135,8 +135,8 @@ fn exchange_chunks(posts: &[Post<Memory>]) -> Result<()> {
     Ok(())
 }
 
-/// Combines all members' regions `(shape, part)` into `y` for member `me`. Copies non-contiguous regions to slots of
-/// its workspace first, and regions on other GPUs piece by piece.
+/// Combines the region `part` of each member's x of shape `shape` into `y`, for member `me`. First copies regions that
+/// are not contiguous to slots of the member's workspace. Copies regions on other GPUs there piece by piece.
 fn reduce(posts: &[Post<Memory>], me: usize, op: ReduceOp, (shape, part): (&[usize], &Region), y: u64) -> Result<()> {
     let (own, elements) = (&posts[me], part.element_count());
     let bytes = |elements: usize| elements * own.dtype.bytes();
@@ -190,7 +190,7 @@ impl Enqueue for SharedGpu {
         let ready = stream.record()?;
         let memory = Memory { x, y, workspace, stream: stream.clone(), ready };
         let post = Post::new(call, &bound.reads, &bound.writes, memory);
-        // Enqueueing binds other contexts. Each `bind` restores the caller's context, even after an error.
+        // Enqueueing binds other GPUs' contexts. Each `bind` restores the caller's context, even after an error.
         let arrival = if post.ends().is_some() {
             rendezvous.transfer(post, |sender, receiver| {
                 enqueue_transfer(sender, receiver).and(bind(&stream))?;

@@ -1,6 +1,6 @@
 //! The source text of the CUDA modules.
 
-/// A module: the kernels that compile to one cubin.
+/// A module: the kernels that are compiled to one cubin.
 #[derive(Clone, Copy, Debug)]
 pub struct Module {
     /// Name of its `.cu` file, without the extension.

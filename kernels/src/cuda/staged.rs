@@ -33,11 +33,11 @@ impl HostStaging {
         let event = Event::default();
         self.stream.report_end(set_event(event.clone()))?;
         event.synchronize();
-        // The loss of the device also sets the event.
+        // The event is also set if the device is lost.
         self.stream.gpu.context.check_alive()
     }
 
-    /// Returns at least `bytes` bytes. A copy may still use them, so the host must wait for a later event (PINNED-1).
+    /// Returns an arena of at least `bytes` bytes. A copy may still use it, so wait for a later event first (PINNED-1).
     fn arena(&mut self, bytes: usize) -> Result<Arena> {
         if let Some(arena) = self.arena.as_ref().filter(|arena| arena.bytes() >= bytes) {
             return Ok(arena.clone());
@@ -64,7 +64,7 @@ impl HostStaging {
         bound: &Bound<'_>,
         work: impl FnOnce(&[View<'_>], &[View<'_>]) -> Result<()>,
     ) -> Result<()> {
-        // A write in place of a read shares the copy of the read.
+        // If a write uses the memory of a read, both share one copy.
         let read_in_place = |write: &View<'_>| bound.reads.iter().position(|read| read.same_memory(write));
         let (mut offsets, mut end) = (Vec::new(), 0);
         for view in bound.reads.iter().chain(&bound.writes) {

@@ -33,6 +33,6 @@ pub(crate) unsafe fn static_text(text: *const c_char) -> String {
     if text.is_null() {
         return "unknown".to_owned();
     }
-    // SAFETY: the caller guarantees it.
+    // SAFETY: the caller guarantees that `text` is a static string terminated by 0.
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }

@@ -1,12 +1,12 @@
 //! The steps of a launch on a CUDA device: kernels with geometry and arguments, cuBLASLt products, copies and fills.
-//! Plain data that `lower` creates and the backend's stream issues in order.
+//! Steps are plain data. `lower` creates them, and the backend's stream issues them in order.
 
 use crate::error::KernelError;
 use crate::tensor::DType;
 
-/// A step of a launch; steps run in order. A copy has more than 0 bytes; between equal addresses it does nothing.
+/// A step of a launch. Steps run in order. A copy has more than 0 bytes. A copy between equal addresses does nothing.
 #[derive(Clone, Debug, PartialEq)]
-// A program has a few hundred steps, created once.
+// Large variants are acceptable: a program has a few hundred steps, which are created once.
 #[allow(clippy::large_enum_variant)]
 pub enum Step {
     Kernel(Kernel),
@@ -24,7 +24,7 @@ pub struct Kernel {
     pub block: [u32; 3],
     /// Dynamic shared memory in bytes. To exceed [`SHARED_BYTES_DEFAULT`], the issuer sets the function's attribute.
     pub shared_bytes: u32,
-    /// In the order of the function's parameters.
+    /// The arguments, in the order of the function's parameters.
     pub args: Vec<Arg>,
 }
 
@@ -35,7 +35,8 @@ pub const SHARED_BYTES_DEFAULT: u32 = 48 * 1024;
 pub enum Arg {
     Pointer(Place),
     Null,
-    /// The address of the stream's [`ErrorRecord`]. Each stream has one, since only launches of one stream are ordered.
+    /// The address of the stream's [`ErrorRecord`]. Each stream has its own record, because only launches of one stream
+    /// are ordered.
     ErrorRecord,
     /// The launch's index in its program, as an `unsigned int`, for the [`ErrorRecord`]; the issuer fills it in.
     LaunchIndex,
@@ -48,7 +49,8 @@ pub enum Arg {
 }
 
 impl Arg {
-    /// The value, padded to 8 bytes; a kernel reads the size of its parameter's type. `None` if the issuer provides it.
+    /// Returns the value, padded to 8 bytes. A kernel reads only the bytes of its parameter's type. Returns `None` if
+    /// the issuer provides the value.
     pub fn bits(&self) -> Option<u64> {
         Some(match *self {
             Arg::Pointer(_) | Arg::ErrorRecord | Arg::LaunchIndex => return None,
@@ -102,7 +104,7 @@ pub struct Matrix {
     pub rows: u64,
     /// Extent of the other dim.
     pub columns: u64,
-    /// Elements from one column to the next, at least `rows`.
+    /// Distance from one column to the next, in elements; at least `rows`.
     pub leading: i64,
 }
 
@@ -127,10 +129,10 @@ pub struct Product {
 
 /// Number of partial results that fit in a product's workspace. cuBLASLt splits small products over `k`.
 const PRODUCT_PARTS: usize = 16;
-/// In bytes: NVIDIA's recommendation for Hopper; older architectures need less.
+/// Maximum workspace of a product, in bytes. NVIDIA recommends this for Hopper. Older architectures need less.
 const PRODUCT_WORKSPACE_BYTES_MAX: usize = 32 << 20;
 
-/// Bytes of workspace for a product with this number of result elements.
+/// Returns the workspace in bytes for a product whose result has this number of elements.
 pub fn product_workspace_bytes(elements: usize) -> usize {
     let parts = elements.saturating_mul(PRODUCT_PARTS * size_of::<f32>());
     parts.min(PRODUCT_WORKSPACE_BYTES_MAX)
@@ -170,8 +172,8 @@ impl AttentionShape {
         tensors.into_iter().map(bytes).sum::<usize>() + self.library_bytes()
     }
 
-    /// Bytes of the workspace for cuDNN's engines. Engines that need more are not used. Engines need a few KiB, and
-    /// those of the gradient on sm_80 and sm_120 also hold dq in f32 (9.28.1, `kernels/cuda/check_cudnn.py`).
+    /// Workspace for cuDNN's engines, in bytes. Engines that need more are not used. In 9.28.1, engines need a few KiB;
+    /// the gradient's engines on sm_80 and sm_120 also hold dq in f32 (see `kernels/cuda/check_cudnn.py`).
     pub(crate) fn library_bytes(&self) -> usize {
         const ENGINE_BYTES: usize = 1 << 16;
         match self.pass {
@@ -189,21 +191,22 @@ pub enum Pass {
 }
 
 /// A kernel's report of an index out of range, stored in device memory: [`ErrorRecord::WORDS`] 32-bit words per stream,
-/// zeroed before first use and after each read that found an error. Kernels do not overwrite an error, so the record
-/// holds the stream's first error. After each submission, the backend copies the record to pinned memory and decodes it
-/// before it reports the end. A kernel treats a bad index like an index that belongs to another shard.
+/// zeroed before first use and after each read. Kernels do not overwrite an error, so the record holds the stream's
+/// first error. After each submission, the backend copies the record to pinned memory and decodes it before it reports
+/// the end. A kernel treats a bad index like an index that belongs to another shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ErrorRecord {
     pub launch: u32,
     pub index: i32,
-    /// Position of the index among the launch's indices: the first that is out of range.
+    /// Position of the index among the launch's indices. It is the first position with an index out of range.
     pub position: u64,
     /// Exclusive upper bound of valid indices.
     pub limit: u64,
 }
 
 impl ErrorRecord {
-    /// 32-bit words on the device: launch + 1 (0: no error), index, position (low, high), limit (low, high), 2 unused.
+    /// Number of 32-bit words on the device. They hold launch + 1 (0 if there is no error), index, position (low, high)
+    /// and limit (low, high). The last two words are unused.
     pub const WORDS: usize = 8;
     pub const BYTES: usize = Self::WORDS * size_of::<u32>();
 

@@ -1,7 +1,7 @@
 //! A CUDA stream. The submitting thread issues work until a submission has to wait on the host. Then the stream's own
 //! thread takes over, and later submissions wait in the queue behind that submission.
 //!
-//! - STREAM-1: one thread at a time issues (`busy`), in the order of the queue.
+//! - STREAM-1: one thread at a time issues commands, in the order of the queue. Meanwhile, `busy` is set.
 //! - STREAM-2: the stream's own thread is started when a submission first has to wait on the host.
 
 use std::collections::VecDeque;
@@ -40,7 +40,7 @@ struct Inner {
     stream: Arc<RawStream>,
     queue: Mutex<Queue>,
     changed: Condvar,
-    /// Lowers submissions. Separate from the issuer, which stays locked while its thread waits.
+    /// The lowered programs. They are separate from the issuer, which stays locked while its thread waits.
     cache: Mutex<ProgramCache>,
     engine: Arc<dyn Collective>,
     abort_statuses: Arc<[AbortStatus]>,
@@ -186,7 +186,7 @@ impl Inner {
             };
             drop(queue);
             let command = command.open();
-            // User code may have bound another GPU's context meanwhile. If this fails, the command fails the same way.
+            // User code may have bound another GPU's context. If this `bind` fails, the command fails the same way.
             let _ = self.stream.gpu.context.bind();
             // A command that may block runs to its end.
             let _ = self.issuer.lock().execute(command, true);
@@ -246,7 +246,8 @@ impl Drop for CudaStream {
             stream.close(&stream.gpu.context.mark_lost(error));
         } else {
             stream.close(&KernelError::Closed { device: stream.rank });
-            // The stream's work has ended. This records the end before memory is freed. The context keeps any error.
+            // The stream's work has ended. This call orders that end before memory is freed. The context keeps any
+            // error.
             let _ = stream.synchronize();
         }
         if let Some(thread) = thread {

@@ -113,7 +113,7 @@ fn issue(stream: &RawStream, step: &Step, read: u64, write: u64) -> Result<()> {
     }
 }
 
-/// `y = ((xs[0] + xs[1]) + ..) + xs[last]`, element by element. `xs[last]` may be `y`.
+/// Computes `y = ((xs[0] + xs[1]) + ..) + xs[last]` (or the maximum), element by element. `xs[last]` may be `y`.
 pub(crate) fn combine(stream: &RawStream, op: ReduceOp, xs: &[u64], y: u64, elements: usize) -> Result<()> {
     const THREADS: usize = 256;
     const BLOCKS_MAX: usize = 1024;

@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::error::{KernelError, Result};
 use crate::hash::{GOLDEN_GAMMA, mix64};
 
-/// Environment variable `SEED:CYCLES` for tests. Delays about half of all steps by fewer than CYCLES GPU cycles each.
+/// Environment variable for tests: `SEED:CYCLES` delays about half of all steps, each by fewer than CYCLES GPU cycles.
 pub const SPIN: &str = "SHARDFLOW_CUDA_SPIN";
 
-/// Maximum of CYCLES, about a second: a stream that makes no progress for too long counts as lost.
+/// Maximum value of CYCLES, which takes about a second. A longer delay could make a stream count as lost.
 const CYCLES_MAX: u64 = 1 << 30;
 
 #[derive(Debug)]

@@ -1,4 +1,5 @@
-//! Transfers bytes between an arena and a socket or file without an extra copy. For GPU memory, uses a pinned buffer.
+//! Transfers bytes between an arena and a socket or file without an extra copy. GPU memory is the exception: its bytes
+//! pass through a pinned buffer.
 #![allow(unsafe_code)]
 
 use std::io::{self, Read, Write};
@@ -21,7 +22,8 @@ impl Arena {
             return written;
         }
         let start = self.host_start().wrapping_add(offset);
-        // SAFETY: in bounds (just checked); initialized, as arenas start zeroed; not written, by the contract (MEM-3).
+        // SAFETY: the range is in bounds (just checked), and is initialized because arenas start zeroed. By the
+        // contract, nothing writes it (MEM-3).
         sink.write_all(unsafe { std::slice::from_raw_parts(start, bytes) })
     }
 
@@ -45,7 +47,8 @@ impl Arena {
             return filled;
         }
         let start = self.host_start().wrapping_add(offset);
-        // SAFETY: in bounds (just checked), initialized since arenas start zeroed, and used by nothing else (contract).
+        // SAFETY: the range is in bounds (just checked), and is initialized because arenas start zeroed. By the
+        // contract, nothing else uses it.
         source.read_exact(unsafe { std::slice::from_raw_parts_mut(start, bytes) })
     }
 

@@ -41,8 +41,9 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Creates zeroed memory. As for heap memory, the system allocates a page at the first write to it. `fallocate`
-    /// would reserve all pages now. If the size is too large, it does not fail, but triggers the out-of-memory killer.
+    /// Creates zeroed memory. As for heap memory, the system allocates a page at the first write to the page.
+    /// `fallocate` is not used, because it would reserve all pages now: for too large a size, it triggers the
+    /// out-of-memory killer instead of returning an error.
     pub(super) fn create(bytes: usize) -> io::Result<Self> {
         let file = memfd_create("shardflow", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         let length = u64::try_from(bytes).unwrap_or(u64::MAX);

@@ -67,7 +67,7 @@ impl Launch {
         }
     }
 
-    /// Checks that indices and random numbers are integers and the rest are floats. `check_bf16` checks float widths.
+    /// Checks that indices and dropout's `rng` are integers, and that all other buffers are floats of any width.
     fn check_dtypes(&self) -> Result<()> {
         let integers = match self.op {
             Op::Embedding { .. } | Op::EmbeddingGrad { .. } => Some(0),
@@ -160,7 +160,7 @@ impl Launch {
         KernelError::arguments(self.op.name(), what, expected, got)
     }
 
-    /// Fails if `holds` is false. Formats the texts only then, because most launches pass many checks.
+    /// Fails if `holds` is false. Formats the texts only in this case, because most launches pass many checks.
     fn require(&self, holds: bool, what: impl Display, expected: impl Display, got: impl Debug) -> Result<()> {
         if holds { Ok(()) } else { Err(self.refused(&what.to_string(), expected.to_string(), format!("{got:?}"))) }
     }

@@ -8,7 +8,8 @@ use crate::op::Op;
 pub(crate) const ATTENTION_BLOCK: usize = 64;
 
 /// Threshold and factor of dropout with probability `p`: an element is dropped if its random number is below the
-/// threshold, and otherwise multiplied by the factor. At p = 1, only the largest u32 is kept, and the factor is 0.
+/// threshold, and otherwise multiplied by the factor. At p = 1, only the random number `u32::MAX` keeps an element, and
+/// the factor is 0.
 pub(crate) fn dropout_threshold(p: f32) -> (u32, f32) {
     let threshold = (f64::from(p) * 4_294_967_296.0).min(f64::from(u32::MAX)) as u32;
     (threshold, if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 })
@@ -81,17 +82,17 @@ impl Op {
         self.properties().bf16_reads.contains(&port)
     }
 
-    /// True if write `port` may be `BF16`, given that BF16-capable reads are `BF16`. Accumulating writes are `F32`.
+    /// True if write `port` may be `BF16` when the reads that may be `BF16` are `BF16`. Accumulating writes are `F32`.
     pub fn writes_bf16(&self, port: usize) -> bool {
         self.properties().bf16_writes.contains(&port)
     }
 
-    /// Number of scratch floats that each CPU thread needs for reads of these shapes. 0 for shapes that the op rejects.
+    /// Number of scratch floats that each CPU thread needs for reads of these shapes; 0 if the op rejects the shapes.
     pub(crate) fn thread_floats(&self, reads: &[&[usize]]) -> usize {
         match (self, reads) {
-            // For a block of scores.
+            // One block of scores.
             (Op::Attention { .. }, [_, k, ..]) => ATTENTION_BLOCK * k.get(1).copied().unwrap_or(0),
-            // For a block of probabilities and a block of their gradients.
+            // One block of probabilities and one block of their gradients.
             (Op::AttentionGrad { .. }, [_, _, k, ..]) => ATTENTION_BLOCK * 2 * k.get(1).copied().unwrap_or(0),
             _ => 0,
         }

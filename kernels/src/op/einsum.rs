@@ -25,8 +25,9 @@ impl Einsum {
     /// Parses subscripts such as `"btc,hdc->bthd"`: one ASCII letter per dim.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] if `text` is malformed, or is not one matrix product that moves no data. Each letter
-    /// must be in exactly two terms, and a group's letters must be adjacent and in the same order in both terms.
+    /// [`KernelError::Arguments`] if `text` is malformed, or if no single matrix product of the operands, as they are
+    /// stored, computes the result. Each letter must be in exactly two terms. The letters that are in the same two
+    /// terms form a group: they must be adjacent and in the same order in both terms.
     pub fn parse(text: &str) -> Result<Self> {
         let refused = |what: &str, expected: &str| KernelError::arguments("einsum", what, expected, text);
         let terms = text.split_once("->").and_then(|(ab, out)| Some((ab.split_once(',')?, out)));
@@ -55,7 +56,7 @@ impl Einsum {
         term.chars().filter(|&letter| self.role(letter) == Some(role)).collect()
     }
 
-    /// Returns whether a, b and out are each stored transposed.
+    /// Returns, for each of a, b and out, whether the matrix is stored transposed.
     fn layout(&self) -> Result<[bool; 3]> {
         let refused = |expected: &str| KernelError::arguments("einsum", "subscripts", expected, self.to_string());
         let terms = [&self.a, &self.b, &self.out];

@@ -44,7 +44,7 @@ pub fn time() {
         };
         let mut time_min = Duration::ZERO;
         for _ in 0..3 {
-            // Waits until the time has grown by this much. Only the other member's call ends the wait.
+            // The time must grow by this much while the collective waits for the other member's call.
             time_min += Duration::from_millis(3);
             let other = streams[1].collective_time();
             submit(0);
@@ -73,7 +73,7 @@ pub fn time() {
     }
 }
 
-/// Returns once the pollers have parked. Polling every 50 us would cause a hundred thread switches.
+/// Returns once the pollers have parked. If one polled every 50 us, it would switch threads 100 times in 5 ms.
 fn wait_for_pollers_to_park() {
     let context_switches = || {
         let threads = std::fs::read_dir("/proc/self/task").expect("Linux").flatten().map(|thread| thread.path());

@@ -45,8 +45,8 @@ enum Command {
     /// List, verify, reshard or export checkpoints.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
-    /// Report this machine's resources, missing software and how to install it. Exits with code 78 if a feature
-    /// required by every job is broken.
+    /// Report this machine's resources and missing software, and how to install that software. Exits with code 78 if a
+    /// feature that every job requires is broken.
     Doctor {
         /// Print one JSON object
         #[arg(long)]
@@ -54,7 +54,7 @@ enum Command {
     },
     /// Print a program's plan, or write it to files. The program does not train.
     Plan {
-        /// Write an HTML page with the graph, memory, layouts and boxing to this file
+        /// Write an HTML page to this file. The page shows the graph, memory, layouts and boxing
         #[arg(long, value_name = "FILE")]
         html: Option<PathBuf>,
         /// Write the graph in Graphviz DOT format to this file
@@ -64,12 +64,13 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "PROGRAM ARGS")]
         command: Vec<OsString>,
     },
-    /// Summarise a trace that `--trace` wrote: busy time, idle time with reasons, critical path and simulated time.
+    /// Summarise the trace of a program that ran with `--trace`: busy time, idle time with the reasons, critical path
+    /// and simulated time.
     Trace {
-        /// Trace files: one for each process
+        /// The trace files, one per process
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
-        /// Merge all files into this one, with a common clock
+        /// Merge all files into this file, with a common clock
         #[arg(long, value_name = "FILE")]
         join: Option<PathBuf>,
     },
@@ -83,7 +84,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Show the chain of waiting actors down to the cause. Follows waits to other processes of this node.
+    /// Show the chain of waiting actors, down to the actor that causes the wait. The chain may lead to other processes
+    /// on this node.
     #[cfg(feature = "watch")]
     ExplainHang {
         /// Address that one of the job's processes listens on
@@ -108,19 +110,19 @@ enum Command {
     },
 }
 
-/// Flags that exist in torchrun have the same names here. Words are separated by `-` or `_`.
+/// A flag that torchrun also has keeps its name from torchrun. Its words may be separated by `-` or `_`.
 #[derive(Args)]
 struct LaunchArgs {
     /// Number of processes on this node; must be equal on all nodes
     #[arg(long, alias = "nproc_per_node", value_name = "N", default_value_t = 1)]
     nproc_per_node: u32,
-    /// Number of nodes. Each runs this command with its own --node-rank
+    /// Number of nodes. Each node runs this command with its own --node-rank
     #[arg(long, value_name = "N", default_value_t = 1)]
     nnodes: u32,
-    /// Rank of this node, from 0. Required with several nodes
+    /// Rank of this node, from 0. Required if there are several nodes
     #[arg(long, alias = "node_rank", value_name = "N")]
     node_rank: Option<u32>,
-    /// Rendezvous address on node 0. Required with several nodes
+    /// Rendezvous address on node 0. Required if there are several nodes
     #[arg(long, alias = "rdzv_endpoint", value_name = "HOST:PORT", value_parser = endpoint)]
     rdzv_endpoint: Option<Endpoint>,
     /// Name of the job and of its log folder
@@ -136,7 +138,7 @@ struct LaunchArgs {
     /// Folder for logs; a log is DIR/<job>/attempt-<n>/rank-<r>.log
     #[arg(long, alias = "log_dir", value_name = "DIR", default_value = "shardflow-logs")]
     log_dir: PathBuf,
-    /// Time limit for a process to end after a signal; then SIGKILL follows
+    /// Maximum time that a process may take to end after a signal. After this time, it receives SIGKILL
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     grace: Duration,
     /// Time between the first failure and SIGTERM to the other processes
@@ -157,10 +159,10 @@ struct LaunchArgs {
     /// Host name or address at which other nodes reach this node's processes [default: the address they listen on]
     #[arg(long, value_name = "HOST")]
     advertise: Option<String>,
-    /// Interval between heartbeats; the same on all nodes [default: 250]
+    /// Interval between heartbeats; must be equal on all nodes [default: 250]
     #[arg(long, value_name = "MILLISECONDS")]
     heartbeat_ms: Option<u64>,
-    /// Time without heartbeats after which a process counts as failed; the same on all nodes [default: 4000]
+    /// Time without heartbeats after which a process counts as failed; must be equal on all nodes [default: 4000]
     #[arg(long, value_name = "MILLISECONDS")]
     heartbeat_deadline_ms: Option<u64>,
     /// Encrypt tensors and register messages between nodes. Must be equal on all nodes. Rendezvous and control messages
@@ -194,7 +196,7 @@ fn endpoint(text: &str) -> Result<Endpoint, String> {
     Endpoint::parse_rendezvous(text).map_err(|expected| format!("expected {expected}"))
 }
 
-/// Checks an address but returns its text, which may contain the name of an IPv6 zone.
+/// Checks an address. Returns the address as text, because a parsed address cannot contain the name of an IPv6 zone.
 fn interface(text: &str) -> Result<String, String> {
     parse_ip(text).map(|_| text.into()).ok_or_else(|| "expected an IP address, such as 10.0.0.1 or fe80::1%eth0".into())
 }
@@ -218,7 +220,7 @@ fn main() -> ExitCode {
         report_usage(&error);
         error.exit()
     });
-    // The launcher and its helpers handle signals themselves. Every other command ends on a signal, even as process 1.
+    // The launcher and its helpers handle signals themselves. Every other command ends on a signal, even with pid 1.
     if !matches!(command, Command::Launch(_) | Command::Guard { .. } | Command::Child { .. })
         && let Err(error) = Requests::on_signals()
     {
@@ -274,7 +276,7 @@ fn show(value: &(impl Serialize + Display), as_json: bool) -> Result<String, Pro
     Ok(json.map_err(|error| failed(Exit::Internal, error))?.unwrap_or_else(|| value.to_string()))
 }
 
-/// Reports a usage error of `launch` to the other nodes, if the flags needed to reach them can be parsed.
+/// Reports a usage error of `launch` to the other nodes, if the flags needed to reach those nodes can be parsed.
 fn report_usage(error: &clap::Error) {
     let words: Vec<String> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
     let Some(options) = error.use_stderr().then(|| report_options(&words)).flatten() else { return };
@@ -308,7 +310,7 @@ fn run_launch(args: LaunchArgs) -> Output {
 
 fn launch_options(args: LaunchArgs) -> Result<LaunchOptions, String> {
     let Some(node) = args.node_rank.or((args.nnodes <= 1).then_some(0)) else {
-        return Err(format!("--nnodes {} needs --node-rank, a different one on each node", args.nnodes));
+        return Err(format!("--nnodes {} needs --node-rank; give each node a different rank", args.nnodes));
     };
     Ok(LaunchOptions {
         variables: args.variables(),
@@ -358,7 +360,8 @@ fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -
         let text = format!("unexpected argument '{flag}'; see `shardflow plan --help`");
         return Err(failed(Exit::Usage, text));
     }
-    // Use a file in memory: a full disk cannot truncate the plan, and a killed command leaves no file behind.
+    // Let the program write the plan to a file in memory. A full disk then cannot truncate the plan, and a killed
+    // command leaves no file behind.
     let text = rustix::fs::memfd_create("plan", MemfdFlags::CLOEXEC);
     let mut text =
         File::from(text.map_err(|e| failed(Exit::Internal, format!("cannot create a file in memory: {e}")))?);
@@ -376,7 +379,7 @@ fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -
     read.map_err(|e| failed(Exit::Internal, format!("cannot read the plan: {e}")))?;
     let written: Vec<String> =
         html.iter().chain(&dot).map(|path| format!("the plan is in {}", path.display())).collect();
-    // Accept any exit code: the program's `main` may return the error with which the session did not start.
+    // Accept any exit code: `Session::start` returns an error in this mode, and the program's `main` may return it.
     if !plan.is_empty() && output.status.code().is_some() {
         return Ok((if written.is_empty() { plan } else { written.join("\n") }, Exit::Done));
     }

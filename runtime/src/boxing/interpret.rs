@@ -10,7 +10,7 @@ use super::BoxingPlan;
 use super::step::{BoxingStep, GroupCall, LocalStep};
 use crate::sbp::region::{combine, copy_box, filled, slice_region};
 
-/// Marks an element that no device has written. The data of tests does not contain these bits.
+/// Marks an element that no device has written. Test data does not contain these bits.
 const UNWRITTEN: f32 = f32::from_bits(0x7fff_ffff);
 
 /// Runs a plan on shards, which are in the order of the placement's devices. Returns the new shards, and the bytes that

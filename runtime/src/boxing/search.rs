@@ -1,6 +1,6 @@
 //! Searches for the cheapest sequence of steps. States are layouts on the source and target placements; edges are the
-//! steps of [`super::step`]. Dijkstra's algorithm (1959) finds the cheapest path. A tie goes to fewer steps, then to
-//! the layout that is listed first. `docs/adr/0023-boxing-changes-few-axes.md` lists the axes that may change.
+//! steps of [`super::step`]. Dijkstra's algorithm (1959) finds the cheapest path. If costs are equal, fewer steps win,
+//! then the layout that is listed first. `docs/adr/0023-boxing-changes-few-axes.md` lists the axes that may change.
 
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
@@ -43,7 +43,8 @@ pub(super) enum Overlap {
     Same,
     /// The placements share no device.
     Disjoint,
-    /// The placements share some devices. For each target index: the same device's source index, if it has one.
+    /// The placements share some devices. The entry of each target device is its index in the source placement, if the
+    /// device is in that placement.
     Some(Vec<Option<usize>>),
 }
 
@@ -58,11 +59,11 @@ impl Overlap {
     }
 }
 
-/// What is known about the layouts of a path on one placement.
+/// The facts that limit which layouts a path may have on one placement.
 pub(super) struct Side<'a> {
     pub shape: &'a [usize],
     pub sizes: &'a [usize],
-    /// Those of the path's first and last layouts that are on this placement.
+    /// The path's first layout, its last layout, or both: the ones that are on this placement.
     pub ends: Vec<&'a NdSbp>,
     /// True if a cheapest path needs no layouts other than `ends` on this placement.
     only_ends: bool,
@@ -109,8 +110,8 @@ impl<'a> SearchSpace<'a> {
         let mut states = Vec::new();
         for (side, (_, sizes)) in placements.iter().enumerate() {
             let ends = if is_same { vec![&from.sbp, &to.sbp] } else { vec![[&from.sbp, &to.sbp][side]] };
-            // Without a reduction, one step on a placement delivers exactly what each device lacks. A transfer to other
-            // devices delivers the same bytes from every layout.
+            // Without a reduction, one step on a placement delivers exactly the elements that each device lacks. A
+            // transfer to other devices delivers the same bytes from every layout.
             let is_direct = is_same || (side == 0 && *overlap == Overlap::Disjoint);
             let only_ends = is_direct && ends.iter().all(|end| end.partial().is_none());
             let layouts = layouts(&Side { shape, sizes, ends, only_ends });
@@ -122,7 +123,7 @@ impl<'a> SearchSpace<'a> {
         Self { shape, dtype, placements, overlap, model, states, source, target, edges_evaluated: Cell::new(0) }
     }
 
-    /// The single step from one state to another, if it exists. May be `None` if it costs over `limit_seconds`.
+    /// The single step from one state to another, if any. May be `None` if the step costs more than `limit_seconds`.
     pub fn edge(&self, from: usize, to: usize, limit_seconds: f64) -> Option<Edge> {
         let (a, b) = (&self.states[from], &self.states[to]);
         let sizes = &self.placements[a.side].1;
@@ -132,7 +133,7 @@ impl<'a> SearchSpace<'a> {
                 return None;
             }
             let elements_max = elements_max(kind, &axes, self.shape, sizes, [&a.sbp, &b.sbp]);
-            // With small shapes, every device may already have its target region.
+            // If the tensor is small, every device may already have its target region.
             let kind = if is_move(kind) && elements_max == 0 { StepKind::Slice } else { kind };
             (kind, axes, elements_max)
         } else {
@@ -232,8 +233,8 @@ pub(super) fn layouts_between(side: &Side<'_>) -> Vec<NdSbp> {
     layouts
 }
 
-/// The target, the reduced target, and mixtures of source and target. In a mixture, either only the axes with a
-/// `Partial` end have changed, or only the axes without one.
+/// The target, the target after its reduction, and mixtures of source and target. In a mixture, either only the axes
+/// that are `Partial` at one end have changed, or only the other axes.
 fn mixtures(from: &NdSbp, to: &NdSbp) -> Vec<NdSbp> {
     let mixed = |entry: fn(Sbp, Sbp) -> Sbp| NdSbp(from.0.iter().zip(&to.0).map(|(a, b)| entry(*a, *b)).collect());
     vec![
@@ -246,8 +247,8 @@ fn mixtures(from: &NdSbp, to: &NdSbp) -> Vec<NdSbp> {
     ]
 }
 
-/// All layouts in which an axis is `Partial` only if it is `Partial` at an end. Any other `Partial` axis would need
-/// another reduction.
+/// All layouts in which an axis is `Partial` only if it is `Partial` in the first or the last layout. Any other
+/// `Partial` axis would need an additional reduction.
 fn all_between(side: &Side<'_>) -> Vec<NdSbp> {
     let entries = |axis: usize| {
         let mut entries = vec![Sbp::Broadcast];
@@ -265,8 +266,8 @@ fn all_between(side: &Side<'_>) -> Vec<NdSbp> {
     combinations((0..side.sizes.len()).map(entries))
 }
 
-/// The layouts in which only bundles change. A bundle consists of all axes with the same entry at the first end. At
-/// most [`FREE_AXES`] bundles change. The one with terms has priority, then the one with copies.
+/// The layouts in which only bundles change. A bundle consists of all axes with the same entry in `side.ends[0]`. At
+/// most [`FREE_AXES`] bundles change: first the `Partial` bundle, then the `Broadcast` bundle, then the splits.
 fn bundled(side: &Side<'_>) -> Vec<NdSbp> {
     let end = side.ends[0];
     let entries = end.0.iter().zip(side.sizes).filter(|(entry, size)| **size > 1 || entry.is_partial());

@@ -27,7 +27,8 @@ pub enum StepKind {
 }
 
 impl StepKind {
-    /// Number of rounds of messages. Each costs one latency. An all-reduce is a reduce-scatter and an all-gather.
+    /// Number of rounds of messages. Each round costs one latency. An all-reduce takes the rounds of a reduce-scatter
+    /// and of an all-gather.
     pub fn rounds(self) -> usize {
         match self {
             Self::Slice | Self::Pad(_) => 0,
@@ -56,7 +57,7 @@ pub struct BoxingStep {
     pub kind: StepKind,
     /// Shape of the whole tensor.
     pub shape: Vec<usize>,
-    /// Type of its elements.
+    /// Element type of the tensor.
     pub dtype: DType,
     /// Layout before the step.
     pub from: PlacedLayout,
@@ -66,7 +67,7 @@ pub struct BoxingStep {
     pub axes: Vec<usize>,
     /// Elements that the busiest device of `to.placement` receives from other devices.
     pub elements_max: usize,
-    /// The cost that the cost model gives.
+    /// Duration of the step according to the cost model.
     pub cost_seconds: f64,
 }
 
@@ -106,7 +107,7 @@ pub struct Pull {
     pub dst: Region,
 }
 
-/// Returns the kind and the group axes of a layout change on one placement, if a single step makes it.
+/// Returns the kind and the group axes of a layout change on one placement, if a single step can make this change.
 pub(super) fn classify(sizes: &[usize], from: &NdSbp, to: &NdSbp) -> Option<(StepKind, Vec<usize>)> {
     let changed: Vec<usize> = (0..from.0.len()).filter(|&a| from.0[a] != to.0[a]).collect();
     if changed.iter().all(|&a| sizes[a] == 1) {
@@ -137,7 +138,7 @@ pub(super) fn classify(sizes: &[usize], from: &NdSbp, to: &NdSbp) -> Option<(Ste
 }
 
 /// Returns `changed` and each later axis that splits the same dim as a changed axis, in `from` or in `to`. After the
-/// change, the later axis divides different parts of that dim, so elements also move between coordinates of that axis.
+/// change, the later axis divides different parts of that dim, so elements also move along the later axis.
 fn add_nested_axes(changed: &[usize], from: &NdSbp, to: &NdSbp) -> Vec<usize> {
     let splits = |axis: usize, dim: usize| from.0[axis] == Sbp::Split(dim) || to.0[axis] == Sbp::Split(dim);
     let nested = |axis: usize| {
@@ -150,7 +151,7 @@ fn add_nested_axes(changed: &[usize], from: &NdSbp, to: &NdSbp) -> Vec<usize> {
 }
 
 /// Number of elements that a device receives in a collective of `members` devices, computed from the device's regions
-/// before and after it. The formulas are those of `shardflow_kernels::collective`.
+/// before and after the collective. The formulas are those of `shardflow_kernels::collective`.
 fn elements_received(kind: StepKind, (member, members): (usize, usize), before: &Region, after: &Region) -> usize {
     match kind {
         StepKind::Slice | StepKind::Pad(_) => 0,

@@ -25,7 +25,7 @@ impl ProcessRank {
 pub struct SaveId {
     /// Incarnation of the job.
     pub epoch: u64,
-    /// Steps done.
+    /// Number of completed steps.
     pub step: u64,
     /// Index of the save within this incarnation, from 0.
     pub attempt: u32,
@@ -41,13 +41,13 @@ pub enum SaveOutcome {
 }
 
 /// How the processes of a job agree on saves. For each save, in order, the saver's thread calls
-/// [`SaveAgreement::all_written`] and, if that succeeds, [`SaveAgreement::outcome`]. Each call may wait for other
+/// [`SaveAgreement::all_written`] and, if this call succeeds, [`SaveAgreement::outcome`]. Each call may wait for other
 /// processes, but must return in a limited time.
 pub trait SaveAgreement: Send + Sync {
     /// Reports whether this process has written its shard. Returns when all processes have reported.
     ///
     /// # Errors
-    /// If a process could not write, ended, or did not report in time. All processes get an error with its rank.
+    /// If a process could not write, ended, or did not report in time. All processes get an error with that rank.
     fn all_written(&self, save: SaveId, own: Result<(), String>) -> Result<(), AgreeError>;
 
     /// Process 0 passes the result of its commit (`Some`). The other processes pass `None` and wait for that result.

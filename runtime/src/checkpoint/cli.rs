@@ -69,7 +69,7 @@ const ATTEMPTS_MAX: u32 = 5;
 /// Runs a command and returns the text to print.
 ///
 /// # Errors
-/// The error has one or more lines to print, and the exit code.
+/// The error contains one or more lines to print, and the exit code.
 pub fn run(command: &CheckpointCommand) -> Result<String, ProgramError> {
     match command {
         CheckpointCommand::Ls { dir } => list(&Store::open(dir)?),
@@ -92,7 +92,7 @@ pub fn run(command: &CheckpointCommand) -> Result<String, ProgramError> {
     }
 }
 
-/// Opens the checkpoint of `step`, or the newest complete one. Also returns a warning line per damaged checkpoint.
+/// Opens the checkpoint of `step`, or the newest complete one. Also returns one warning line per damaged checkpoint.
 fn select(store: &Store, step: Option<u64>) -> Result<(CheckpointReader, String), CheckpointError> {
     if let Some(step) = step {
         return Ok((store.read(step)?, String::new()));
@@ -164,7 +164,7 @@ fn verify(store: &Store, only: Option<u64>) -> Result<String, ProgramError> {
                 writeln!(text, "step {step}: {error}")
             }
             Err(CheckpointError::Absent { .. } | CheckpointError::Deleted { .. }) if only.is_none() => {
-                writeln!(text, "step {step}: deleted meanwhile")
+                writeln!(text, "step {step}: deleted during the verification")
             }
             Err(error) => return Err(error.into()),
         };
@@ -173,5 +173,5 @@ fn verify(store: &Store, only: Option<u64>) -> Result<String, ProgramError> {
         return Ok(text);
     }
     let checked = counted(steps.len(), "checkpoint");
-    Err(ProgramError::new(Exit::BadData, format!("{text}{damaged} of {checked} damaged"), ""))
+    Err(ProgramError::new(Exit::BadData, format!("{text}{damaged} of {checked} checkpoints damaged"), ""))
 }

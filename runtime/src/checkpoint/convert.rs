@@ -1,4 +1,4 @@
-//! Converts checkpoints to a safetensors file or another number of shards, one tensor or piece at a time.
+//! Converts a checkpoint to a safetensors file or to another number of shards, one tensor or piece at a time.
 
 use std::borrow::Cow;
 use std::io::Write;
@@ -45,7 +45,7 @@ pub fn export(reader: &CheckpointReader, path: &Path) -> Result<(), CheckpointEr
 /// [`CheckpointError::Exists`] if the target already has the step, else the error of reading or writing.
 pub fn reshard(reader: &CheckpointReader, target: &Store, shards: u32) -> Result<(), CheckpointError> {
     if shards == 0 || shards as usize > SHARDS_MAX {
-        return Err(CheckpointError::Refused(format!("{shards} shards; the number must be 1 to {SHARDS_MAX}")));
+        return Err(CheckpointError::Refused(format!("cannot write {shards} shards, expected 1 to {SHARDS_MAX}")));
     }
     let source = reader.manifest();
     let exists = || CheckpointError::Exists { file: target.manifest(source.step).name, step: source.step };

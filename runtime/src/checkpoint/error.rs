@@ -33,12 +33,13 @@ pub enum CheckpointError {
     Io { path: PathBuf, source: std::io::Error },
     #[error("{path}: not a complete safetensors file: {message}")]
     Format { path: PathBuf, message: String },
-    /// The file does not fit the program. A tensor is missing, extra or has another shape, or a declared value differs.
+    /// The file does not fit the program. For example, a tensor is missing, unknown to the program or of another shape,
+    /// or a declared value differs.
     #[error("{path}: {why}")]
     Unfit { path: PathBuf, why: String },
     #[error("{path}: tensor {name} is {got}, expected {expected}; convert the file")]
     Dtype { path: PathBuf, name: String, expected: String, got: String },
-    #[error("{place}: not a place for checkpoints: {why}")]
+    #[error("{place}: cannot store checkpoints here: {why}")]
     Place { place: String, why: String },
     #[error("{file}: cannot {doing}: {source}")]
     Store { file: String, doing: StoreOperation, source: Box<object_store::Error> },
@@ -68,7 +69,7 @@ pub enum CheckpointError {
     )]
     NotShared { place: String, ranks: String },
     /// Another process failed, or the processes could not agree.
-    #[error("checkpoint of step {step} not committed: {source}")]
+    #[error("the checkpoint of step {step} was not committed: {source}")]
     Others { step: u64, source: AgreeError },
     #[error("{place}: rank {rank} {problem}; see its log")]
     OnRank { place: String, rank: u32, exit: u8, problem: String },
@@ -90,11 +91,11 @@ pub struct AgreeError {
 
 impl CheckpointError {
     pub(crate) fn missing(path: impl Into<PathBuf>, name: &str) -> Self {
-        Self::Unfit { path: path.into(), why: format!("has no tensor {name}; it was saved by another model") }
+        Self::Unfit { path: path.into(), why: format!("has no tensor {name}; another model saved this file") }
     }
 
     pub(crate) fn shape(path: impl Into<PathBuf>, name: &str, expected: &str, got: &str) -> Self {
-        let why = format!("tensor {name}: expected {expected}, got {got}; it was saved by a model of other sizes");
+        let why = format!("tensor {name}: expected {expected}, got {got}; a model of other sizes saved this file");
         Self::Unfit { path: path.into(), why }
     }
 
@@ -109,7 +110,8 @@ impl CheckpointError {
         crate::files::system_error(self).map(std::io::Error::kind)
     }
 
-    /// True if the checkpoint is damaged. An older one may be good. False if it is unfit, deleted or unreachable.
+    /// True if the checkpoint is damaged; an older checkpoint may then be good. False if the checkpoint is unfit,
+    /// deleted or unreachable.
     pub fn is_damage(&self) -> bool {
         matches!(self, Self::Damaged { .. })
     }

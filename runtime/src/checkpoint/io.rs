@@ -19,7 +19,7 @@ use crate::files;
 pub const DEADLINE: Duration = Duration::from_secs(120);
 /// Default size of one upload request in bytes. A write needs this much memory. Cloud stores require at least 5 MiB.
 pub const PART_BYTES: usize = 16 << 20;
-/// Maximum number of parts of one upload, a little below the limit of cloud stores.
+/// Maximum number of parts of one upload. It is a little below the limit of cloud stores.
 const PARTS_MAX: u64 = 9_000;
 /// How long a file that another node wrote may stay invisible. NFS caches folders for 60 s (`acdirmax`).
 pub(crate) const HIDDEN: Duration = Duration::from_secs(90);
@@ -94,7 +94,7 @@ impl Operations {
         }
     }
 
-    /// Runs an operation on the local file system, which may block as long as the disk does.
+    /// Runs an operation on the local file system. The operation may block for as long as the disk blocks.
     pub(crate) fn run_local<T: Send + 'static>(
         &self,
         file: &str,
@@ -158,7 +158,7 @@ impl Operations {
                 None => Ok(None),
             }
         })?;
-        let too_large = |size| file.damaged(format!("{size} bytes, the maximum is {bytes_max}"));
+        let too_large = |size| file.damaged(format!("it has {size} bytes; the maximum is {bytes_max}"));
         got.transpose().map_err(too_large)
     }
 
@@ -168,7 +168,7 @@ impl Operations {
         self.run(&file.name, StoreOperation::Read, get)
     }
 
-    /// Writes a small file in one operation. Replaces an existing file, or fails with [`PutMode::Create`].
+    /// Writes a small file in one operation. Replaces an existing file, but fails if `mode` is [`PutMode::Create`].
     pub(crate) fn put(&self, file: &StoreFile, bytes: Vec<u8>, mode: PutMode) -> Result<(), CheckpointError> {
         let (backend, path, create) = (self.backend.clone(), file.path.clone(), mode == PutMode::Create);
         let payload = PutPayload::from(bytes);

@@ -22,7 +22,7 @@ pub const MANIFEST_BYTES_MAX: u64 = 256 << 20;
 const TENSORS_MAX: usize = 1 << 18;
 /// Maximum number of shards of a checkpoint.
 pub const SHARDS_MAX: usize = 1 << 16;
-/// Maximum number of pieces of one tensor. It is limited because a check compares each pair of pieces.
+/// Maximum number of pieces of one tensor. The number is limited because a check compares each pair of pieces.
 pub const TENSOR_PIECES_MAX: usize = 1 << 12;
 const PIECES_MAX: usize = 1 << 20;
 const DIMS_MAX: usize = 32;
@@ -177,9 +177,9 @@ pub struct JobTime {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// Steps done.
+    /// Number of completed steps.
     pub step: u64,
-    /// Number of applied updates, without skipped steps. `None` before version 3.
+    /// Number of applied updates, without skipped steps. `None` in a manifest of version 1 or 2.
     #[serde(default)]
     pub updates: Option<u64>,
     /// Incarnation of the job that wrote the checkpoint.
@@ -190,7 +190,7 @@ pub struct Manifest {
     pub seed: u64,
     /// The program's cursor.
     pub cursor: Cursor,
-    /// Values that the program declared. Empty before version 3.
+    /// Values that the program declared. Empty in a manifest of version 1 or 2.
     #[serde(default)]
     pub declared: Values,
     /// Version of Shardflow that wrote the checkpoint.
@@ -210,7 +210,7 @@ impl Manifest {
     /// Reads and checks a manifest.
     ///
     /// # Errors
-    /// Names the violated invariant, with the tensor and the numbers.
+    /// The error names the violated invariant, with the tensor and the numbers.
     pub fn decode(text: &[u8]) -> Result<Self, String> {
         let manifest: Self = open_sealed(FORMAT, text)?;
         manifest.check()?;
@@ -226,7 +226,8 @@ impl Manifest {
         seal(FORMAT, self)
     }
 
-    /// Number of applied updates. For versions before 3, which did not count updates, this is the number of steps.
+    /// Number of applied updates. Manifests of version 1 and 2 do not count updates, so their number of steps is
+    /// returned.
     pub fn updates(&self) -> u64 {
         self.updates.unwrap_or(self.step)
     }
@@ -341,7 +342,8 @@ struct Sealed<'a> {
     body: &'a RawValue,
 }
 
-/// Returns the version of an unaltered manifest that is too new for this program. Later versions keep the checksum.
+/// Returns the version of an unaltered manifest that is too new for this program. Later versions must compute the
+/// checksum like version 3.
 pub(crate) fn newer_version(text: &[u8]) -> Option<u32> {
     let Sealed { format, version, blake3, body } = serde_json::from_slice(text).ok()?;
     (format == FORMAT && version > VERSION && checksum(version, body) == blake3).then_some(version)
@@ -376,14 +378,14 @@ fn seal_as<T: Serialize>(version: u32, format: &str, body: &T) -> Result<Vec<u8>
 /// Decodes a sealed text after checking that it is unaltered.
 pub(crate) fn open_sealed<T: DeserializeOwned>(format: &str, text: &[u8]) -> Result<T, String> {
     if text.len() as u64 > MANIFEST_BYTES_MAX {
-        return Err(format!("{} bytes, the maximum is {MANIFEST_BYTES_MAX}", text.len()));
+        return Err(format!("it has {} bytes; the maximum is {MANIFEST_BYTES_MAX}", text.len()));
     }
     let sealed: Sealed<'_> = serde_json::from_slice(text).map_err(|e| format!("not a {format} file: {e}"))?;
     if sealed.format != format {
         return Err(format!("format {:?}, expected {format}", sealed.format));
     }
     if !(1..=VERSION).contains(&sealed.version) {
-        return Err(format!("version {} of the format; this program reads versions 1 to {VERSION}", sealed.version));
+        return Err(format!("format version {}, but this program reads only 1 to {VERSION}", sealed.version));
     }
     let sum = checksum(sealed.version, sealed.body);
     if sum != sealed.blake3 {

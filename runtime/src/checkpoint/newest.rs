@@ -41,7 +41,8 @@ impl Store {
                     Err(error) => return Err(error),
                 }
             }
-            // A run commits a newer checkpoint before it deletes one, so look again. Saves are slower than this loop.
+            // A run commits a newer checkpoint before it deletes an older one, so list the checkpoints again. The loop
+            // ends, because saves are slower than this loop.
             let listed = self.steps_with_folder()?;
             if !is_any_gone || listed.last() <= steps.last() {
                 return Ok(NewestCheckpoint { reader: None, damaged });
@@ -52,7 +53,7 @@ impl Store {
 
     /// Deletes old checkpoints up to step `newest`, and files of failed attempts. Keeps the newest `keep` good ones (at
     /// least one), and those whose step is a multiple of `keep_every`. One process calls this after `newest` is
-    /// committed. Later steps stay, even damaged ones: other processes may already be saving them.
+    /// committed. Checkpoints of later steps stay, even damaged ones: other processes may already save those steps.
     ///
     /// # Errors
     /// If a deletion fails; the next call finds the remaining files again.

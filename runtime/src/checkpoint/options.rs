@@ -16,7 +16,7 @@ pub enum WhenBusy {
 /// When a program saves: each time the number of steps is a multiple of `every`, and after the last step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SaveSchedule {
-    /// Steps between two saves.
+    /// Number of steps between two saves.
     pub every: u64,
     /// Number of steps of the whole training run.
     pub steps: u64,
@@ -31,7 +31,7 @@ pub struct SaverOptions {
     pub keep: usize,
     /// A checkpoint whose step is a multiple of this number is never deleted.
     pub keep_every: Option<u64>,
-    /// The planned saves, if known. The check of free space includes the checkpoints that these saves will leave.
+    /// The planned saves, if known. The check of free space includes the checkpoints that remain after these saves.
     pub schedule: Option<SaveSchedule>,
     /// Path of the parameter file that the program will also write, if any. The check of free space includes this file.
     pub save: Option<PathBuf>,

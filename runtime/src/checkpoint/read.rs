@@ -1,4 +1,4 @@
-//! Opens committed checkpoints, and reads their tensors: only the requested pieces, each checked before use.
+//! Opens committed checkpoints and reads their tensors. Reads only the requested pieces, and checks each before use.
 
 use std::collections::BTreeMap;
 
@@ -22,7 +22,8 @@ impl Store {
     /// Opens a committed checkpoint. Checks its manifest and the sizes of all shards; later reads check their contents.
     ///
     /// # Errors
-    /// [`CheckpointError`]: `Absent`, `Damaged` with the file, `Deleted` by another process, or `Newer`.
+    /// [`CheckpointError`]: `Absent`; `Damaged`, which names the file; `Deleted` if another process has deleted the
+    /// checkpoint; or `Newer`.
     pub fn read(&self, step: u64) -> Result<CheckpointReader, CheckpointError> {
         let (file, text) = (self.manifest(step), self.manifest_text(step)?);
         let mut manifest = Manifest::decode(&text).map_err(|why| match newer_version(&text) {
@@ -38,7 +39,7 @@ impl Store {
         for shard in &manifest.shards {
             let why = match files.get(&shard.file).copied().flatten() {
                 Some(bytes) if bytes == shard.bytes => continue,
-                Some(bytes) => format!("{bytes} bytes long, expected {}", shard.bytes),
+                Some(bytes) => format!("it is {bytes} bytes long, expected {}", shard.bytes),
                 None => "the file is missing".into(),
             };
             return Err(self.damaged_or_deleted(step, self.file(step, &shard.file).damaged(why)));
@@ -69,7 +70,7 @@ impl Store {
         Ok(())
     }
 
-    /// Like [`Store::read`], but waits until the digest of the checkpoint's cursor equals `cursor`, rank 0's digest.
+    /// Like [`Store::read`], but waits until the digest of the checkpoint's cursor equals rank 0's digest `cursor`.
     pub(crate) fn read_as(&self, step: u64, cursor: u64) -> Result<CheckpointReader, CheckpointError> {
         let attempt = || match self.read(step) {
             Ok(reader) if reader.manifest().cursor_digest() != cursor => Ok(None),
@@ -100,7 +101,7 @@ impl CheckpointReader {
         self.by_name.get(name).map(|index| &self.manifest.tensors[*index])
     }
 
-    /// Like [`CheckpointReader::tensors`], for one box. The call needs memory for the box and for one piece.
+    /// Like [`CheckpointReader::tensors`], but for one box. The call needs memory for the box and for one piece.
     pub fn tensor(&self, name: &str, region: &Region) -> Result<HostTensor, CheckpointError> {
         Ok(self.tensors(name, std::slice::from_ref(region))?.swap_remove(0))
     }
@@ -161,7 +162,7 @@ impl CheckpointReader {
         let why = match operations.wait_visible(|| operations.size(file))? {
             Some(size) if size == shard.bytes && is_hidden => return operations.get_range(file, from, bytes),
             Some(size) if size == shard.bytes => format!("got {} of {bytes} bytes at offset {from}", result?.len()),
-            Some(size) => format!("{size} bytes long, expected {}", shard.bytes),
+            Some(size) => format!("it is {size} bytes long, expected {}", shard.bytes),
             None => "the file is missing".into(),
         };
         Err(self.store.damaged_or_deleted(self.manifest.step, file.damaged(why)))

@@ -36,7 +36,7 @@ impl Attempt {
 /// Report of a save.
 #[derive(Debug)]
 pub struct SaveReport {
-    /// Steps done at the snapshot.
+    /// Number of steps completed before the snapshot.
     pub step: u64,
     /// The result. After an error, no incomplete checkpoint is listed, and training may continue.
     pub result: Result<SaveOutcome, CheckpointError>,

@@ -24,7 +24,7 @@ pub enum SaveStart {
         /// Report of the previous save, if no earlier call has returned the report.
         before: Option<Box<SaveReport>>,
     },
-    /// Another save is running, and the option is [`WhenBusy::Skip`].
+    /// Another save is running, and the saver's option is [`WhenBusy::Skip`].
     Skipped,
 }
 
@@ -52,18 +52,20 @@ impl Saver {
         lock.store.set_cursor(step, cursor)
     }
 
-    /// Takes the store's lock on process 0, and starts the thread. Does not check the store:
-    /// [`crate::session::Session::saver`] does.
+    /// Takes the store's lock on process 0, and starts the thread. Does not check the store, because
+    /// [`crate::session::Session::saver`] checks it.
     ///
     /// # Errors
-    /// [`CheckpointError::Held`]; also if the options contradict each other, or no thread can be started.
+    /// [`CheckpointError::Held`] if another run holds the lock. Also fails if the options contradict each other, or if
+    /// no thread can be started.
     pub fn new(store: Store, agree: Arc<dyn SaveAgreement>, options: SaverOptions) -> Result<Self, CheckpointError> {
         let SaverOptions { member, busy, .. } = options;
         check_member(member)?;
         // Create both counters now, so that the first failure is visible as an increase.
         outcome_counters().iter().for_each(|counter| counter.absolute(0));
         if busy == WhenBusy::Skip && member.processes > 1 {
-            let why = "WhenBusy::Skip needs a single process: several would skip different saves; use WhenBusy::Wait";
+            let why = "WhenBusy::Skip is only for single-process jobs: several processes would skip different saves; \
+                       use WhenBusy::Wait";
             return Err(CheckpointError::Refused(why.into()));
         }
         let lock = (member.process == 0).then(|| Lock::take(&store, options.job.clone(), member.epoch)).transpose()?;

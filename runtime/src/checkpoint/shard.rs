@@ -147,7 +147,7 @@ pub(crate) fn write_whole<E: From<CheckpointError>>(
 ) -> Result<(), E> {
     let failed = |source| E::from(CheckpointError::Io { path: path.into(), source });
     if path.exists() && !path.is_file() {
-        // A rename onto a folder fails anyway, but a rename onto a device or a pipe would replace it.
+        // A rename onto a folder fails anyway, but a rename onto a device or a pipe would replace the device or pipe.
         let kind = std::io::ErrorKind::InvalidInput;
         return Err(failed(std::io::Error::new(kind, "the path exists and is not a file")));
     }

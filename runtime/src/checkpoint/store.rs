@@ -4,7 +4,8 @@
 //!   atomic operation, after all shards are written and synced. The operation fails if the file exists.
 //! - ST-2: each save attempt has its own folder, `step-<S>/e<epoch>-<attempt>/`. A late writer alters no other attempt.
 //! - ST-3: deletion begins with the manifest, and the newest good checkpoint is never deleted.
-//! - ST-4: the manifest has a cursor. The cursor in `cursor.json` replaces it if that file has the manifest's checksum.
+//! - ST-4: the manifest has a cursor. A cursor in `cursor.json` replaces the manifest's cursor if `cursor.json` records
+//!   the manifest's checksum.
 
 use std::collections::BTreeMap;
 use std::path::{Component, PathBuf};
@@ -175,8 +176,8 @@ impl Store {
         Ok(self.operations.size(&self.manifest(step))?.is_some())
     }
 
-    /// Lists the folder of `step`, or the store's folder for `None`. If `deep` is set, lists all files below. Only
-    /// files have a size.
+    /// Lists the folder of `step`, or the store's folder if `step` is `None`. If `deep` is set, lists the files in all
+    /// subfolders instead. Only files have a size.
     pub(crate) fn list(&self, step: Option<u64>, deep: bool) -> Result<BTreeMap<String, Option<u64>>, CheckpointError> {
         let whole = || StoreFile { name: self.place.clone(), path: self.prefix.clone() };
         let StoreFile { name, path: at } = step.map_or_else(whole, |step| self.file(step, ""));
@@ -223,11 +224,11 @@ impl Store {
         self.operations.get(&self.manifest(step), MANIFEST_BYTES_MAX)?.ok_or_else(absent)
     }
 
-    /// Atomically replaces the cursor of a committed checkpoint. After a rollback, one process calls this, so that
-    /// later runs skip the same samples.
+    /// Atomically replaces the cursor of a committed checkpoint. After a rollback, one process calls this function, so
+    /// that later runs skip the same samples.
     ///
     /// # Errors
-    /// [`CheckpointError::Absent`] if the step has no checkpoint; also if the write fails.
+    /// [`CheckpointError::Absent`] if the step has no checkpoint. Also returns an error if the write fails.
     pub fn set_cursor(&self, step: u64, cursor: Cursor) -> Result<(), CheckpointError> {
         let manifest = Checksum::of(&self.manifest_text(step)?);
         let sealed = seal("shardflow-cursor", &NewCursor { manifest, cursor }).map_err(CheckpointError::Refused)?;
@@ -247,7 +248,7 @@ impl Store {
         }
         let file = self.file(step, name);
         if let Some(local) = &self.local {
-            // This also deletes partial files of a killed process, which the object store does not list.
+            // This call also deletes partial files of a killed process. The object store does not list such files.
             let local = local.join(Self::folder_name(step)).join(name);
             return self.operations.run_local(&file.name, StoreOperation::Delete, move || files::remove(&local));
         }

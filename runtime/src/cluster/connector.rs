@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use shardflow_actors::remote::{ByteRun, PeerSpec};
 use shardflow_actors::shell::RegisterMemory;
-use shardflow_actors::spec::{ActorId, RegisterId};
+use shardflow_actors::spec::RegisterId;
 use shardflow_job::env::{INTERFACE, TRANSPORT};
 use shardflow_job::membership::ControlTree;
 use shardflow_job::options::{ClusterOptions, Collectives, Transport};
@@ -31,6 +31,7 @@ use shardflow_kernels::memory::{Access, Arena, Base};
 use super::by_mpi::ByMpi;
 use super::error::ClusterError;
 use crate::devices::Pipes;
+use crate::plan::Plan;
 use crate::plan::instance::Instance;
 use crate::process_map::{ProcessMap, groups};
 
@@ -44,8 +45,6 @@ pub(crate) struct Connections {
     /// Local copies (mirrors) of the slots of peers' registers.
     pub(crate) mirrors: BTreeMap<RegisterId, RegisterMemory>,
     pub(crate) peers: Vec<PeerSpec>,
-    /// The actors of processes to which this process has no connection, each with the rank of its process.
-    pub(crate) distant: BTreeMap<ActorId, u32>,
     /// For each rank: the peer to which this process sends messages for that rank.
     pub(crate) hops: Vec<u32>,
 }
@@ -53,8 +52,7 @@ pub(crate) struct Connections {
 impl Connections {
     /// The connections of a job with a single process.
     pub(crate) fn alone(engine: Arc<dyn Collective>) -> Self {
-        let (mapped, mirrors, distant) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        Self { engine, mapped, mirrors, peers: Vec::new(), distant, hops: Vec::new() }
+        Self { engine, mapped: BTreeMap::new(), mirrors: Mirrors::new(), peers: Vec::new(), hops: Vec::new() }
     }
 }
 
@@ -127,7 +125,9 @@ impl Connector {
         let own = self.process_map.process;
         let near: BTreeSet<u32> =
             (0..self.process_map.processes).filter(|p| *p == own || self.shares_memory(own, *p)).collect();
-        let (mpi_groups, own_groups) = crossing_groups(plan, &self.process_map, self.options.collectives);
+        let near_devices = near.iter().flat_map(|process| self.process_map.devices_of(*process));
+        let crossing = crossing_groups(plan, near_devices, &self.process_map, self.options.collectives);
+        let (mpi_groups, own_groups) = crossing;
         let is_near = |group: &Arc<Group>| self.process_map.processes_of(group).is_subset(&near);
         let (board_groups, mut wire_groups): (Vec<_>, Vec<_>) = own_groups.into_iter().partition(is_near);
         wire_groups.retain(|group| self.process_map.processes_of(group).contains(&self.process_map.process));
@@ -153,24 +153,24 @@ impl Connector {
         }
         let engine: Arc<dyn Collective> =
             if engines.is_empty() { in_process } else { Arc::new(Routed::new(engines, in_process)) };
-        let near: BTreeSet<u32> = peers.iter().map(|peer| peer.process).chain([own]).collect();
-        let distant = self.process_map.hosts(plan).filter(|(_, process)| !near.contains(process)).collect();
         let hop = |process| self.tree.next_hop(own, process).unwrap_or(own);
         let hops = (0..self.process_map.processes).map(hop).collect();
-        Ok(Connections { engine, mapped, mirrors, peers, distant, hops })
+        Ok(Connections { engine, mapped, mirrors, peers, hops })
     }
 }
 
-/// The groups of several processes that MPI runs, and those that this crate's engines run.
+/// Of the groups of some devices, those of several processes: those that MPI runs, and those that this crate's engines
+/// run.
 fn crossing_groups(
-    plan: &Instance,
+    plan: &Plan,
+    devices: impl Iterator<Item = usize>,
     process_map: &ProcessMap,
     collectives: Collectives,
 ) -> (Vec<Arc<Group>>, Vec<Arc<Group>>) {
     let hosts = |group: &Arc<Group>| process_map.processes_of(group).len();
     // MPI runs the groups whose members are all in different processes.
     let uses_mpi = |group: &Arc<Group>| collectives == Collectives::Mpi && hosts(group) == group.ranks.len();
-    let mut crossing = groups(plan);
+    let mut crossing = groups(plan, devices);
     crossing.retain(|group| plan.device == DeviceKind::Cpu && hosts(group) > 1);
     crossing.into_iter().partition(uses_mpi)
 }
@@ -182,7 +182,7 @@ pub(super) fn partners(plan: &Instance, process_map: &ProcessMap, collectives: C
     let registers = crossings.flat_map(|crossing| [(crossing.from, crossing.to), (crossing.to, crossing.from)]);
     let mut partners: BTreeSet<u32> =
         registers.filter(|(process, _)| *process == own).map(|(_, other)| other).collect();
-    for group in crossing_groups(plan, process_map, collectives).1 {
+    for group in crossing_groups(plan, process_map.own(), process_map, collectives).1 {
         let is_own = |member: &usize| process_map.process_of(group.ranks[*member]) == own;
         let peers = (0..group.ranks.len()).filter(is_own).flat_map(|member| wire::peers(&group, member));
         partners.extend(peers.map(|peer| process_map.process_of(group.ranks[peer])));
@@ -236,7 +236,7 @@ impl Connector {
             let count = peer_devices.len() + usize::from(peer == first);
             let mut received = self.receive_descriptors(&connection, count)?.into_iter();
             for (device, descriptor) in peer_devices.zip(received.by_ref()) {
-                let arena = Arena::map_peer(descriptor, plan.memory[device].arena_bytes, Access::Read)?;
+                let arena = Arena::map_peer(descriptor, plan.memory(device).arena_bytes, Access::Read)?;
                 mapped.insert(device, arena);
             }
             if let Some(descriptor) = received.next() {
@@ -316,13 +316,10 @@ impl Connector {
             let base = Base { arena: device.arena(crossing.mirror_bytes(plan))?, offset: 0 };
             memory.insert(register, RegisterMemory { base, stride: plan.spec.register(register).slot_bytes });
         }
-        let mut actors: BTreeMap<u32, Vec<ActorId>> = BTreeMap::new();
-        self.process_map.hosts(plan).for_each(|(actor, process)| actors.entry(process).or_default().push(actor));
         let mut specs = Vec::new();
         for (process, Exchanged { pushes, mirrors, pipes }) in peers {
             let connection = self.connect(process, Purpose::Registers { index: 0 })?;
-            let actors = actors.remove(&process).unwrap_or_default();
-            specs.push(PeerSpec { process, actors, connection, pushes, mirrors, pipes });
+            specs.push(PeerSpec { process, connection, pushes, mirrors, pipes });
         }
         Ok((memory, specs))
     }

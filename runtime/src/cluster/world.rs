@@ -18,7 +18,6 @@ use shardflow_job::membership::{self, ControlTree, FirstCause, Membership, Membe
 use shardflow_job::options::{ClusterOptions, Transport};
 use shardflow_job::rendezvous::{Fact, Identity, Member, RendezvousConfig, Roster, local_address, rendezvous};
 use shardflow_job::secret::Secret;
-use shardflow_job::text::counted;
 use shardflow_job::transport::{Listener, Purpose, with_zone_of};
 use shardflow_kernels::collective::Group;
 use shardflow_kernels::cuda::nccl::UniqueId;
@@ -247,24 +246,16 @@ impl World {
     pub(crate) fn join(
         plan: &Instance,
         cluster: &Cluster,
-        memory: &MemoryClaim,
-        facts: impl FnOnce() -> Result<Vec<Fact>, ClusterError>,
+        process_map: ProcessMap,
+        (memory, facts): (&MemoryClaim, impl FnOnce() -> Result<Vec<Fact>, ClusterError>),
         wait_max: Duration,
     ) -> Result<Option<Self>, ClusterError> {
         let LaunchContext::World(world) = &cluster.launch else { return Ok(None) };
-        let (devices, processes) = (plan.memory.len(), world.processes);
-        if processes as usize > devices {
-            let mesh = counted(devices, "device");
-            return Err(ClusterError::Refused(format!(
-                "a mesh of {mesh} cannot be split over {processes} processes: start at most {devices}"
-            )));
-        }
-        if processes == 1 {
+        if process_map.processes == 1 {
             return Ok(None);
         }
         exit::mark_joining();
         let (options, secret) = (cluster.options.clone().with_finite_times(), world.secret.read()?);
-        let process_map = ProcessMap { process: world.process, processes, devices };
         let wanted = connector::partners(plan, &process_map, options.collectives);
         let (roster, listener, heartbeat) = meet(world, &options, &secret, wanted, (memory, facts))?;
         let tree = Arc::new(ControlTree::new(&roster.nodes()));
@@ -341,9 +332,15 @@ impl World {
     /// Adds the mirrors of this node's processes to the memory of the plan, and checks the plan's budget.
     pub(crate) fn count_mirrors(&self, plan: &mut Instance) -> Result<(), PlanError> {
         let here: BTreeSet<u32> = self.here().into_iter().collect();
-        let crossings = self.process_map.crossings(plan).into_iter().filter(|crossing| here.contains(&crossing.to));
-        for crossing in crossings.filter(|crossing| !self.connector.shares_memory(crossing.from, crossing.to)) {
-            plan.memory[crossing.landing].mirror_bytes += crossing.mirror_bytes(plan);
+        for process in here {
+            let devices = self.process_map.devices_of(process);
+            plan.mirrors.extend(devices.clone().map(|device| (device, 0)));
+            let other = (process != self.process_map.process).then(|| plan.plan.clone().instance_of(devices));
+            let part = other.as_ref().unwrap_or(plan);
+            let crossings = self.process_map.crossings(part).into_iter().filter(|crossing| crossing.to == process);
+            let copied = crossings.filter(|crossing| !self.connector.shares_memory(crossing.from, process));
+            let bytes: Vec<_> = copied.map(|crossing| (crossing.landing, crossing.mirror_bytes(part))).collect();
+            bytes.into_iter().for_each(|(landing, bytes)| *plan.mirrors.entry(landing).or_default() += bytes);
         }
         plan.check_memory()
     }

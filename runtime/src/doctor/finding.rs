@@ -1,4 +1,4 @@
-//! One line of the report, and how it shows sizes.
+//! A finding, which is one line of the report, and the text form of sizes.
 
 use serde::Serialize;
 
@@ -7,11 +7,11 @@ use serde::Serialize;
 #[serde(rename_all = "lowercase")]
 pub enum FindingStatus {
     Ok,
-    /// Missing; only some programs need it.
+    /// The feature is missing, but only some programs need it.
     Absent,
-    /// Smaller or slower than recommended.
+    /// The resource is smaller or slower than recommended.
     Poor,
-    /// Does not work; every program with several processes needs it.
+    /// The feature does not work, and every program with several processes needs it.
     Broken,
 }
 
@@ -24,7 +24,7 @@ pub struct Finding {
     pub status: FindingStatus,
     /// Numbers, versions or paths.
     pub value: String,
-    /// How to install or improve it.
+    /// How to install or improve the feature.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
 }

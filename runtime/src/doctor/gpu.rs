@@ -1,4 +1,4 @@
-//! Reports GPUs, their driver and libraries, as the CUDA backend finds them, with the backend's own error texts.
+//! Reports GPUs, their driver and libraries as the CUDA backend finds them. Errors have the backend's own texts.
 
 use shardflow_kernels::cuda::DeviceFacts;
 use shardflow_kernels::cuda::probe;
@@ -29,7 +29,7 @@ fn device(ordinal: usize, facts: &Result<DeviceFacts, KernelError>) -> Finding {
     match facts {
         Ok(facts) => {
             let DeviceFacts { name, capability: (major, minor), bytes_total } = facts;
-            // Free memory is not reported: only an open context can query it, which takes memory and time.
+            // Free memory is not reported: its query needs an open context, and opening one takes memory and time.
             let memory = size(*bytes_total as u64);
             ok("device", format!("{ordinal}: {name}, sm_{major}{minor}, {memory}"))
         }

@@ -6,9 +6,9 @@ use std::thread::available_parallelism;
 use super::finding::{Finding, FindingStatus, not_ok, ok, size};
 use shardflow_job::machine::{FreeMemory, affinity, cores_text, free_memory, meminfo};
 
-/// Recommended free shared memory, in bytes: registers between processes of one node may not fit into less.
+/// Recommended free shared memory, in bytes. The registers between the processes of one node may not fit into less.
 const SHM_BYTES_MIN: u64 = 1 << 30;
-/// Recommended limit of open files: with less, many processes may not be able to connect.
+/// Recommended limit of open files. With a lower limit, many processes may not be able to connect.
 const FILES_MIN: u64 = 4096;
 /// Oldest supported kernel: `pidfd_open` needs 5.3, `memfd_create` 3.17.
 const KERNEL_MIN: (u32, u32) = (5, 3);
@@ -50,10 +50,10 @@ fn vector_units() -> Finding {
         if units[0].1 && units[1].1 {
             return ok("vector units", names.join(" "));
         }
-        poor("vector units", format!("only {names:?}"), "use a CPU with avx2 and fma: kernels are several times faster")
+        poor("vector units", format!("only {names:?}"), "use a CPU with avx2 and fma: kernels run several times faster")
     }
     #[cfg(not(target_arch = "x86_64"))]
-    ok("vector units", format!("those of {}", std::env::consts::ARCH))
+    ok("vector units", format!("the vector units of {}", std::env::consts::ARCH))
 }
 
 fn memory() -> Finding {
@@ -70,7 +70,7 @@ fn memory_budget() -> Finding {
         Some(FreeMemory { bytes, bound }) => {
             ok("memory budget", format!("{} for the processes of a job on this node: {bound}", size(bytes)))
         }
-        None => poor("memory budget", "unknown", "mount /proc, or set a plan's budget: CompileOptions::memory_bytes"),
+        None => poor("memory budget", "unknown", "mount /proc, or set a budget with CompileOptions::memory_bytes"),
     }
 }
 

@@ -59,7 +59,7 @@ fn memfd() -> io::Result<()> {
 }
 
 fn default_port() -> Finding {
-    let hint = "with several nodes, choose another port: --rdzv-endpoint HOST:PORT";
+    let hint = "if the job has several nodes, choose another port with --rdzv-endpoint HOST:PORT";
     match TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT_DEFAULT)) {
         Ok(_) => ok("default port", format!("{PORT_DEFAULT} is free")),
         Err(error) => not_ok("default port", FindingStatus::Poor, format!("{PORT_DEFAULT}: {error}"), hint),
@@ -74,7 +74,7 @@ fn derived_ports() -> Finding {
     match (numbers.next(), numbers.next()) {
         (Some(low), Some(high)) if low < DERIVED_PORTS.end && high >= DERIVED_PORTS.start => {
             let value = format!("{value}; the kernel's ephemeral ports are {low} to {high}");
-            let hint = "sysctl net.ipv4.ip_local_port_range='32768 60999', or set SHARDFLOW_ENDPOINT";
+            let hint = "run `sysctl net.ipv4.ip_local_port_range='32768 60999'`, or set SHARDFLOW_ENDPOINT";
             not_ok("derived ports", FindingStatus::Poor, value, hint)
         }
         _ => ok("derived ports", value),

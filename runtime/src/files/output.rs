@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
 use rustix::io::Errno;
 
-/// A file that cannot be written.
+/// The error of a file that cannot be written.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write {path}: {cause}")]
 pub struct OutputFileError {
@@ -20,7 +20,8 @@ pub struct OutputFileError {
 ///
 /// # Errors
 /// If `path` is a folder, ends with a slash or has no file name; if its folder is missing or not writable; or if the
-/// existing file cannot be replaced: it is immutable, a mount point, or another user's in a folder with the sticky bit.
+/// existing file cannot be replaced. A file cannot be replaced if it is immutable or a mount point, or if it belongs to
+/// another user and its folder has the sticky bit.
 pub fn check_writable(path: &Path) -> Result<(), OutputFileError> {
     let error = |cause| OutputFileError { path: path.into(), cause };
     if path.is_dir() {
@@ -30,7 +31,7 @@ pub fn check_writable(path: &Path) -> Result<(), OutputFileError> {
     if path.file_name().is_some_and(|name| !path.as_os_str().as_bytes().ends_with(name.as_bytes())) {
         return Err(error(io::Error::new(io::ErrorKind::IsADirectory, "it ends with a slash, like a folder")));
     }
-    // Saving renames a new file to this path. That would replace a device or a pipe, as with `--save /dev/null`.
+    // Saving renames a new file to this path. The rename would replace a device or a pipe, as with `--save /dev/null`.
     if path.exists() && !path.is_file() {
         return Err(error(io::Error::new(io::ErrorKind::InvalidInput, "it exists and is not a regular file")));
     }
@@ -66,7 +67,7 @@ pub(crate) fn folder_of(path: &Path) -> &Path {
 /// Checks that a rename can replace the file at `path`, if there is one. A rename can replace a write-protected file.
 fn check_replaceable(path: &Path) -> io::Result<()> {
     let Ok(existing) = path.canonicalize() else { return Ok(()) };
-    // Without O_TRUNC, this changes nothing. EPERM, unlike EACCES, means an immutable or append-only file.
+    // Without O_TRUNC, opening changes nothing. EPERM, unlike EACCES, means an immutable or append-only file.
     match std::fs::OpenOptions::new().write(true).open(&existing) {
         Err(error) if [Errno::PERM, Errno::ROFS].map(|e| Some(e.raw_os_error())).contains(&error.raw_os_error()) => {
             return Err(error);
@@ -91,7 +92,7 @@ fn check_replaceable(path: &Path) -> io::Result<()> {
 /// Checks that lines can be appended to `path`. Changes no file, and opens no pipe or terminal because that may block.
 ///
 /// # Errors
-/// The errors of [`check_writable`], and a full file system.
+/// The errors of [`check_writable`]. Also fails if the file system is full.
 pub fn check_appendable(path: &Path) -> Result<(), OutputFileError> {
     match path.metadata() {
         Ok(existing) if existing.is_file() => {

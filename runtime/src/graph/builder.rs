@@ -1,4 +1,4 @@
-//! The methods that add to a [`Graph`]. They never fail: they record errors with the caller's source line.
+//! The methods that add nodes to a [`Graph`]. They never fail: they record errors with the caller's source line.
 
 use std::panic::Location;
 use std::sync::{Arc, OnceLock};
@@ -98,7 +98,7 @@ impl Graph {
         out
     }
 
-    /// Places the nodes that follow; the devices must belong to the graph's mesh.
+    /// Places all nodes that are added after this call. The devices must belong to the graph's mesh.
     #[track_caller]
     pub fn place(&mut self, placement: Placement) {
         let count = self.mesh.device_count();
@@ -120,7 +120,7 @@ impl Graph {
         })
     }
 
-    /// Places the nodes that follow on the devices at coordinate `index` of the mesh axis `axis`.
+    /// Places all nodes that are added after this call on the devices at coordinate `index` of the mesh axis `axis`.
     #[track_caller]
     pub fn place_at(&mut self, axis: &str, index: usize) {
         match self.mesh.at(axis, index) {
@@ -160,7 +160,7 @@ impl Graph {
         self.add_input(name, shape, dtype, Rate::Step, (Layout::broadcast(), Sbp::Broadcast))
     }
 
-    /// A trainable tensor. Names are unique; checkpoints use them.
+    /// A trainable tensor. Its name must be unique, because checkpoints identify parameters by name.
     #[track_caller]
     pub fn parameter(&mut self, name: &str, shape: &[usize], init: Init, layout: Layout) -> Var {
         self.check_shape(name, shape);
@@ -175,17 +175,17 @@ impl Graph {
         }
         if name.starts_with(STATE_PREFIX) {
             let message = format!(
-                "names that start with `{STATE_PREFIX}` are reserved for the optimizer's state; choose another"
+                "names that start with `{STATE_PREFIX}` are reserved for the optimizer's state; choose another name"
             );
             self.refuse(name, message);
         }
         if name == FILE_METADATA {
-            self.refuse(name, "this name is reserved for the metadata of checkpoint files; choose another");
+            self.refuse(name, "this name is reserved for the metadata of checkpoint files; choose another name");
         }
         self.source(name, NodeOp::Parameter { init }, shape, DType::F32, Rate::Step, layout)
     }
 
-    /// Sets the shape that a parameter has in checkpoints. The number of elements must be equal. Example:
+    /// Sets the shape that a parameter has in checkpoints. Both shapes must have the same number of elements. Example:
     /// `[heads * head_dim, width]` for a tensor that the program uses as `[heads, head_dim, width]`.
     #[track_caller]
     pub fn saved_as(&mut self, parameter: Var, shape: &[usize]) {
@@ -272,7 +272,7 @@ impl Graph {
         self.kernel("attention", Op::Attention { scale }, &args)[0]
     }
 
-    /// In training, zeroes elements with probability `p` and scales the rest up. In evaluation, changes nothing; see
+    /// In training, zeroes elements with probability `p` and scales up the others. In evaluation, changes nothing; see
     /// [`Mode`](crate::passes::mode::Mode). The mask depends on the session's seed, the step, `seed` and the element's
     /// index in the step's whole tensor, not on layout, batch dim or micro-batches. Each dropout needs its own `seed`.
     #[track_caller]
@@ -354,8 +354,8 @@ impl Graph {
     /// Sends a tensor's value to the host after each step, under a unique name; `minimize` names the loss `loss`. The
     /// value is that of the whole batch. The ops' rules determine how micro-batches are combined: parts of the batch
     /// are concatenated, sums and means over the batch are added, and a value that does not depend on the batch is
-    /// taken once. If the rules do not determine this, as for a nonlinear function of a sum over the batch, `compile`
-    /// requires [`Graph::output_with`].
+    /// taken once. If the rules do not determine the combination, as for a nonlinear function of a sum over the batch,
+    /// `compile` requires [`Graph::output_with`].
     #[track_caller]
     pub fn output(&mut self, name: &str, tensor: Var) {
         self.output_as(name, tensor, None);
@@ -376,7 +376,7 @@ impl Graph {
                 Some(format!("`Combine::Concat({dim})` is given, but the shape {shape:?} has {} dims", shape.len()))
             }
             Some(combine @ (Combine::Sum | Combine::Max)) if dtype != DType::F32 => {
-                Some(format!("`Combine::{combine:?}` combines F32, got {dtype:?}"))
+                Some(format!("`Combine::{combine:?}` requires F32, got {dtype:?}"))
             }
             _ => None,
         };
@@ -387,7 +387,7 @@ impl Graph {
             return self.refuse(name, "another output already has this name; give each output a unique name");
         }
         if name == GRAD_SQUARES_OUTPUT {
-            self.refuse(name, "this name is reserved for an output of the session; choose another");
+            self.refuse(name, "this name is reserved for an output of the session; choose another name");
         }
         self.push_output(name, tensor, combine);
     }
@@ -412,7 +412,7 @@ impl Graph {
     ) -> Var {
         self.check_shape(name, shape);
         if name == RNG_INPUT || name == HYPER_INPUT {
-            self.refuse(name, "this name is reserved for an input that the session feeds; choose another");
+            self.refuse(name, "this name is reserved for an input that the session feeds; choose another name");
         }
         let others = self.nodes.iter().filter(|n| matches!(n.op, NodeOp::Input) && n.name == name);
         let different = others.map(|n| self.tensor(n.outputs[0])).find(|other| {
@@ -467,7 +467,7 @@ impl Graph {
         std::array::from_fn(|port| self.check_arg(op, &format!("input {port}"), args[port], location))
     }
 
-    /// Returns `arg`. If it belongs to another graph, records an error and returns a placeholder with as many dims.
+    /// Returns `arg`. If `arg` belongs to another graph, records an error and returns a placeholder with the same rank.
     pub(crate) fn check_arg(&mut self, op: &str, role: &str, arg: Var, location: SourceLine) -> Var {
         if self.owns(arg) {
             return arg;

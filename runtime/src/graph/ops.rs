@@ -1,5 +1,5 @@
-//! What the planner needs about each kernel op: its factor rule, its element types and its attributes on one shard.
-//! A new op is added here, in `passes::autodiff` and in the kernels crate.
+//! The planner's facts about each kernel op: its factor rule, its element types and its attributes on one shard.
+//! A new op must be added here, in `passes::autodiff` and in the kernels crate.
 
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::Op;
@@ -17,7 +17,7 @@ fn leading(n: usize) -> String {
 pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {
     let rank = |i: usize| shapes.get(i).map_or(0, |s| s.len());
     let rows = |i: usize| leading(rank(i).saturating_sub(1));
-    // Letters for all dims of the first input, and for all but its last dim.
+    // `x` has letters for all dims of the first input, and `r` for all dims except the last one.
     let (x, r) = (leading(rank(0)), rows(0));
     let parse = |text: String| Rule::parse(&text);
     match op {
@@ -46,8 +46,8 @@ pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {
             parse(format!(",{r}v,{r},{r},{r}->{r}v"))?.linear(&[&[0]])
         }
         Op::Dropout { .. } => parse(format!("{x},r->{x}"))?.fixed("r")?.linear(&[&[0]]),
-        // The op reads gradient, hyper-parameters `h` and scale, and updates parameter, m and v. It is elementwise
-        // except for `h` and scale.
+        // The op reads the gradient, the hyper-parameters `h` and the scale, and updates the parameter, `m` and `v`. It
+        // is elementwise except for `h` and the scale.
         Op::AdamW { .. } => parse(format!("{x},h,->{x},{x},{x}"))?.fixed("h"),
         // For `SumLeading`, see `sum_leading`. Passes after the layout pass insert the other ops of this list.
         Op::SumLeading | Op::CopyRegion { .. } | Op::SumSquares { .. } | Op::ClipScale { .. } => Rule::parse("->"),

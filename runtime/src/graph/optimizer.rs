@@ -111,7 +111,8 @@ pub(crate) struct Bounds {
 }
 
 impl Bounds {
-    /// The bounds at the start of loading a checkpoint, before its values raise them. Its moments' ratio is unknown.
+    /// The bounds before a checkpoint is loaded. The checkpoint's values then raise these bounds, except `ratio`, which
+    /// is unknown.
     pub(crate) const OF_CHECKPOINT: Self = Self { parameter: 0.0, first: 0.0, second: 0.0, ratio: f64::INFINITY };
 
     /// The kind of value that may exceed the largest float, if any.

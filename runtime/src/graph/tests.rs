@@ -59,11 +59,11 @@ fn mismatched_shapes_are_reported() {
     expect![[r#"
         add: cannot add [4] to [4, 6]: the second shape must be a suffix of the first
           at `g.add(a, b);`
-        einsum: rule ik,kj->ij: k is 5 in input 1 but 6 in input 0; the inputs have shapes [4, 6], [5, 7]
+        einsum: rule ik,kj->ij: factor k has size 5 in input 1, but size 6 in input 0; the inputs have shapes [4, 6], [5, 7]
           at `g.einsum("ik,kj->ij", a, c);`
         einsum: subscripts: expected a,b->out, got ik,kj>ij
           at `g.einsum("ik,kj>ij", a, c);`
-        layer_norm: rule ac,c->ac,a,a: c is 5 in input 1 but 6 in input 0; the inputs have shapes [4, 6], [5]
+        layer_norm: rule ac,c->ac,a,a: factor c has size 5 in input 1, but size 6 in input 0; the inputs have shapes [4, 6], [5]
           at `g.layer_norm(a, weight, 1e-5);`
         cross_entropy: targets are F32 [3], but must be I32 [4], the shape of the logits [4, 6] without the last dim
           at `g.cross_entropy(a, targets);`"#]]
@@ -139,7 +139,7 @@ fn invalid_programs_are_reported() {
     expect![[r#"
         saved_as: shape [4, 6] cannot be saved as [5, 5]: the number of elements differs
           at `g.saved_as(weight, &[5, 5]);`
-        adamw.m/w: names that start with `adamw.` are reserved for the optimizer's state; choose another
+        adamw.m/w: names that start with `adamw.` are reserved for the optimizer's state; choose another name
           at `let w = g.parameter("adamw.m/w", &[2, 2], Init::Ones, Layout::broadcast());`
         saved_as: gelu.2 is not a parameter; only parameters are saved
           at `g.saved_as(y, &[4]);`
@@ -185,7 +185,8 @@ fn errors_are_reported_together_and_once() {
     }));
 }
 
-/// A norm needs its whole weight. Under `Explicit`, the program must state the gather; else `explain` lists the gather.
+/// A norm needs its whole weight. With `Boxing::Explicit`, the program must state the gather of a split weight. With
+/// `Boxing::Automatic`, `explain` lists this gather.
 #[test]
 fn a_layout_change_is_an_error_under_explicit_boxing_and_listed_otherwise() {
     let build = |g: &mut Graph| {
@@ -381,7 +382,8 @@ fn every_method_refuses_a_tensor_of_another_graph() {
         ("shape", |p, other| _ = nn::attention(&mut p.g, "a", other, 4, None)),
     ];
     for (index, (subject, call)) in calls.iter().enumerate() {
-        // With 0 own tensors, the foreign tensor's index is out of range. With 9, it is the index of an own tensor.
+        // If the graph has no tensors of its own, the foreign tensor's index is out of range. If it has 9 tensors, the
+        // index is also that of an own tensor.
         for (own_tensors, want) in [(0, 4), (9, 4)] {
             let mut other = Graph::new(&mesh());
             let created: Vec<Var> = (0..want).map(|i| floats(&mut other, &format!("o{i}"), &[4, 3, 6])).collect();
@@ -508,7 +510,7 @@ fn missing_outputs_and_unused_tensors_are_reported() {
         g.minimize(weight, AdamW::default());
     }));
     expect![[r#"
-        minimize: the loss depends on no parameter, so there is nothing to train; make it depend on one, or use `output`
+        minimize: the loss depends on no parameter, so nothing can be trained; make the loss depend on one, or use `output`
           at `g.minimize(loss, AdamW::default());`"#]]
     .assert_eq(&error("data=1", |g| {
         let logits = floats(g, "logits", &[4, 6]);
@@ -526,7 +528,7 @@ fn output_names_are_unique_and_not_reserved() {
     expect![[r#"
         y: another output already has this name; give each output a unique name
           at `g.output("y", y);`
-        grad_squares: this name is reserved for an output of the session; choose another
+        grad_squares: this name is reserved for an output of the session; choose another name
           at `g.output("grad_squares", y);`
         loss: another output already has this name; give each output a unique name
           at `g.output("loss", x);`"#]]
@@ -552,13 +554,13 @@ fn invalid_shapes_and_numbers_are_reported() {
           at `let weight = g.parameter("weight", &[0], Init::Normal { std: -1.0 }, Layout::broadcast());`
         weight: the standard deviation is -1: it must be finite and not negative
           at `let weight = g.parameter("weight", &[0], Init::Normal { std: -1.0 }, Layout::broadcast());`
-        __metadata__: this name is reserved for the metadata of checkpoint files; choose another
+        __metadata__: this name is reserved for the metadata of checkpoint files; choose another name
           at `g.parameter("__metadata__", &[2], Init::Ones, Layout::broadcast());`
         many: the shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] has 17 dims; the maximum is 16
           at `floats(g, "many", &[1; 17]);`
         layer_norm: eps is NaN: it must be finite and not negative
           at `g.layer_norm(x, weight, f32::NAN);`
-        layer_norm: rule ac,c->ac,a,a: c is 0 in input 1 but 6 in input 0; the inputs have shapes [0, 6], [0]
+        layer_norm: rule ac,c->ac,a,a: factor c has size 0 in input 1, but size 6 in input 0; the inputs have shapes [0, 6], [0]
           at `g.layer_norm(x, weight, f32::NAN);`
         scale: the factor is inf: it must be finite
           at `g.scale(x, f32::INFINITY);`

@@ -115,7 +115,7 @@ fn a_later_saver_of_the_same_process_takes_the_lock() {
     second.check().unwrap();
 }
 
-/// Containers of one host may share its name, and each has a process 1.
+/// Containers of one host may share the host's name, and each container has a process with pid 1.
 #[test]
 fn a_process_of_another_container_is_another_process() {
     let (_folder, store) = on_disk();
@@ -143,7 +143,7 @@ fn only_one_of_several_processes_takes_a_dead_holders_lock() {
     }
 }
 
-/// Such entries may come from a copy of the store, or from a user.
+/// Folders and odd names may come from a copy of the store, or from a user.
 #[test]
 fn folders_and_odd_names_are_no_locks() {
     let (folder, store) = on_disk();

@@ -36,7 +36,7 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Vec<Var>> {
         }
     }
     graph.role = Role::Forward;
-    // The remaining gradients belong to tensors without a backward: parameters and inputs.
+    // The remaining gradients belong to tensors without backward nodes: parameters and inputs.
     grads.0.retain(|var, _| matches!(graph.producer(*var).op, NodeOp::Parameter { .. }));
     grads.0
 }

@@ -15,10 +15,11 @@ use crate::sbp::{NdSbp, PlacedLayout};
 /// The treatment of forward layout changes that the user did not write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Boxing {
-    /// The pass inserts them, and `explain` lists them.
+    /// The pass inserts these layout changes, and `explain` lists them.
     #[default]
     Automatic,
-    /// They are errors, except slices, transfers, and reductions of partial terms (which row-parallel layouts imply).
+    /// These layout changes are errors, except slices, transfers, and the reductions of partial terms that row-parallel
+    /// layouts imply.
     Explicit,
 }
 
@@ -78,7 +79,7 @@ impl BoxingPass<'_> {
         PlacedLayout { placement, sbp: self.graph.layout(var).clone() }
     }
 
-    /// Returns the version of `var` in this layout. If there is none, adds the steps to make it for `reader`.
+    /// Returns the version of `var` in this layout. If there is none, adds the steps that make one for `reader`.
     fn version(&mut self, var: Var, required: &PlacedLayout, reader: &Node) -> Result<Var, String> {
         let versions = self.versions.entry(var).or_insert_with(|| vec![var]).clone();
         if let Some(found) = versions.iter().find(|v| self.layout(**v) == *required) {

@@ -1,5 +1,5 @@
-//! Combines all-reduces of gradients into buckets. A bucket is one call, concurrent with backward, on the communication
-//! stream.
+//! Combines all-reduces of gradients into buckets. A bucket is one call on the communication stream. It runs
+//! concurrently with the backward pass.
 //!
 //! Li et al. 2020, <https://arxiv.org/abs/2006.15704>, section 3.2.
 

@@ -68,13 +68,13 @@ fn unused(graph: &Graph) -> Vec<(&'static str, String, SourceLine)> {
     unused.filter_map(|(node, _)| Some((kind(&node.op)?, node.name.clone(), node.location))).collect()
 }
 
-/// Refuses a loss that depends on no parameter: `grads` is then empty.
+/// Refuses a loss that depends on no parameter. `grads` is empty for such a loss.
 pub fn trained(graph: &mut Graph, grads: &BTreeMap<Var, Vec<Var>>) {
     if let Some(objective) = graph.objective
         && grads.is_empty()
     {
         let message =
-            "the loss depends on no parameter, so there is nothing to train; make it depend on one, or use `output`";
+            "the loss depends on no parameter, so nothing can be trained; make the loss depend on one, or use `output`";
         graph.error("minimize", message, objective.location);
     }
 }

@@ -4,12 +4,13 @@
 //! The user's layouts restrict the choice:
 //! - LAY-1: parameters and inputs are read in their given layout;
 //! - LAY-2: a split comes from a split. A kernel may read split inputs only if one of them can have that split; the
-//!   first splits come from parameters, inputs and `relayout`s. A kernel may also make parts from whole inputs;
-//! - LAY-3: if a tensor can only be split, a kernel that can work on its parts reads it split;
-//! - LAY-4: terms (`Partial`) come from terms. A kernel may read terms along an axis only if an input can have them.
+//!   first splits come from parameters, inputs and `relayout`s. A kernel may also split an output if all inputs are
+//!   whole;
+//! - LAY-3: if all possible layouts of a tensor split it, a kernel that can work on the parts reads the tensor split;
+//! - LAY-4: terms (`Partial`) come from terms. A kernel may read terms along an axis only if an input can have terms.
 //!
-//! Cost decides among the remaining candidates. Without these rules, cost would gather weights or introduce sequence
-//! parallelism on small models, and the program would not show what runs.
+//! Cost decides among the remaining candidates. Without these rules, the cheapest choice would gather weights or
+//! introduce sequence parallelism on small models, and the program's text would not show these layouts.
 
 use std::collections::BTreeSet;
 use std::panic::Location;
@@ -25,7 +26,7 @@ use crate::sbp::choose::{Candidate, NodeSpec, Problem, TensorSpec, choose as cho
 use crate::sbp::rule::{NdSignature, Rule, Signature};
 use crate::sbp::{NdSbp, PlacedLayout, Sbp};
 
-/// Assumed rates of compute; only their ratio to the rates of the cost model matters.
+/// Assumed compute rates; only their ratio to the rates of the cost model matters.
 const FLOPS_PER_SECOND: f64 = 1e11;
 const BYTES_PER_SECOND: f64 = 1e10;
 
@@ -71,7 +72,7 @@ fn error_location(graph: &Graph, error: &LayoutError) -> SourceLine {
     found.or(graph.nodes.first()).map_or(Location::caller(), |n| n.location)
 }
 
-/// Sets the layouts of the tensors that norm and update make. The search does not choose these layouts.
+/// Sets the layouts of the tensors that the norm and the update produce. The search does not choose these layouts.
 fn set_update_layouts(graph: &mut Graph) {
     for index in 0..graph.nodes.len() {
         let node = graph.nodes[index].clone();

@@ -15,7 +15,7 @@ use crate::sbp::rule::Rule;
 /// A tensor's shape in one micro-batch, and its loop SBP.
 type Part = (Vec<usize>, Option<Sbp>);
 
-/// Turns the graph of a step into the graph of one of `count` micro-batches. Records an error for each input whose
+/// Turns the graph of a step into the graph of one micro-batch out of `count`. Records an error for each input whose
 /// batch is not divisible by `count`, and for each op, loss and output whose value would depend on `count`.
 pub fn divide(graph: &mut Graph, count: usize) {
     for index in 0..graph.nodes.len() {
@@ -118,7 +118,8 @@ fn set_dropout_position(graph: &mut Graph, index: usize, parts: &[Part], count: 
     Ok(())
 }
 
-/// Records an error if the loss is not a sum over the micro-batches, because gradients are summed over them.
+/// Records an error if the loss is not a sum over the micro-batches. The loss must be such a sum, because gradients are
+/// summed over the micro-batches.
 fn check_loss(graph: &mut Graph, count: usize) {
     let Some(Objective { loss, .. }) = graph.objective else { return };
     let info = graph.tensor(loss);
@@ -171,7 +172,7 @@ fn cause(graph: &Graph, var: Var) -> String {
     }
     let (name, location, inputs) = (&node.name, node.location, describe(graph, &node.inputs));
     let hint = if matches!(node.op, NodeOp::Custom(_)) { " (`Rule::linear` declares a linear op)" } else { "" };
-    format!("{name} at {}:{} has no rule for this{hint}: {inputs}", location.file(), location.line())
+    format!("{name} at {}:{} has no rule for its inputs{hint}: {inputs}", location.file(), location.line())
 }
 
 fn describe(graph: &Graph, vars: &[Var]) -> String {

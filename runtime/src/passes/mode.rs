@@ -7,7 +7,7 @@ use shardflow_kernels::op::Op;
 use crate::graph::builder::RNG_INPUT;
 use crate::graph::{Graph, Node, NodeId, NodeOp, TensorInfo, Var};
 
-/// What a program is compiled for.
+/// Whether a program is compiled for training or for evaluation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// Dropout is active, and the loss, if there is one, is minimised.
@@ -16,7 +16,8 @@ pub enum Mode {
     Evaluation,
 }
 
-/// Applies the mode. With `None`, a program with a loss to minimise trains; in any other program, dropout is an error.
+/// Applies the mode. If `mode` is `None`, a program that minimises a loss is compiled for training, and dropout in any
+/// other program is an error.
 pub fn apply(graph: &mut Graph, mode: Option<Mode>) {
     match mode {
         Some(Mode::Training) => {}

@@ -1,4 +1,5 @@
-//! Adds the end of a step: sums gradients over the micro-batches, computes their global norm, and updates with AdamW.
+//! Adds the end of a step, which sums gradients over the micro-batches, computes their global norm, and updates the
+//! parameters with AdamW.
 
 use std::collections::BTreeMap;
 
@@ -28,7 +29,7 @@ pub fn accumulate(graph: &mut Graph, var: Var) -> Var {
 pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Vec<Var>>, adamw: AdamW) {
     let parameters = graph.parameters();
     let index_of: BTreeMap<Var, usize> = parameters.iter().enumerate().map(|(i, p)| (*p, i)).collect();
-    // The uses, in the order in which backward computes their gradients.
+    // The uses of parameters, in the order in which backward computes their gradients.
     let mut uses: Vec<(Var, Var)> = grads.iter().flat_map(|(p, uses)| uses.iter().map(|use_| (*p, *use_))).collect();
     uses.sort_by_key(|(_, use_)| *use_);
     let sums: Vec<(Var, Var)> = uses.into_iter().map(|(p, use_)| (p, accumulate(graph, use_))).collect();
@@ -62,8 +63,8 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Vec<Var>>, adamw: Ada
     (graph.role, graph.rate) = (Role::Forward, Rate::MicroBatch);
 }
 
-/// Adds up the sums of each parameter's uses, in the order of the uses, on the parameter's placement. So the gradient
-/// of a shared parameter crosses placements only once per step.
+/// Adds up the gradient sums of each parameter's uses, in the order of the uses, on the parameter's placement. The
+/// gradient of a shared parameter therefore crosses placements only once per step.
 fn add_uses(graph: &mut Graph, sums: Vec<(Var, Var)>) -> Vec<(Var, Var)> {
     let mut totals: Vec<(Var, Var)> = Vec::new();
     for (parameter, sum) in sums {

@@ -3,8 +3,8 @@
 //! scalars, the update and everything that a collective moves stay in f32. Readers that need bf16 get a cast. A
 //! parameter that is read on its own placement gets a bf16 copy instead, which the update refreshes once per step.
 //!
-//! Mixed precision of Micikevicius et al. 2018, <https://arxiv.org/abs/1710.03740>. The range of bf16 makes loss
-//! scaling unnecessary (Kalamkar et al. 2019, <https://arxiv.org/abs/1905.12322>).
+//! This is the mixed precision of Micikevicius et al. 2018, <https://arxiv.org/abs/1710.03740>. The range of bf16 makes
+//! loss scaling unnecessary (Kalamkar et al. 2019, <https://arxiv.org/abs/1905.12322>).
 //!
 //! The pass runs after layouts are chosen and boxing is inserted, so a cast is local and has the layout of its input.
 
@@ -88,7 +88,7 @@ pub fn narrow(graph: &mut Graph) {
 enum ReadType {
     /// The type of the node's output, which shares the input's memory.
     SharedMemory,
-    /// The type that the node writes. The terms of an f32 sum, over devices or uses of a weight, are thus f32.
+    /// The type that the node writes. Hence the terms of an f32 sum over devices or over uses of a weight are f32 too.
     AsWritten,
     Bf16,
     F32,
@@ -122,8 +122,8 @@ fn bf16_ports(node: &Node) -> impl Iterator<Item = usize> + '_ {
     })
 }
 
-/// For each tensor: true for an input, a parameter, or a slice or transfer of one. Such a tensor exists before any
-/// computation; if it were bf16, its readers would have to wait for a cast.
+/// For each tensor: true if it is an input, a parameter, or a slice or a transfer of an input or a parameter. Such a
+/// tensor exists before any computation; if it were bf16, its readers would have to wait for a cast.
 fn sources(graph: &Graph) -> Vec<bool> {
     let mut sources = vec![false; graph.tensors.len()];
     for node in &graph.nodes {
@@ -190,7 +190,7 @@ impl TypeClasses {
 fn insert_casts(graph: &mut Graph) {
     let nodes = std::mem::take(&mut graph.nodes);
     let mut rebuilt: Vec<Node> = Vec::new();
-    // By tensor and role of the cast. The role is `None` for a parameter's copy, which nodes of all roles read.
+    // The casts by tensor and role. The role is `None` for a parameter's copy, which nodes of all roles read.
     let mut casts: BTreeMap<(Var, Option<Role>), Var> = BTreeMap::new();
     for mut node in nodes {
         for port in 0..node.inputs.len() {

@@ -55,6 +55,7 @@ fn each_layer_of_a_deep_model_is_laid_out_alike_at_no_further_search() {
 fn five_axes_are_searched_as_fast_as_three() {
     let (three, five) =
         (boxed("data=2,stage=2,tensor=2", 64).1, boxed("pod=2,data=2,stage=2,context=2,tensor=2", 64).1);
-    // Some layouts are searched on all axes, so a few more edges are possible, but no exponential growth with the axes.
+    // The search considers all axes for some layouts. A few more edges are therefore possible, but the number of edges
+    // must not grow exponentially with the number of axes.
     assert!(five <= three * 3 / 2, "{five} edges on five axes, {three} on three");
 }

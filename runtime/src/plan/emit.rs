@@ -40,11 +40,9 @@ pub fn fuse_accumulation(graph: &Graph, segments: &Segments) -> BTreeMap<Var, Va
 
 /// Emits a segment's action on one device.
 pub fn emit(plan: &Plan, device: usize, segment: SegmentId) -> EmittedAction {
-    let ports = plan.class_plan(device).storage.ports.get(&segment).cloned().unwrap_or_default();
-    let mut inputs: Vec<DeviceRegister> =
-        ports.reads.into_iter().map(|register| DeviceRegister { device, register }).collect();
-    inputs.extend(remote_inputs(plan, device, segment));
-    let outputs = ports.writes;
+    let inputs = inputs(plan, device, segment);
+    let ports = plan.class_plan(device).storage.ports.get(&segment);
+    let outputs = ports.map(|ports| ports.writes.clone()).unwrap_or_default();
     let mut bases = vec![BaseKey::Fixed, BaseKey::Scratch];
     bases.extend((0..inputs.len()).map(BaseKey::Input));
     bases.extend((0..outputs.len()).map(BaseKey::Output));
@@ -74,9 +72,11 @@ pub fn emit(plan: &Plan, device: usize, segment: SegmentId) -> EmittedAction {
     EmittedAction { plan, inputs, outputs, scratch_bytes }
 }
 
-/// The registers that a transfer reads on other devices.
-fn remote_inputs(plan: &Plan, device: usize, segment: SegmentId) -> Vec<DeviceRegister> {
-    let mut inputs = Vec::new();
+/// The registers that a segment's action reads on a device: the device's own, and those that a transfer reads on other
+/// devices.
+pub fn inputs(plan: &Plan, device: usize, segment: SegmentId) -> Vec<DeviceRegister> {
+    let own = plan.class_plan(device).storage.ports.get(&segment).into_iter().flat_map(|ports| &ports.reads);
+    let mut inputs: Vec<DeviceRegister> = own.map(|register| DeviceRegister { device, register: *register }).collect();
     for id in &plan.segments.get(segment).nodes {
         let node = &plan.graph.nodes[id.index()];
         for source in plan.classes.sources(*id, device).iter().filter(|source| **source != device) {

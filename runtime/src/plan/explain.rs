@@ -2,7 +2,8 @@
 
 use std::fmt::{self, Write};
 
-use shardflow_actors::spec::{ActionRef, Firing, RegisterSpec, Spec};
+use shardflow_actors::spec::{ActionRef, ActorId, Firing, RegisterSpec, Spec};
+use shardflow_actors::table::Table;
 use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::tensor::DType;
 
@@ -55,7 +56,7 @@ impl Plan {
         self.write_actors(out, &spec, &actions)?;
         writeln!(out, "\nregisters (slots x bytes)")?;
         let reader = |r: &ActionRef| spec.action_name(r.actor, r.action);
-        for RegisterSpec { name, slots, slot_bytes, readers, .. } in &spec.registers {
+        for RegisterSpec { name, slots, slot_bytes, readers, .. } in spec.registers.values() {
             let readers: Vec<String> = readers.iter().map(reader).collect();
             writeln!(out, "  {name}: {slots} x {slot_bytes} -> {}", readers.join(", "))?;
         }
@@ -89,12 +90,12 @@ impl Plan {
     }
 
     /// Writes the actors of one device of each class.
-    fn write_actors(&self, out: &mut String, spec: &Spec, actions: &[Vec<ActionPlan>]) -> fmt::Result {
+    fn write_actors(&self, out: &mut String, spec: &Spec, actions: &Table<ActorId, Vec<ActionPlan>>) -> fmt::Result {
         writeln!(out, "\nactors")?;
         for devices in self.classes.devices.iter().filter(|devices| devices.len() > 1) {
             writeln!(out, "  device {} stands for {}", devices[0], listed(devices))?;
         }
-        for (actor, plans) in spec.actors.iter().zip(actions) {
+        for (actor, plans) in spec.actors.values().zip(actions.values()) {
             let order = match &actor.firing {
                 Firing::Credit => "by credit".to_string(),
                 Firing::Ordered(list) => {

@@ -39,6 +39,13 @@ pub fn collective_axes(graph: &Graph, node: &Node) -> Option<(StreamKind, Vec<us
     }
 }
 
+/// Number of groups along some axes of a placement.
+fn group_count(graph: &Graph, placement: usize, axes: &[usize]) -> u32 {
+    let placement = &graph.placements[placement];
+    let members: usize = axes.iter().map(|axis| placement.axes()[*axis].size).product();
+    (placement.device_count() / members.max(1)) as u32
+}
+
 impl Patterns {
     /// The patterns of a graph after all passes.
     pub fn of(graph: &Graph) -> Self {
@@ -48,13 +55,24 @@ impl Patterns {
             let placement = node.placement;
             let is_known = |p: &Pattern| (p.stream, p.placement, &p.axes) == (stream, placement, &axes);
             if !patterns.0.iter().any(is_known) {
-                let members: usize = axes.iter().map(|axis| graph.placements[placement].axes()[*axis].size).product();
-                let groups = (graph.placements[placement].device_count() / members.max(1)) as u32;
+                let groups = group_count(graph, placement, &axes);
                 patterns.0.push(Pattern { stream, placement, axes, first_id });
                 first_id += groups;
             }
         }
         patterns
+    }
+
+    /// Number of groups. Their ids are below it.
+    pub fn count(&self, graph: &Graph) -> u32 {
+        self.0.last().map_or(0, |last| last.first_id + group_count(graph, last.placement, &last.axes))
+    }
+
+    /// The groups of a device.
+    pub fn groups_of(&self, graph: &Graph, device: usize) -> impl Iterator<Item = Arc<Group>> {
+        let is_member = move |pattern: &&Pattern| graph.placements[pattern.placement].index_of(device).is_some();
+        let group = move |p: &Pattern| self.group(graph, (p.stream, &p.axes), p.placement, device);
+        self.0.iter().filter(is_member).map(group)
     }
 
     /// The group of a device. Patterns of one stream that give the device the same members use the first pattern's id.

@@ -24,7 +24,7 @@ impl Plan {
         // Hashing cannot fail. If the `Debug` of a custom kernel fails, all processes hash the same shorter text.
         let _ = write!(writer, "{} {:?}", self.graph.mesh(), (&classes.of, &classes.transfers, lists, patterns));
         let _ = write!(writer, "{:?}", (micro_batches, schedule, device));
-        for ClassPlan { storage, slots, arena, actions } in &self.class_plans {
+        for ClassPlan { storage, slots, arena, actions, .. } in &self.class_plans {
             // The memory of streams differs between processes, so it is not hashed.
             let memory = DeviceMemory { stream_bytes: 0, ..arena.memory.clone() };
             let _ =

@@ -1,42 +1,43 @@
-//! The part of a plan that a session loads: actors, registers and programs of devices, with their memory.
+//! The part of a plan that a process loads: the actors, registers and programs of its devices. Ids follow from the
+//! device by arithmetic, so all processes use the same ids, and a process makes only its part.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use shardflow_actors::spec::{
     ActionRef, ActionSpec, ActorId, ActorSpec, Decision, Firing, InputSpec, OutputSpec, Pieces, RegisterId,
-    RegisterSpec, Spec, StreamKind,
+    RegisterSpec, Spec, StreamKind, actor_name,
 };
+use shardflow_actors::table::Table;
 use shardflow_kernels::op::Op;
 
-use crate::graph::{NodeId, Rate, Var};
+use crate::graph::{NodeId, Rate};
 use crate::plan::Plan;
 use crate::plan::action::{ActionPlan, DeviceRegister, EmittedAction};
 use crate::plan::assign::RegisterPlan;
 use crate::plan::classes::ClassId;
-use crate::plan::emit::emit;
+use crate::plan::emit::{emit, inputs};
 use crate::plan::error::PlanError;
 use crate::plan::groups::collective_axes;
-use crate::plan::memory::{DeviceMemory, RegisterPlace, ResidentTensor};
+use crate::plan::memory::{DeviceMemory, RegisterPlace};
 use crate::plan::segments::{HostTransfer, SegmentId};
 use crate::plan::slots::Slots;
 
-/// A plan with the actors and registers of all devices.
+/// A plan with the actors and registers of some devices, usually those of one process.
 #[derive(Clone, Debug)]
 pub struct Instance {
     /// The plan.
     pub plan: Arc<Plan>,
-    /// Actors and registers.
+    /// Actors and registers of these devices, and the parts of other devices that exchange registers with them.
     pub spec: Spec,
-    /// `[actor][action]`.
-    pub actions: Vec<Vec<ActionPlan>>,
-    /// The memory of each register.
-    pub registers: Vec<RegisterPlace>,
-    /// The memory of each device, by rank.
-    pub memory: Vec<DeviceMemory>,
-    /// The parameters and states of each device, by rank.
-    pub residents: Vec<Vec<ResidentTensor>>,
+    /// The actions of the devices' actors.
+    pub actions: Table<ActorId, Vec<ActionPlan>>,
+    /// The memory of each register of `spec`.
+    pub registers: Table<RegisterId, RegisterPlace>,
+    /// Bytes that the mirrors of this node's processes take, by device.
+    pub mirrors: BTreeMap<usize, usize>,
+    numbering: Numbering,
 }
 
 impl Deref for Instance {
@@ -48,67 +49,96 @@ impl Deref for Instance {
 }
 
 impl Instance {
-    /// The parts of a resident tensor, in the placement's order: `(device, index among the device's residents, part)`.
-    pub(crate) fn resident_parts(&self, var: Var) -> Vec<(usize, usize, &ResidentTensor)> {
-        let placement = &self.graph.placements[self.graph.placement_of(var)];
-        let part = |device: &usize| {
-            let mut residents = self.residents[*device].iter().enumerate();
-            let (index, resident) = residents.find(|(_, r)| r.var == var)?;
-            Some((*device, index, resident))
-        };
-        placement.devices().iter().filter_map(part).collect()
+    /// The memory of a device, including its mirrors.
+    pub fn memory(&self, device: usize) -> DeviceMemory {
+        let mirror_bytes = self.mirrors.get(&device).copied().unwrap_or(0);
+        DeviceMemory { mirror_bytes, ..self.plan.memory(device).clone() }
     }
 
-    /// Checks that no device needs more than the plan's memory limit, including the mirrors of this process.
+    /// Checks that no device needs more than the plan's memory limit, including the mirrors of this node's processes.
     ///
     /// # Errors
     /// [`PlanError::Memory`].
     pub(crate) fn check_memory(&self) -> Result<(), PlanError> {
-        let Some(budget) = self.memory_bytes.filter(|_| !self.fits(self.memory.iter())) else { return Ok(()) };
-        let table = self.memory.iter().enumerate().map(|(device, memory)| memory.row(device)).collect();
+        let memory: Vec<(usize, DeviceMemory)> = self.mirrors.keys().map(|d| (*d, self.memory(*d))).collect();
+        let Some(budget) = self.memory_bytes.filter(|_| !self.fits(memory.iter().map(|(_, memory)| memory))) else {
+            return Ok(());
+        };
+        let table = memory.iter().map(|(device, memory)| memory.row(*device)).collect();
         Err(PlanError::Memory { budget, table })
     }
 
-    /// Like [`Plan::set_threads`], but also updates the memory in this instance.
+    /// Sets the number of threads of compute streams.
     pub(crate) fn set_threads(&mut self, threads_per_device: usize) {
-        let plan = Arc::make_mut(&mut self.plan);
-        plan.set_threads(threads_per_device);
-        for (device, memory) in self.memory.iter_mut().enumerate() {
-            memory.stream_bytes = plan.memory(device).stream_bytes;
-        }
+        Arc::make_mut(&mut self.plan).set_threads(threads_per_device);
     }
 
     /// The memory of a register.
     pub fn register_place(&self, id: RegisterId) -> RegisterPlace {
-        self.registers[id.0 as usize]
+        self.registers[id]
+    }
+
+    /// The device and the index of a register.
+    pub(crate) fn register_at(&self, id: RegisterId) -> DeviceRegister {
+        let device = self.spec.actor(self.spec.register(id).producer).device;
+        DeviceRegister { device, register: (id.0 - self.numbering.first[device].1) as usize }
+    }
+
+    /// The device and the segment of an action.
+    pub(crate) fn segment_at(&self, at: ActionRef) -> (usize, SegmentId) {
+        let actor = self.spec.actor(at.actor);
+        let segments = &self.numbering.streams[self.classes.of[actor.device].index()][&actor.stream];
+        (actor.device, segments[at.action as usize])
     }
 }
 
 impl Plan {
     /// The actors and registers of all devices.
     pub fn instance(self) -> Instance {
-        let devices: Vec<usize> = (0..self.device_count()).collect();
-        let mut builder = Builder::new(&self, devices.clone(), View::Devices);
-        for device in devices.iter().copied() {
+        let devices = 0..self.device_count();
+        Arc::new(self).instance_of(devices)
+    }
+
+    /// The actors and registers of these devices. The time and the memory do not depend on the number of other devices,
+    /// except for one number for each device.
+    pub fn instance_of(self: Arc<Self>, devices: Range<usize>) -> Instance {
+        let numbering = Numbering::new(&self, 0..self.device_count());
+        let mut known = BTreeSet::new();
+        let mut neighbours = BTreeSet::new();
+        for device in devices.clone() {
+            let storage = &self.class_plan(device).storage;
+            known.extend((0..storage.registers.len()).map(|register| DeviceRegister { device, register }));
+            known.extend(storage.segments.iter().flat_map(|id| inputs(&self, device, *id)));
+            let transfers = storage.registers.iter().flat_map(|register| &register.transfers);
+            let nodes = transfers.flat_map(|id| &self.segments.get(*id).nodes);
+            neighbours.extend(nodes.flat_map(|node| self.classes.readers(*node, device).iter().copied()));
+        }
+        neighbours.extend(known.iter().map(|at| at.device));
+        neighbours.retain(|device| !devices.contains(device));
+        let mut builder = Builder::new(&self, numbering, View::Devices { devices: devices.clone(), known });
+        let before = neighbours.range(..devices.start).copied();
+        before.for_each(|device| builder.add_neighbour(device));
+        for device in devices.clone() {
             let ids = self.class_plan(device).storage.segments.iter();
             let emitted: Vec<EmittedAction> = ids.map(|id| emit(&self, device, *id)).collect();
-            builder.add_device(device, &emitted);
+            builder.add_device(device, &emitted.iter().collect::<Vec<_>>());
         }
-        let (spec, actions, registers) = builder.finish();
-        let memory = devices.iter().map(|device| self.memory(*device).clone()).collect();
-        let residents = devices.iter().map(|device| self.residents(*device)).collect();
-        Instance { spec, actions, registers, memory, residents, plan: Arc::new(self) }
+        let after = neighbours.range(devices.end..).copied();
+        after.for_each(|device| builder.add_neighbour(device));
+        let (parts, numbering) = builder.finish();
+        let Parts { spec, actions, registers, .. } = parts;
+        Instance { spec, actions, registers, mirrors: BTreeMap::new(), numbering, plan: self }
     }
 
     /// See [`Quotient`].
     pub(crate) fn quotient(&self) -> Quotient {
         let devices: Vec<usize> = self.classes.ids().map(|class| self.classes.representative(class)).collect();
-        let mut builder = Builder::new(self, devices.clone(), View::Classes);
+        let numbering = Numbering::new(self, devices.iter().copied());
+        let mut builder = Builder::new(self, numbering, View::Classes);
         for device in devices {
-            builder.add_device(device, &self.class_plan(device).actions);
+            builder.add_device(device, &self.class_plan(device).actions.iter().collect::<Vec<_>>());
         }
-        let calls = std::mem::take(&mut builder.calls);
-        let (spec, actions, _) = builder.finish();
+        let (Parts { spec, actions, calls, .. }, _) = builder.finish();
         Quotient { spec, actions, calls }
     }
 }
@@ -118,45 +148,25 @@ impl Plan {
 /// is also a cycle among classes, and a quotient without a cycle proves that the plan is live.
 pub(crate) struct Quotient {
     pub(crate) spec: Spec,
-    /// `[actor][action]`.
-    pub(crate) actions: Vec<Vec<ActionPlan>>,
+    pub(crate) actions: Table<ActorId, Vec<ActionPlan>>,
     /// For each action, in the order of the actors: the firing groups of each collective that it calls.
     pub(crate) calls: Vec<Vec<BTreeSet<u32>>>,
 }
 
-/// The devices that a specification contains.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum View {
-    Devices,
-    /// One device for each class.
-    Classes,
-}
-
-/// For each class: the sets of classes that occur in the groups of its devices.
-type ClassSets = BTreeMap<ClassId, BTreeSet<Vec<usize>>>;
-
-struct Builder<'a> {
-    plan: &'a Plan,
-    view: View,
-    /// First actor and register of each device of the instance. A device's actors are in the order of their streams.
-    first: BTreeMap<usize, (u32, u32)>,
+/// The ids of actors and registers. A device's actors are in the order of their streams.
+#[derive(Clone, Debug)]
+struct Numbering {
+    /// First actor and first register of each device; unused for devices without ids.
+    first: Vec<(u32, u32)>,
+    /// Numbers of actors and registers.
+    count: (u32, u32),
     /// For each class: the segments of each stream.
     streams: Vec<BTreeMap<StreamKind, Vec<SegmentId>>>,
-    /// Ids of firing groups, by segment and members. The next field has ids of communicators, by stream and members.
-    /// Members are classes or devices, as `view` determines.
-    firing_groups: BTreeMap<(SegmentId, Vec<usize>), u32>,
-    communicators: BTreeMap<(StreamKind, Vec<usize>), u32>,
-    /// Sets of classes, by placement and axes.
-    class_sets: BTreeMap<(usize, Vec<usize>), ClassSets>,
-    /// For each action, in the order of the actors: the firing groups of each collective that it calls.
-    calls: Vec<Vec<BTreeSet<u32>>>,
-    spec: Spec,
-    actions: Vec<Vec<ActionPlan>>,
-    registers: Vec<RegisterPlace>,
 }
 
-impl<'a> Builder<'a> {
-    fn new(plan: &'a Plan, devices: Vec<usize>, view: View) -> Self {
+impl Numbering {
+    /// Gives ids to the actors and registers of these devices.
+    fn new(plan: &Plan, devices: impl Iterator<Item = usize>) -> Self {
         let streams: Vec<BTreeMap<StreamKind, Vec<SegmentId>>> = (plan.class_plans.iter())
             .map(|class| {
                 let mut streams: BTreeMap<StreamKind, Vec<SegmentId>> = BTreeMap::new();
@@ -166,78 +176,174 @@ impl<'a> Builder<'a> {
                 streams
             })
             .collect();
-        let (mut first, mut next) = (BTreeMap::new(), (0, 0));
+        let (mut first, mut count) = (vec![(0, 0); plan.device_count()], (0, 0));
         for device in devices {
-            first.insert(device, next);
-            next.0 += streams[plan.classes.of[device].index()].len() as u32;
-            next.1 += plan.class_plan(device).storage.registers.len() as u32;
+            first[device] = count;
+            count.0 += streams[plan.classes.of[device].index()].len() as u32;
+            count.1 += plan.class_plan(device).storage.registers.len() as u32;
         }
+        Self { first, count, streams }
+    }
+
+    /// The action that runs a segment on a device.
+    fn action(&self, plan: &Plan, device: usize, id: SegmentId) -> ActionRef {
+        let stream = plan.segments.get(id).stream;
+        let streams = &self.streams[plan.classes.of[device].index()];
+        let before = streams.range(..stream).count() as u32;
+        let action = streams.get(&stream).and_then(|ids| ids.binary_search(&id).ok());
+        let action = action.expect("a register's readers and producer run on its devices") as u32;
+        ActionRef { actor: ActorId(self.first[device].0 + before), action }
+    }
+
+    fn register(&self, at: DeviceRegister) -> RegisterId {
+        RegisterId(self.first[at.device].1 + at.register as u32)
+    }
+}
+
+/// The devices that a specification contains.
+enum View {
+    Devices {
+        devices: Range<usize>,
+        /// The registers of these devices, and those that they read on other devices.
+        known: BTreeSet<DeviceRegister>,
+    },
+    /// One device for each class.
+    Classes,
+}
+
+/// For each class: the sets of classes that occur in the groups of its devices.
+type ClassSets = BTreeMap<ClassId, BTreeSet<Vec<usize>>>;
+
+/// The result of a [`Builder`].
+struct Parts {
+    spec: Spec,
+    actions: Table<ActorId, Vec<ActionPlan>>,
+    registers: Table<RegisterId, RegisterPlace>,
+    /// For each action, in the order of the actors: the firing groups of each collective that it calls.
+    calls: Vec<Vec<BTreeSet<u32>>>,
+}
+
+struct Builder<'a> {
+    plan: &'a Plan,
+    view: View,
+    numbering: Numbering,
+    /// Ids of firing groups, by segment and members. The next field has ids of communicators, by stream and members.
+    /// Members are classes or devices, as `view` determines.
+    firing_groups: BTreeMap<(SegmentId, Vec<usize>), u32>,
+    communicators: BTreeMap<(StreamKind, Vec<usize>), u32>,
+    /// Sets of classes, by placement and axes.
+    class_sets: BTreeMap<(usize, Vec<usize>), ClassSets>,
+    parts: Parts,
+}
+
+impl<'a> Builder<'a> {
+    fn new(plan: &'a Plan, numbering: Numbering, view: View) -> Self {
+        let (actors, registers) = numbering.count;
+        let spec =
+            Spec { actors: Table::with_bound(actors), registers: Table::with_bound(registers), ..Spec::default() };
+        let (actions, registers) = (Table::with_bound(actors), Table::with_bound(registers));
         Self {
             plan,
             view,
-            first,
-            streams,
+            numbering,
             firing_groups: BTreeMap::new(),
             communicators: BTreeMap::new(),
             class_sets: BTreeMap::new(),
-            calls: Vec::new(),
-            spec: Spec::default(),
-            actions: Vec::new(),
-            registers: Vec::new(),
+            parts: Parts { spec, actions, registers, calls: Vec::new() },
         }
     }
 
-    fn finish(mut self) -> (Spec, Vec<Vec<ActionPlan>>, Vec<RegisterPlace>) {
+    fn finish(mut self) -> (Parts, Numbering) {
         let located = |transfer: HostTransfer| {
-            let all = (0..).zip(&self.actions).flat_map(|(actor, actions)| {
-                (0..).zip(actions).map(move |(action, plan)| (ActionRef { actor: ActorId(actor), action }, plan))
+            let all = self.parts.actions.iter().flat_map(|(actor, actions)| {
+                (0..).zip(actions).map(move |(action, plan)| (ActionRef { actor, action }, plan))
             });
             let is_wanted = |plan: &ActionPlan| plan.host.as_ref().is_some_and(|host| host.transfer == transfer);
             all.filter(|(_, plan)| is_wanted(plan)).map(|(at, _)| at).collect()
         };
         let (observed, granted) = (located(HostTransfer::Fetch), located(HostTransfer::Decide));
-        self.spec.decision = Decision { observed, granted };
-        (self.spec, self.actions, self.registers)
+        self.parts.spec.decision = Decision { observed, granted };
+        (self.parts, self.numbering)
     }
 
     /// Adds a device's actors and registers. `emitted` has the device's actions, in the order of its segments.
-    fn add_device(&mut self, device: usize, emitted: &[EmittedAction]) {
+    fn add_device(&mut self, device: usize, emitted: &[&EmittedAction]) {
         let plan = self.plan;
         let class = plan.class_plan(device);
         let ids = &class.storage.segments;
-        for (stream, of_stream) in self.streams[plan.classes.of[device].index()].clone() {
-            let action = |id: &SegmentId| &emitted[ids.binary_search(id).expect("the class runs it")];
+        for (stream, of_stream) in self.numbering.streams[plan.classes.of[device].index()].clone() {
+            let action = |id: &SegmentId| emitted[ids.binary_search(id).expect("the class runs it")];
             let actions: Vec<&EmittedAction> = of_stream.iter().map(action).collect();
-            let specs: Vec<ActionSpec> = actions.iter().map(|action| self.action_spec(device, action)).collect();
-            let firing = self.firing(device, stream, &of_stream, &specs);
-            let name = format!("device {device} {}", stream_name(stream));
-            self.spec.actors.push(ActorSpec { name, device, stream, firing, actions: specs });
-            self.actions.push(actions.into_iter().map(|action| action.plan.clone()).collect());
+            let spec = |action: &&EmittedAction| {
+                let (groups, communicators) = self.groups(device, action);
+                ActionSpec { groups, communicators, ..self.action_spec(device, action, &action.inputs) }
+            };
+            let specs: Vec<ActionSpec> = actions.iter().map(spec).collect();
+            let calls = actions.iter().any(|action| action.plan.collectives().next().is_some());
+            let id = self.add_actor((device, stream), &of_stream, specs, calls);
+            self.parts.actions.insert(id, actions.into_iter().map(|action| action.plan.clone()).collect());
         }
-        for (index, register) in class.storage.registers.iter().enumerate() {
-            let place = RegisterPlace { device, ..class.arena.registers[index] };
-            let spec = self.register_spec(device, register, (&class.slots[index], &place));
-            self.spec.registers.push(spec);
-            self.registers.push(place);
+        (0..class.storage.registers.len()).for_each(|register| self.add_register(DeviceRegister { device, register }));
+    }
+
+    /// Adds the part of another process's device that exchanges registers with the devices of the instance.
+    fn add_neighbour(&mut self, device: usize) {
+        let plan = self.plan;
+        let class = plan.class_plan(device);
+        for (stream, of_stream) in self.numbering.streams[plan.classes.of[device].index()].clone() {
+            let action =
+                |id: &SegmentId| &class.actions[class.storage.segments.binary_search(id).expect("the class runs it")];
+            let spec = |id: &SegmentId| self.action_spec(device, action(id), &inputs(plan, device, *id));
+            let specs = of_stream.iter().map(spec).collect();
+            let calls = of_stream.iter().any(|id| action(id).plan.collectives().next().is_some());
+            self.add_actor((device, stream), &of_stream, specs, calls);
         }
+        let View::Devices { known, .. } = &self.view else { return };
+        let start = DeviceRegister { device, register: 0 };
+        let known: Vec<DeviceRegister> = known.range(start..).take_while(|at| at.device == device).copied().collect();
+        known.into_iter().for_each(|at| self.add_register(at));
+    }
+
+    /// Adds an actor for these segments; `calls` is true if it calls collectives.
+    fn add_actor(
+        &mut self,
+        (device, stream): (usize, StreamKind),
+        ids: &[SegmentId],
+        actions: Vec<ActionSpec>,
+        calls: bool,
+    ) -> ActorId {
+        let firing = if calls { self.list(device, stream, ids, &actions) } else { Firing::Credit };
+        let id = self.numbering.action(self.plan, device, ids[0]).actor;
+        let name = actor_name(device, stream);
+        self.parts.spec.actors.insert(id, ActorSpec { name, device, stream, firing, actions });
+        id
+    }
+
+    fn add_register(&mut self, at: DeviceRegister) {
+        let class = self.plan.class_plan(at.device);
+        let place = RegisterPlace { device: at.device, ..class.arena.registers[at.register] };
+        let register = &class.storage.registers[at.register];
+        let spec = self.register_spec(at.device, register, (&class.slots[at.register], &place));
+        let id = self.numbering.register(at);
+        self.parts.spec.registers.insert(id, spec);
+        self.parts.registers.insert(id, place);
     }
 
     /// The device of the instance that represents `device`.
     fn stand_in(&self, device: usize) -> usize {
         match self.view {
-            View::Devices => device,
+            View::Devices { .. } => device,
             View::Classes => self.plan.classes.representative(self.plan.classes.of[device]),
         }
     }
 
-    /// The action that runs a segment on a device of the instance.
+    /// True if the instance has the register.
+    fn is_known(&self, at: DeviceRegister) -> bool {
+        if let View::Devices { known, .. } = &self.view { known.contains(&at) } else { true }
+    }
+
     fn locate(&self, device: usize, id: SegmentId) -> ActionRef {
-        let stream = self.plan.segments.get(id).stream;
-        let streams = &self.streams[self.plan.classes.of[device].index()];
-        let before = streams.range(..stream).count() as u32;
-        let action = streams.get(&stream).and_then(|ids| ids.binary_search(&id).ok());
-        let action = action.expect("a register's readers and producer run on its devices") as u32;
-        ActionRef { actor: ActorId(self.first[&device].0 + before), action }
+        self.numbering.action(self.plan, device, id)
     }
 
     fn register_spec(
@@ -270,7 +376,7 @@ impl<'a> Builder<'a> {
         let classes = &self.plan.classes;
         let readers = |own: usize| classes.readers(transfer, own).iter().copied().filter(move |other| *other != own);
         match self.view {
-            View::Devices => readers(device).collect(),
+            View::Devices { .. } => readers(device).collect(),
             View::Classes => {
                 let own = classes.devices[classes.of[device].index()].iter();
                 own.flat_map(|own| readers(*own)).map(|other| self.stand_in(other)).collect()
@@ -287,47 +393,41 @@ impl<'a> Builder<'a> {
         format!("device {device} {producer}/{first}{rest}")
     }
 
-    fn action_spec(&mut self, device: usize, emitted: &EmittedAction) -> ActionSpec {
+    /// The action with the ports whose registers the instance has, without groups.
+    fn action_spec(&self, device: usize, emitted: &EmittedAction, inputs: &[DeviceRegister]) -> ActionSpec {
         let plan = self.plan;
         let segment = plan.segments.get(emitted.plan.segment);
         let register = |at: &DeviceRegister| &plan.class_plan(at.device).storage.registers[at.register];
         let per_step = |rate: Rate| rate.per_step(plan.micro_batches) as u32;
         let firings = per_step(segment.rate);
-        let number = |at: &DeviceRegister| RegisterId(self.first[&at.device].1 + at.register as u32);
+        let pieces = |at: &DeviceRegister| Pieces::Rate(firings / per_step(register(at).rate));
         // Two sources of one class are one register of the quotient.
         let mut sources: Vec<DeviceRegister> = Vec::new();
-        for at in &emitted.inputs {
+        for at in inputs {
             let at = DeviceRegister { device: self.stand_in(at.device), ..*at };
-            if !sources.contains(&at) {
+            if !sources.contains(&at) && self.is_known(at) {
                 sources.push(at);
             }
         }
-        let inputs = sources
-            .iter()
-            .map(|at| InputSpec { register: number(at), pieces: Pieces::Rate(firings / per_step(register(at).rate)) });
-        let outputs = emitted.outputs.iter().enumerate().map(|(port, index)| {
-            let at = DeviceRegister { device, register: *index };
-            OutputSpec {
-                register: number(&at),
-                pieces: Pieces::Rate(firings / per_step(register(&at).rate)),
-                early: emitted.plan.signals.iter().any(|signal| signal.1 == port as u32),
-            }
-        });
+        let input = |at: &DeviceRegister| InputSpec { register: self.numbering.register(*at), pieces: pieces(at) };
+        let output = |(port, register): (usize, &usize)| {
+            let at = DeviceRegister { device, register: *register };
+            let early = emitted.plan.signals.iter().any(|signal| signal.1 == port as u32);
+            let spec = || OutputSpec { register: self.numbering.register(at), pieces: pieces(&at), early };
+            self.is_known(at).then(spec)
+        };
         // An action that depends on nothing within the step (a transfer of parameters, or one on a device with an empty
         // part of the batch) waits for the host's permission. Otherwise it would run ahead of the step.
         let is_fed = segment.host.is_some_and(|host| host != HostTransfer::Fetch);
-        let (inputs, outputs) = (inputs.collect(), outputs.collect());
-        let (groups, communicators) = self.groups(device, emitted);
         ActionSpec {
             name: segment.name.clone(),
             label: segment.label.clone(),
             priority: plan.priorities.get(&emitted.plan.segment).copied().unwrap_or(0),
             per_step: firings,
-            inputs,
-            outputs,
-            external: is_fed || emitted.inputs.iter().all(|at| register(at).initial),
-            groups,
-            communicators,
+            inputs: sources.iter().map(input).collect(),
+            outputs: emitted.outputs.iter().enumerate().filter_map(output).collect(),
+            external: is_fed || inputs.iter().all(|at| register(at).initial),
+            ..ActionSpec::default()
         }
     }
 
@@ -346,16 +446,22 @@ impl<'a> Builder<'a> {
                 continue;
             }
             let member_sets = match self.view {
-                View::Devices => BTreeSet::from([call.group.ranks.clone()]),
+                View::Devices { .. } => BTreeSet::from([call.group.ranks.clone()]),
                 View::Classes => self.class_sets(node.placement, axes.clone(), device),
             };
             let mut groups = BTreeSet::new();
             for members in member_sets {
                 let next = self.firing_groups.len() as u32;
-                groups.insert(*self.firing_groups.entry((segment, members.clone())).or_insert(next));
+                let id = *self.firing_groups.entry((segment, members.clone())).or_insert(next);
+                groups.insert(id);
+                if let View::Devices { devices, .. } = &self.view
+                    && members.iter().any(|member| !devices.contains(member))
+                {
+                    self.parts.spec.groups.entry(id).or_insert_with(|| call.group.clone());
+                }
                 let next = self.communicators.len() as u32;
                 communicators.insert(match self.view {
-                    View::Devices => call.group.id,
+                    View::Devices { .. } => call.group.id,
                     View::Classes => *self.communicators.entry((stream, members)).or_insert(next),
                 });
             }
@@ -363,7 +469,7 @@ impl<'a> Builder<'a> {
             calls.push(groups);
         }
         let groups: BTreeSet<u32> = calls.iter().flatten().copied().collect();
-        self.calls.push(calls);
+        self.parts.calls.push(calls);
         (groups.into_iter().collect(), communicators.into_iter().collect())
     }
 
@@ -384,26 +490,13 @@ impl<'a> Builder<'a> {
         sets.get(&class).cloned().unwrap_or_default()
     }
 
-    /// How an actor fires. If its actions call collectives, the actor follows a list, because all members of a group
-    /// must fire in the same order. Otherwise the actor fires by credit.
-    fn firing(&self, device: usize, stream: StreamKind, ids: &[SegmentId], specs: &[ActionSpec]) -> Firing {
-        if specs.iter().all(|spec| spec.groups.is_empty()) {
-            return Firing::Credit;
-        }
+    /// The list of an actor that calls collectives. All members of a group must fire in the same order.
+    fn list(&self, device: usize, stream: StreamKind, ids: &[SegmentId], specs: &[ActionSpec]) -> Firing {
         let action = |id: &SegmentId| ids.binary_search(id).ok().map(|action| action as u32);
-        let list = match self.plan.site_of[device].filter(|_| stream == StreamKind::Compute) {
+        Firing::Ordered(match self.plan.site_of[device].filter(|_| stream == StreamKind::Compute) {
             Some(site) => self.plan.lists[site].iter().filter_map(action).collect(),
             // Other streams follow the order of the program, which is the same on all devices.
             None => (0..).zip(specs).flat_map(|(action, spec)| (0..spec.per_step).map(move |_| action)).collect(),
-        };
-        Firing::Ordered(list)
-    }
-}
-
-fn stream_name(stream: StreamKind) -> &'static str {
-    match stream {
-        StreamKind::Compute => "compute",
-        StreamKind::Communication => "communication",
-        StreamKind::Copy => "copy",
+        })
     }
 }

@@ -11,7 +11,7 @@ use crate::plan::assign::assign;
 use crate::plan::classes::classify;
 use crate::plan::emit::{emit, fuse_accumulation};
 use crate::plan::groups::Patterns;
-use crate::plan::memory::{ArenaMap, align, lay_out};
+use crate::plan::memory::{align, lay_out, residents};
 use crate::plan::schedule::Schedule;
 use crate::plan::schedule::list::{Entry, StepPlan};
 use crate::plan::schedule::work::{WorkGraph, work_graph};
@@ -34,8 +34,10 @@ pub fn lower(
     let classes = classify(&graph);
     let (storages, aliases) = assign(&graph, &segments, &classes);
     let (work, site_of) = work_graph(&graph, &segments, micro_batches);
-    let class_plan =
-        |storage| ClassPlan { storage, slots: Vec::new(), arena: ArenaMap::default(), actions: Vec::new() };
+    let class_plan = |storage| {
+        let (slots, arena, residents, actions) = Default::default();
+        ClassPlan { storage, slots, arena, residents, actions }
+    };
     let mut plan = Plan {
         in_flight: Vec::new(),
         fused: fuse_accumulation(&graph, &segments),
@@ -66,9 +68,11 @@ fn schedule_step(plan: &mut Plan, work: &WorkGraph, saves_memory: bool) {
     let step = plan.schedule.plan(work, saves_memory);
     let times = Times::of(&plan.segments, work, &step);
     for class in plan.classes.ids() {
-        let ClassPlan { storage, slots, arena, .. } = &mut plan.class_plans[class.index()];
+        let ClassPlan { storage, slots, arena, residents: of_class, .. } = &mut plan.class_plans[class.index()];
+        let device = plan.classes.representative(class);
         *slots = times.slots(storage);
-        *arena = lay_out(&plan.graph, storage, slots, plan.classes.representative(class));
+        *arena = lay_out(&plan.graph, storage, slots, device);
+        *of_class = residents(&plan.graph, storage, arena, device);
     }
     let segments_of = |list: &Vec<Entry>| list.iter().map(|entry| work.work[entry.work].segment).collect();
     plan.in_flight = in_flight(&plan.graph, &plan.segments, work, &step);

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 
-use shardflow_actors::spec::Spec;
+use shardflow_actors::spec::{ActorId, Spec};
 
 use crate::graph::NodeOp;
 use crate::plan::explain::{listed, text_of};
@@ -60,18 +60,18 @@ impl<'a> Picture<'a> {
     /// The arrows, by the actor indices of producer and reader.
     fn edges(&self) -> BTreeMap<(u32, u32), Edge> {
         let mut edges: BTreeMap<(u32, u32), Edge> = BTreeMap::new();
-        for (index, register) in self.spec.registers.iter().enumerate() {
-            let mut readers: Vec<u32> = register.readers.iter().map(|r| r.actor.0).collect();
+        for (id, register) in self.spec.registers.iter() {
+            let mut readers: Vec<ActorId> = register.readers.iter().map(|r| r.actor).collect();
             readers.sort_unstable();
             readers.dedup();
-            for reader in readers.into_iter().filter(|reader| *reader != register.producer.0) {
-                let pieces = register.readers.iter().filter(|r| r.actor.0 == reader).filter_map(|r| {
-                    let action = &self.spec.actors[reader as usize].actions[r.action as usize];
-                    let input = action.inputs.iter().find(|input| input.register.0 as usize == index)?;
+            for reader in readers.into_iter().filter(|reader| *reader != register.producer) {
+                let pieces = register.readers.iter().filter(|r| r.actor == reader).filter_map(|r| {
+                    let action = self.spec.action(reader, r.action);
+                    let input = action.inputs.iter().find(|input| input.register == id)?;
                     Some(input.pieces.finished(action.per_step.into()))
                 });
                 let step_bytes = pieces.max().unwrap_or(0) * register.slot_bytes as u64;
-                let edge = edges.entry((register.producer.0, reader)).or_default();
+                let edge = edges.entry((register.producer.0, reader.0)).or_default();
                 let bytes = bytes_or_signal(register.slot_bytes as u64);
                 edge.registers.push(format!("{}, {} x {bytes}", register.name, register.slots));
                 edge.step_bytes += step_bytes;
@@ -85,10 +85,10 @@ impl<'a> Picture<'a> {
         for (device, title) in &self.columns {
             let bytes = size(self.plan.memory(*device).total_bytes() as u64);
             writeln!(out, "  subgraph cluster_{device} {{ label=\"{title}, {bytes}\";")?;
-            for (index, actor) in self.spec.actors.iter().enumerate().filter(|(_, actor)| actor.device == *device) {
+            for (id, actor) in self.spec.actors.iter().filter(|(_, actor)| actor.device == *device) {
                 let actions: Vec<String> =
                     actor.actions.iter().map(|a| format!("{} x {}", a.per_step, quoted(&a.name))).collect();
-                writeln!(out, "    a{index} [label=\"{}\\n{}\"];", quoted(&actor.name), actions.join("\\n"))?;
+                writeln!(out, "    a{} [label=\"{}\\n{}\"];", id.0, quoted(&actor.name), actions.join("\\n"))?;
             }
             writeln!(out, "  }}")?;
         }
@@ -137,7 +137,7 @@ impl<'a> Picture<'a> {
     fn write_svg(&self, out: &mut String) -> fmt::Result {
         let mut ends = vec![40; self.columns.len()];
         let column_of = |device: usize| self.plan.classes.of[device].index();
-        let boxes: Vec<(usize, usize, Vec<String>)> = (self.spec.actors.iter())
+        let boxes: Vec<(usize, usize, Vec<String>)> = (self.spec.actors.values())
             .map(|actor| {
                 let actions = actor.actions.iter().map(|a| format!("{} x {}", a.per_step, a.name));
                 let lines: Vec<String> = actions.flat_map(|action| wrapped(&action)).collect();
@@ -175,7 +175,7 @@ impl<'a> Picture<'a> {
                 escaped(&edge.registers.join("; "))
             )?;
         }
-        for (actor, (x, y, lines)) in self.spec.actors.iter().zip(&boxes) {
+        for (actor, (x, y, lines)) in self.spec.actors.values().zip(&boxes) {
             let kind = actor.name.rsplit(' ').next().unwrap_or_default();
             let (w, h) = (BOX.0, BOX.1 + lines.len() * LINE);
             writeln!(out, "<g><rect x={x} y={y} width={w} height={h} rx=6 />")?;
@@ -269,14 +269,14 @@ mod tests {
             let plan = plan(mesh);
             let picture = Picture::of(&plan);
             let (dot, html) = (plan.to_dot(), plan.to_html());
-            for (index, actor) in picture.spec.actors.iter().enumerate() {
+            for (ActorId(index), actor) in picture.spec.actors.iter() {
                 assert!(dot.contains(&format!("a{index} [label=\"{}", actor.name)), "{mesh}: {}", actor.name);
             }
             assert_eq!(html.matches("<rect ").count(), picture.spec.actors.len(), "{mesh}");
             let edges = picture.edges();
             assert_eq!((dot.matches(" -> ").count(), html.matches("class=edge ").count()), (edges.len(), edges.len()));
             let crossing = |r: &&shardflow_actors::spec::RegisterSpec| r.readers.iter().any(|x| x.actor != r.producer);
-            for register in picture.spec.registers.iter().filter(crossing) {
+            for register in picture.spec.registers.values().filter(crossing) {
                 assert!(dot.contains(&register.name) && html.contains(&escaped(&register.name)), "{}", register.name);
             }
             for memory in picture.columns.iter().map(|(device, _)| plan.memory(*device)) {
@@ -292,7 +292,7 @@ mod tests {
     fn an_arrow_shows_the_bytes_of_a_step() {
         let plan = plan("stage=2");
         let picture = Picture::of(&plan);
-        let index = |name: &str| picture.spec.actors.iter().position(|a| a.name == name).unwrap() as u32;
+        let index = |name: &str| picture.spec.actors.values().position(|a| a.name == name).unwrap() as u32;
         let edge = &picture.edges()[&(index("device 0 compute"), index("device 1 copy"))];
         assert_eq!(edge.step_bytes, 2 * 4 * 3 * 8 * 4, "{:?}", edge.registers);
     }
@@ -307,7 +307,7 @@ mod tests {
             assert!(html.contains(head), "{mesh}");
             // The actions of an actor, joined from the lines of its box.
             let boxes: Vec<String> = html.split("<g><rect ").skip(1).map(box_text).collect();
-            for (actor, text) in Picture::of(&plan).spec.actors.iter().zip(&boxes) {
+            for (actor, text) in Picture::of(&plan).spec.actors.values().zip(&boxes) {
                 let actions = actor.actions.iter().map(|a| format!("{} x {}", a.per_step, a.name));
                 assert_eq!(*text, actions.collect::<String>(), "{}", actor.name);
             }

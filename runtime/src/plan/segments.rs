@@ -80,6 +80,13 @@ impl Segments {
         self.ids().find(fetches).expect("the host fetches every output")
     }
 
+    /// The inputs that the host feeds before a step's results arrive, in the order of the program.
+    pub fn fed<'a>(&'a self, graph: &'a Graph) -> impl Iterator<Item = Var> {
+        let feeds = self.list.iter().filter(|segment| segment.host == Some(HostTransfer::Feed));
+        let nodes = feeds.flat_map(|segment| &segment.nodes).map(|node| &graph.nodes[node.index()]);
+        nodes.filter(|node| matches!(node.op, NodeOp::Input)).map(|node| node.outputs[0])
+    }
+
     /// All ids, in order.
     pub fn ids(&self) -> impl Iterator<Item = SegmentId> + use<> {
         (0..self.list.len() as u32).map(SegmentId)

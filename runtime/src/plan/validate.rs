@@ -57,7 +57,7 @@ fn signature(call: &CollectiveCall) -> String {
 fn check_collectives(Quotient { spec, actions, calls }: &Quotient) -> Result<(), PlanError> {
     let mut seen: BTreeMap<u32, (usize, Vec<String>)> = BTreeMap::new();
     let mut groups_of_calls = calls.iter();
-    for (actor, plans) in spec.actors.iter().zip(actions) {
+    for (actor, plans) in spec.actors.values().zip(actions.values()) {
         for (action, plan) in actor.actions.iter().zip(plans) {
             let groups_of_calls = groups_of_calls.next().map_or(&[][..], Vec::as_slice);
             for group in &action.groups {
@@ -82,7 +82,7 @@ fn check_collectives(Quotient { spec, actions, calls }: &Quotient) -> Result<(),
 /// Checks that the actions that use a communicator fire in the same order on all its members.
 fn check_collective_order(spec: &Spec) -> Result<(), PlanError> {
     let mut seen: BTreeMap<u32, (usize, String)> = BTreeMap::new();
-    for actor in &spec.actors {
+    for actor in spec.actors.values() {
         let list: Vec<usize> = match &actor.firing {
             Firing::Ordered(list) => list.iter().map(|i| *i as usize).collect(),
             Firing::Credit => (0..actor.actions.len()).collect(),

@@ -28,7 +28,7 @@ use crate::boxing::Planner;
 use crate::layout_error::LayoutError;
 use crate::placement::Placement;
 
-/// Maximum number of nodes for the beam search, whose time grows with the square of the nodes. Smaller problems keep
+/// Maximum number of nodes for the beam search, whose time grows with the square of this number. Smaller problems keep
 /// the beam search, because the bits of existing programs depend on its choices. Some of these choices are not the
 /// cheapest.
 const BEAM_NODES_MAX: usize = 512;
@@ -60,7 +60,7 @@ pub struct TensorSpec {
 #[derive(Clone, Debug)]
 pub struct Candidate {
     pub signature: NdSignature,
-    /// Seconds on the busiest device.
+    /// Compute time on the busiest device, in seconds.
     pub compute_seconds: f64,
 }
 
@@ -526,7 +526,7 @@ fn check_node(
     }
     for Candidate { signature, .. } in &node.candidates {
         if (signature.inputs.len(), signature.outputs.len()) != (node.inputs.len(), node.outputs.len()) {
-            return error(format!("candidate {signature} does not have as many inputs and outputs as the node"));
+            return error(format!("candidate {signature} and the node differ in their numbers of inputs or outputs"));
         }
         let operands = signature.inputs.iter().zip(&node.inputs);
         for (sbp, &tensor) in operands.chain(signature.outputs.iter().zip(&node.outputs)) {

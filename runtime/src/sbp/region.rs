@@ -40,7 +40,7 @@ pub fn copy_box(src: &HostTensor, from: &Region, dst: &mut HostTensor, to: &Regi
     }
 }
 
-/// Concatenates tensors along a dim. All must have the same type, and the same extents of the other dims.
+/// Concatenates tensors along a dim. All tensors must have the same type and the same extents of the other dims.
 ///
 /// # Panics
 /// Panics if `parts` is empty.
@@ -75,7 +75,7 @@ pub fn same_bits(a: &HostTensor, b: &HostTensor) -> bool {
     (&a.shape, a.dtype(), a.as_bytes()) == (&b.shape, b.dtype(), b.as_bytes())
 }
 
-/// True if `inner` is inside `outer`; an empty region is inside any.
+/// True if `inner` is inside `outer`. An empty region is inside every region.
 pub fn contains(outer: &Region, inner: &Region) -> bool {
     inner.is_empty() || outer.intersect(inner).as_ref() == Some(inner)
 }

@@ -166,7 +166,8 @@ impl Rule {
         factors
     }
 
-    /// Signatures along one axis: the splits of factors, by first appearance; all `Broadcast`; the linear ones.
+    /// Signatures along one axis, in this order: one for the split of each factor (by first appearance), the one with
+    /// `Broadcast` everywhere, and the linear ones.
     pub fn signatures_1d(&self) -> Vec<Signature<Sbp>> {
         let may_split = self.factors().into_iter().filter(|f| !self.fixed.contains(f));
         let mut all: Vec<Signature<Sbp>> = may_split.map(|factor| self.split(factor)).collect();
@@ -363,7 +364,8 @@ mod tests {
         assert!(source.infer_shapes(&[] as &[&[usize]]).unwrap_err().to_string().contains("factor b is in no input"));
         assert_eq!(source.size('b', 2).unwrap().infer_shapes(&[] as &[&[usize]]).unwrap(), [[3, 2]]);
         let text = |shapes: &[Vec<usize>]| rule.infer_shapes(shapes).unwrap_err().to_string();
-        assert_eq!(text(&[vec![2, 3, 4], vec![7, 5]]), "rule btc,vc->btv: c is 5 in input 1 but 4 in input 0");
+        let sizes = "rule btc,vc->btv: factor c has size 5 in input 1, but size 4 in input 0";
+        assert_eq!(text(&[vec![2, 3, 4], vec![7, 5]]), sizes);
         let error = text(&[vec![2, 3], vec![7, 5]]);
         assert_eq!(error, r#"rule btc,vc->btv: input 0 needs 3 dims ("btc"), got shape [2, 3]"#);
         assert_eq!(text(&[vec![2, 3, 4]]), "rule btc,vc->btv: expected 2 inputs, got 1");

@@ -76,7 +76,7 @@ fn differing_copies_are_refused() {
     }
     let error = gather(&shards, &shape, &layout("S0,B"), &place).unwrap_err().to_string();
     let expected =
-        "shard 3 of a tensor of shape [4, 2] as (S0, B): expected the same bits as shard 2, got different bits";
+        "shard 3 of a tensor of shape [4, 2] in layout (S0, B): expected the same bits as shard 2, got different bits";
     assert_eq!(error, expected);
     shards[3] = counting(&[1, 2]);
     assert!(gather(&shards, &shape, &layout("S0,B"), &place).unwrap_err().to_string().contains("[1, 2]"));

@@ -10,7 +10,7 @@ use shardflow_kernels::tensor::Region;
 use super::outcome::{Outcome, Worst};
 use crate::graph::Var;
 use crate::graph::builder::RNG_INPUT;
-use crate::plan::HostTransfer;
+use crate::plan::Plan;
 use crate::plan::instance::Instance;
 use crate::plan::memory::local_part;
 use crate::process_map::ProcessMap;
@@ -73,19 +73,18 @@ type Feeders = BTreeMap<(Vec<usize>, Vec<usize>), BTreeSet<u32>>;
 
 /// Inputs that several processes of a plan feed; the same list on all processes. Inputs of the same name are one host
 /// tensor. Several placements may read it, each with its own layout.
-pub fn shared_inputs(plan: &Instance, process_map: &ProcessMap) -> Vec<SharedInput> {
+pub fn shared_inputs(plan: &Plan, process_map: &ProcessMap) -> Vec<SharedInput> {
     // By name: one input of this name, and the processes that feed each region.
     let mut fed: BTreeMap<&str, (Var, Feeders)> = BTreeMap::new();
-    for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
-        for action in actions {
-            let Some(host) = action.host.as_ref().filter(|host| host.transfer == HostTransfer::Feed) else { continue };
-            for var in &host.vars {
-                let (name, region) = (&plan.graph.producer(*var).name, local_part(&plan.graph, *var, actor.device));
-                if name != RNG_INPUT && !region.is_empty() {
-                    let (_, regions) = fed.entry(name).or_insert((*var, Feeders::new()));
-                    let feeders = regions.entry((region.start, region.size)).or_default();
-                    feeders.insert(process_map.process_of(actor.device));
-                }
+    for var in plan.segments.fed(&plan.graph) {
+        let name = &plan.graph.producer(var).name;
+        let devices = plan.graph.placements[plan.graph.placement_of(var)].devices();
+        for device in devices.iter().filter(|_| name != RNG_INPUT) {
+            let region = local_part(&plan.graph, var, *device);
+            if !region.is_empty() {
+                let (_, regions) = fed.entry(name).or_insert((var, Feeders::new()));
+                let feeders = regions.entry((region.start, region.size)).or_default();
+                feeders.insert(process_map.process_of(*device));
             }
         }
     }

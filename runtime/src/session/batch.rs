@@ -6,8 +6,7 @@ use shardflow_kernels::tensor::{HostTensor, Region};
 
 use crate::graph::builder::RNG_INPUT;
 use crate::graph::{Graph, Var};
-use crate::plan::HostTransfer;
-use crate::plan::instance::Instance;
+use crate::plan::Plan;
 use crate::process_map::ProcessMap;
 use crate::sbp::{NdSbp, Sbp, local_region};
 
@@ -66,17 +65,14 @@ impl<'a> From<Batch<'a>> for Inputs<'a> {
 
 /// The part of a micro-batch that [`Batch::Local`] holds on this process, by input name. A part contains the elements
 /// of all devices of this process. Inputs that this process does not feed have no entry.
-pub(super) fn local_parts(plan: &Instance, process_map: &ProcessMap) -> BTreeMap<String, Region> {
+pub(super) fn local_parts(plan: &Plan, process_map: &ProcessMap) -> BTreeMap<String, Region> {
     let mut parts: BTreeMap<String, Region> = BTreeMap::new();
-    for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
-        let hosts = actions.iter().filter_map(|action| action.host.as_ref());
-        let vars = hosts.filter(|host| host.transfer == HostTransfer::Feed).flat_map(|host| &host.vars);
-        for var in vars.filter(|_| process_map.own().contains(&actor.device)) {
-            let name = &plan.graph.producer(*var).name;
-            if name != RNG_INPUT {
-                let part = data_part(&plan.graph, *var, actor.device);
-                parts.entry(name.clone()).and_modify(|known| *known = hull(known, &part)).or_insert(part);
-            }
+    for var in plan.segments.fed(&plan.graph) {
+        let (name, placement) = (&plan.graph.producer(var).name, plan.graph.placement_of(var));
+        let is_fed = |device: &usize| plan.graph.placements[placement].index_of(*device).is_some();
+        for device in process_map.own().filter(is_fed).filter(|_| name != RNG_INPUT) {
+            let part = data_part(&plan.graph, var, device);
+            parts.entry(name.clone()).and_modify(|known| *known = hull(known, &part)).or_insert(part);
         }
     }
     parts

@@ -94,8 +94,8 @@ fn process_bytes(plan: &Instance, process_map: &ProcessMap, process: u32, snapsh
     let devices = process_map.devices_of(process);
     let mut needed = 0;
     for device in devices.clone() {
-        needed += plan.memory[device].total_bytes() as u64;
-        *table += &plan.memory[device].row(device);
+        needed += plan.memory(device).total_bytes() as u64;
+        *table += &plan.memory(device).row(device);
     }
     let reserve = rank_bytes(plan, devices.len());
     *table += &format!("  rank {process}: {reserve} bytes for threads, libraries and connections\n");
@@ -120,18 +120,17 @@ fn rank_bytes(plan: &Plan, devices: usize) -> u64 {
 }
 
 /// Parts of a parameter or state in a checkpoint. Each comes with the first of the placement's devices that hold it.
-pub(crate) fn saved_parts(plan: &Instance, var: Var) -> Vec<(usize, &ResidentTensor)> {
-    let mut parts: Vec<(usize, &ResidentTensor)> = Vec::new();
+pub(crate) fn saved_parts(plan: &Plan, var: Var) -> Vec<(usize, ResidentTensor)> {
+    let mut parts: Vec<(usize, ResidentTensor)> = Vec::new();
     for (device, _, resident) in plan.resident_parts(var) {
-        let region = &resident.region;
-        if !region.is_empty() && !parts.iter().any(|(_, other)| other.region == *region) {
+        if !resident.region.is_empty() && !parts.iter().any(|(_, other)| other.region == resident.region) {
             parts.push((device, resident));
         }
     }
     parts
 }
 
-fn snapshot_bytes(plan: &Instance, is_included: impl Fn(usize) -> bool) -> u64 {
+fn snapshot_bytes(plan: &Plan, is_included: impl Fn(usize) -> bool) -> u64 {
     let parts = plan.graph.residents().flat_map(|var| saved_parts(plan, var));
     let parts = parts.filter(|(device, _)| is_included(*device));
     parts.map(|(_, part)| (part.region.element_count() * part.dtype.bytes()) as u64).sum()
@@ -162,15 +161,15 @@ mod tests {
     ) -> Result<(), String> {
         let bounds = vec![(None, FreeMemory { bytes: budget, bound: MemoryBound::Machine })];
         let budget = Budget { bounds, claims: BTreeMap::new() };
-        let process_map = ProcessMap { process: node_processes[0], processes, devices: plan.memory.len() };
+        let process_map = ProcessMap { process: node_processes[0], processes, devices: plan.device_count() };
         budget.check(plan, &process_map, node_processes, snapshots).map_err(|error| error.to_string())
     }
 
     #[test]
     fn the_processes_of_a_node_share_its_memory() {
         let mut plan = plan("data=4");
-        plan.memory[2].mirror_bytes = 1000;
-        let bytes = |devices: &[usize]| devices.iter().map(|d| plan.memory[*d].total_bytes() as u64).sum::<u64>();
+        plan.mirrors.insert(2, 1000);
+        let bytes = |devices: &[usize]| devices.iter().map(|d| plan.memory(*d).total_bytes() as u64).sum::<u64>();
         for (node_processes, devices) in [(&[0, 1][..], &[0, 1, 2, 3][..]), (&[0], &[0, 1]), (&[1], &[2, 3])] {
             let needed = bytes(devices) + node_processes.len() as u64 * rank_bytes(&plan, 2);
             assert_eq!(check(needed, &plan, 2, node_processes, 0), Ok(()), "{node_processes:?}");
@@ -180,11 +179,11 @@ mod tests {
                 assert!(message.contains(part), "no {part:?} in {message}");
             }
             for device in 0..4 {
-                let row = plan.memory[device].row(device);
+                let row = plan.memory(device).row(device);
                 assert_eq!(message.contains(&row), devices.contains(&device), "{row} in {message}");
             }
         }
-        assert!(plan.memory[2].row(2).contains("1000 in mirrors"));
+        assert!(plan.memory(2).row(2).contains("1000 in mirrors"));
     }
 
     /// The ranks of a container share its limit, and all ranks of a machine share `MemAvailable`.
@@ -222,7 +221,7 @@ mod tests {
     #[test]
     fn snapshots_count_each_part_once() {
         let plan = plan("data=2");
-        let devices = plan.memory.iter().map(|m| m.total_bytes() as u64).sum::<u64>() + rank_bytes(&plan, 2);
+        let devices = plan.memories().map(|m| m.total_bytes() as u64).sum::<u64>() + rank_bytes(&plan, 2);
         // Weights and two moments. Both devices hold them, but a snapshot has one copy.
         let snapshot = 3 * 16 * 32 * 4;
         assert_eq!(check(devices + 2 * snapshot, &plan, 1, &[0], 2), Ok(()));

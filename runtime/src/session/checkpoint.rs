@@ -61,7 +61,7 @@ impl Session {
         let (graph, own) = (&self.plan.graph, self.process_map.own());
         let mut wanted = Vec::new();
         for (device, index, resident) in self.plan.resident_parts(var) {
-            let port = self.ports.residents[&(device, index)];
+            let port = self.ports.resident(device, index);
             if own.contains(&device) {
                 let part = self.arenas[&device].read_host(resident.offset, &resident.region.size, resident.dtype)?;
                 self.send(&mut self.inbox.lock(), HostPiece { port, tensors: vec![part] });
@@ -150,9 +150,9 @@ impl Session {
         self.write_all(path, &source, &digests)?;
         let plan = self.plan.clone();
         for device in self.process_map.own() {
-            let residents = plan.residents[device].iter();
+            let residents = plan.residents(device);
             for resident in residents.filter(|r| matches!(plan.graph.producer(r.var).op, NodeOp::State)) {
-                self.write_resident(device, resident, &filled(&resident.region.size, resident.dtype, 0.0))?;
+                self.write_resident(device, &resident, &filled(&resident.region.size, resident.dtype, 0.0))?;
             }
         }
         self.bounds = Bounds { parameter: self.bounds.parameter, ..Bounds::default() };
@@ -332,7 +332,7 @@ impl Session {
             }
             for (device, _, resident) in plan.resident_parts(*var) {
                 if self.process_map.own().contains(&device) {
-                    self.write_resident(device, resident, &slice_region(&whole, &resident.region))?;
+                    self.write_resident(device, &resident, &slice_region(&whole, &resident.region))?;
                 }
             }
         }

@@ -38,7 +38,7 @@ impl Inbox {
     /// Returns the senders of missing pieces. `wanted` has each port with its number of pieces.
     pub(super) fn missing_senders(&self, wanted: &[(u32, usize)]) -> Vec<u32> {
         let missing = |(port, count): &&(u32, usize)| self.waiting.get(port).map_or(0, VecDeque::len) < *count;
-        wanted.iter().filter(missing).map(|(port, _)| self.ports.ports[*port as usize].process).collect()
+        wanted.iter().filter(missing).map(|(port, _)| self.ports.sender(*port)).collect()
     }
 
     /// Removes and returns up to `count` of a port's oldest pieces.

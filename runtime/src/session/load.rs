@@ -26,7 +26,7 @@ use crate::process_map::ProcessMap;
 pub(super) fn external_actions(plan: &Instance, actors: &[ActorId]) -> Vec<(ActorId, u32, u32)> {
     let mut out = Vec::new();
     for actor in actors {
-        let (spec, plans) = (&plan.spec.actors[actor.0 as usize], &plan.actions[actor.0 as usize]);
+        let (spec, plans) = (plan.spec.actor(*actor), &plan.actions[*actor]);
         for (index, (action, plan)) in spec.actions.iter().zip(plans).enumerate() {
             let is_fed = plan.host.as_ref().is_some_and(|host| host.transfer != HostTransfer::Fetch);
             if action.external && !is_fed {
@@ -54,20 +54,20 @@ pub(super) fn load(
     devices: &[Device],
     arenas: &BTreeMap<usize, Arena>,
     connections: Connections,
-    ports: &HostPorts,
+    ports: &Arc<HostPorts>,
 ) -> Result<Loaded, KernelError> {
-    let Connections { engine, mirrors: mut memory, peers, distant, hops, .. } = connections;
+    let Connections { engine, mirrors: mut memory, peers, hops, .. } = connections;
     let (sender, fetched) = unbounded();
     let mut loader = Loader { plan, arenas, feeds: Vec::new(), sender };
     let mut hosted = BTreeMap::new();
-    for id in process_map.actors_of(plan, process_map.process) {
-        let actor = &plan.spec.actors[id.0 as usize];
+    for id in process_map.own_actors(plan) {
+        let actor = &plan.spec.actors[id];
         let device = &devices[actor.device - process_map.own().start];
         let threads = threads_of(actor.stream, plan.threads_per_device);
         let urgent = actor.stream == StreamKind::Communication;
         let priority = if urgent { Priority::High } else { Priority::Normal };
         let stream = device.stream_with(&actor.name, threads, engine.clone(), priority)?;
-        let actions = 0..plan.actions[id.0 as usize].len();
+        let actions = 0..plan.actions[id].len();
         let programs: Vec<_> = actions.map(|action| loader.program(id, action)).collect();
         programs.iter().try_for_each(|action| stream.prepare(&action.program))?;
         hosted.insert(id, ActorHost { stream, programs });
@@ -76,16 +76,16 @@ pub(super) fn load(
     let is_piped = |register: &RegisterId| peers.iter().any(|peer| peer.pipes.contains_key(register));
     let transport = |register: &RegisterId| (*register, if is_piped(register) { "nccl" } else { "socket" });
     let mirrored = memory.keys().map(transport).collect();
-    for (index, place) in plan.registers.iter().enumerate() {
+    for (id, place) in plan.registers.iter() {
         let Some(arena) = arenas.get(&place.device) else { continue };
         let base = Base { arena: arena.clone(), offset: place.offset };
-        memory.insert(RegisterId(index as u32), RegisterMemory { base, stride: place.stride });
+        memory.insert(id, RegisterMemory { base, stride: place.stride });
     }
     let (host, from_peers) = unbounded();
-    let peers = Peers { peers, distant, hops, host_ports: ports.ports.clone(), host: Some(host) };
+    let peers = Peers { peers, hops, directory: ports.clone(), host: Some(host) };
     let loaded = LoadedPlan { spec: Arc::new(plan.spec.clone()), hosted, memory, engine, peers };
     // Without fetches, the channel has no senders and would count as closed.
-    let has_fetches = ports.fetches.keys().any(|(device, _)| process_map.own().contains(device));
+    let has_fetches = process_map.own().any(|device| ports.fetches(device).next().is_some());
     let fetched = if has_fetches { fetched } else { never() };
     Ok(Loaded { plan: loaded, feeds, fetched, from_peers, mirrored })
 }
@@ -112,14 +112,14 @@ pub(super) struct FeedPort {
 
 impl Loader<'_> {
     fn program(&mut self, actor: ActorId, index: usize) -> ActionProgram {
-        let action = &self.plan.actions[actor.0 as usize][index];
-        let ActorSpec { name, device, stream, .. } = &self.plan.spec.actors[actor.0 as usize];
+        let action = &self.plan.actions[actor][index];
+        let ActorSpec { name, device, stream, .. } = &self.plan.spec.actors[actor];
         let mut launches = action.launches.clone();
         launches.extend(self.host_launch(actor, index, *device, action));
         let name = format!("{name} {}", action.name);
         let program = Program { name, launches, signals: action.signals.clone() };
         let fixed = |offset: usize| BaseRef::Fixed(Base { arena: self.arenas[device].clone(), offset });
-        let scratch = self.plan.memory[*device].scratch.get(stream).map_or(0, |s| s.0);
+        let scratch = self.plan.memory(*device).scratch.get(stream).map_or(0, |s| s.0);
         let bases = action.bases.iter().map(|base| match base {
             BaseKey::Fixed => fixed(0),
             BaseKey::Scratch => fixed(scratch),

@@ -1,12 +1,13 @@
 //! Metrics of a session: a typed snapshot, and the values of each step for the `metrics` facade.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use shardflow_actors::snapshot::ActorSnapshot;
-use shardflow_actors::spec::RegisterSpec;
+use shardflow_actors::spec::{RegisterId, RegisterSpec};
 use shardflow_job::exit::unix_ns;
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::device::Device;
@@ -197,7 +198,7 @@ pub struct Metrics {
     pub devices: Vec<DeviceMetrics>,
     /// Actors of this process, in the plan's order.
     pub actors: Vec<ActorMetrics>,
-    /// Registers, in the plan's order.
+    /// Registers of this process's actors, in the plan's order.
     pub registers: Vec<RegisterMetrics>,
 }
 
@@ -215,19 +216,23 @@ impl MetricsSource {
             let (name, slots, slot_bytes) = (name.clone(), *slots, *slot_bytes);
             RegisterMetrics { name, slots, slots_held: 0, slots_peak: 0, slot_bytes }
         };
-        let mut registers: Vec<RegisterMetrics> = spec.registers.iter().map(unused).collect();
-        let mut measured: Vec<usize> = plan.memory.iter().map(|m| m.fixed_bytes + m.stream_bytes).collect();
+        let own = spec.registers.iter().filter(|(_, register)| plan.actions.get(register.producer).is_some());
+        let mut registers: BTreeMap<RegisterId, RegisterMetrics> = own.map(|(id, own)| (id, unused(own))).collect();
+        let memory = |device: &Device| plan.memory(device.rank());
+        let memory: BTreeMap<usize, _> = self.devices.iter().map(|own| (own.rank(), memory(own))).collect();
+        let mut measured: BTreeMap<usize, usize> =
+            memory.iter().map(|(device, own)| (*device, own.fixed_bytes + own.stream_bytes)).collect();
         let mut actors = Vec::new();
         for snapshot in snapshots {
-            let actor = &spec.actors[snapshot.actor.0 as usize];
+            let actor = &spec.actors[snapshot.actor];
+            let measured = measured.entry(actor.device).or_default();
             for used in &snapshot.registers {
-                let register = &mut registers[used.register.0 as usize];
+                let Some(register) = registers.get_mut(&used.register) else { continue };
                 (register.slots_held, register.slots_peak) = (used.slots_held, used.slots_peak);
-                measured[actor.device] += register.slot_bytes * used.slots_peak as usize;
+                *measured += register.slot_bytes * used.slots_peak as usize;
             }
             if snapshot.firings.iter().any(|f| *f > 0) {
-                let scratch = plan.memory[actor.device].scratch.get(&actor.stream);
-                measured[actor.device] += scratch.map_or(0, |s| s.1);
+                *measured += memory[&actor.device].scratch.get(&actor.stream).map_or(0, |s| s.1);
             }
             let work = actor.actions.iter().zip(&snapshot.firings).zip(&snapshot.busy_ns);
             actors.push(ActorMetrics {
@@ -238,13 +243,13 @@ impl MetricsSource {
         }
         let devices = self.devices.iter().map(|device| DeviceMetrics {
             device: device.rank(),
-            planned_peak_bytes: plan.memory[device.rank()].total_bytes(),
-            measured_peak_bytes: measured[device.rank()],
+            planned_peak_bytes: memory[&device.rank()].total_bytes(),
+            measured_peak_bytes: measured[&device.rank()],
             allocated_bytes: device.bytes_allocated(),
             allocations: device.allocation_count(),
             collective_bytes: self.engine.bytes_received(device.rank()),
             counts: device.counts(),
         });
-        Metrics { steps, devices: devices.collect(), actors, registers }
+        Metrics { steps, devices: devices.collect(), actors, registers: registers.into_values().collect() }
     }
 }

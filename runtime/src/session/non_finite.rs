@@ -121,8 +121,8 @@ impl Session {
     }
 
     fn origin(&self, found: &NotFinite) -> Option<Origin> {
-        let (actor, action) = (found.actor.0 as usize, found.action as usize);
-        let (spec, plan) = (&self.plan.spec.actors[actor], &self.plan.actions[actor][action]);
+        let action = found.action as usize;
+        let (spec, plan) = (self.plan.spec.actor(found.actor), &self.plan.actions[found.actor][action]);
         let graph = &self.plan.graph;
         let node = match (plan.nodes.get(found.launch), &plan.host) {
             // The kernel got the NaN learning rate that cancelled the update.
@@ -149,7 +149,7 @@ impl Session {
         let graph = &self.plan.graph;
         let mut out = Vec::new();
         for device in self.process_map.own() {
-            for resident in &self.plan.residents[device] {
+            for resident in self.plan.residents(device) {
                 let node = graph.tensor(resident.var).producer;
                 if !matches!(graph.nodes()[node.index()].op, NodeOp::Parameter { .. }) {
                     continue;

@@ -2,6 +2,7 @@
 //! outputs and sends them to the processes that get outputs.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use shardflow_actors::remote::HostPiece;
@@ -39,7 +40,7 @@ impl Session {
     ) -> Result<Reduced, SessionError> {
         self.observer.iter().for_each(|observer| observer.passes.lock().begin(self.steps));
         self.start_step(inputs).map_err(|failure| self.fail(failure))?;
-        let wanted = self.fetched_pieces(|device| self.process_map.own().contains(&device));
+        let wanted = self.fetched_pieces(self.process_map.own());
         self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
         if self.process_map.process != 0 {
             // These pieces were sent to process 0, so this process drops them.
@@ -53,10 +54,11 @@ impl Session {
     }
 
     /// The port of each fetch of these devices, with its number of pieces in a step.
-    fn fetched_pieces(&self, is_wanted: impl Fn(usize) -> bool) -> Vec<(u32, usize)> {
-        let fetches = self.ports.fetches.iter().filter(|((device, _), _)| is_wanted(*device));
-        let firings = |segment: SegmentId| self.plan.segments.get(segment).rate.per_step(self.plan.micro_batches);
-        fetches.map(|((_, segment), (port, _))| (*port, firings(*segment))).collect()
+    fn fetched_pieces(&self, devices: Range<usize>) -> Vec<(u32, usize)> {
+        devices
+            .flat_map(|device| self.ports.fetches(device))
+            .map(|(id, port, _)| (port, self.fetch_firings(id)))
+            .collect()
     }
 
     /// On process 0, waits for the results of all devices. Other processes get `None`.
@@ -64,11 +66,16 @@ impl Session {
         if self.process_map.process != 0 {
             return Ok(None);
         }
-        let wanted = self.fetched_pieces(|_| true);
+        let devices = 0..self.plan.device_count();
+        let wanted = self.fetched_pieces(devices.clone());
         self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
         let mut inbox = self.inbox.lock();
-        let fetches = self.ports.fetches.keys().zip(wanted);
-        Ok(Some(fetches.map(|(key, (port, count))| (*key, inbox.take(port, count))).collect()))
+        let fetches = devices.flat_map(|device| self.ports.fetches(device).map(move |(id, ..)| (device, id)));
+        Ok(Some(fetches.zip(wanted).map(|(key, (port, count))| (key, inbox.take(port, count))).collect()))
+    }
+
+    fn fetch_firings(&self, id: SegmentId) -> usize {
+        self.plan.segments.get(id).rate.per_step(self.plan.micro_batches)
     }
 
     /// Returns the outputs that this process gets from the step. All processes call it.
@@ -77,9 +84,9 @@ impl Session {
             self.send_outputs(&results)?;
         }
         let mut wanted = Vec::new();
-        for (output, port) in self.plan.graph.outputs.iter().zip(&self.ports.outputs) {
-            let is_sent_here = self.process_map.process == 0 || self.ports.ports[*port as usize].to.is_none();
-            wanted.push((*port, if is_sent_here { self.firings(output) } else { 0 }));
+        for (output, port) in self.plan.graph.outputs.iter().zip(self.ports.outputs()) {
+            let is_sent_here = self.process_map.process == 0 || self.ports.is_for_all(port);
+            wanted.push((port, if is_sent_here { self.firings(output) } else { 0 }));
         }
         self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
         let mut inbox = self.inbox.lock();
@@ -93,7 +100,7 @@ impl Session {
     /// Assembles the outputs on process 0 and sends them.
     fn send_outputs(&mut self, results: &Results) -> Result<(), SessionError> {
         let plan = self.plan.clone();
-        for (output, port) in plan.graph.outputs.iter().zip(self.ports.clone().outputs.iter().copied()) {
+        for (output, port) in plan.graph.outputs.iter().zip(self.ports.outputs()) {
             for firing in 0..self.firings(output) {
                 match self.whole_output(output, results, firing) {
                     Ok(whole) => self.send(&mut self.inbox.lock(), HostPiece { port, tensors: vec![whole] }),
@@ -117,7 +124,8 @@ impl Session {
         let fetch = self.plan.segments.fetch_of(graph, output.tensor);
         let shard = |device: &usize| {
             let key = (*device, fetch);
-            let port = self.ports.fetches[&key].1.iter().position(|v| *v == output.tensor);
+            let fetched = self.ports.fetch(*device, fetch).map(|(_, host)| &host.vars);
+            let port = fetched.and_then(|vars| vars.iter().position(|v| *v == output.tensor));
             results[&key][firing][port.expect("a device fetches the outputs that it holds")].clone()
         };
         let shards: Vec<HostTensor> = placement.devices().iter().map(shard).collect();

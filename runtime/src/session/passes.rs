@@ -18,7 +18,7 @@ const MARKS_MAX: usize = 256;
 
 /// The pass over the plan to which a firing belongs.
 pub fn pass_of(spec: &Spec, actor: ActorId, fired: &FiringRecord) -> u64 {
-    let per_step = spec.actors[actor.0 as usize].actions[fired.action as usize].per_step;
+    let per_step = spec.actors[actor].actions[fired.action as usize].per_step;
     fired.firing / u64::from(per_step.max(1))
 }
 

@@ -34,8 +34,8 @@ pub(super) struct Sources {
 impl Sources {
     pub(super) fn transport(&self, register: RegisterId, reader: ActorId) -> &'static str {
         let spec = &self.plan.spec;
-        let device = |actor: ActorId| spec.actors[actor.0 as usize].device;
-        let from = device(spec.registers[register.0 as usize].producer);
+        let device = |actor: ActorId| spec.actors[actor].device;
+        let from = device(spec.registers[register].producer);
         match () {
             () if from == device(reader) => "device",
             () if self.process_map.process_of(from) == self.process_map.process_of(device(reader)) => "process",
@@ -111,7 +111,7 @@ impl PublishedMetrics {
             counter!(names::FIRINGS_LOST).increment(new_firings.lost);
         }
         for FiringRecord { action, idle_ns, launched_ns, ended_ns, cause, .. } in new_firings.firings {
-            let spec = &sources.plan.spec.actors[actor.0 as usize];
+            let spec = &sources.plan.spec.actors[actor];
             let firing = self.firings.entry((actor, action)).or_insert_with(|| {
                 let action = spec.actions[action as usize].name.clone();
                 histogram!(names::FIRING, "actor" => spec.name.clone(), "action" => action)
@@ -146,12 +146,12 @@ impl PublishedMetrics {
         for snapshot in snapshots {
             // Counts a register once for this reader, even if two of its actions read the register.
             let mut crossed: BTreeMap<RegisterId, (&str, &'static str, u64)> = BTreeMap::new();
-            let reader = &spec.actors[snapshot.actor.0 as usize];
+            let reader = &spec.actors[snapshot.actor];
             for (index, action) in reader.actions.iter().enumerate() {
                 let completed = snapshot.completed(index as u32);
                 for input in &action.inputs {
-                    let register = &spec.registers[input.register.0 as usize];
-                    let producer = &spec.actors[register.producer.0 as usize];
+                    let register = &spec.registers[input.register];
+                    let producer = &spec.actors[register.producer];
                     if register.producer == snapshot.actor || register.slot_bytes == 0 {
                         continue;
                     }
@@ -162,7 +162,7 @@ impl PublishedMetrics {
                 }
             }
             for (register, (from, transport, pieces)) in crossed {
-                let slot_bytes = spec.registers[register.0 as usize].slot_bytes as u64;
+                let slot_bytes = spec.registers[register].slot_bytes as u64;
                 *bytes.entry((from, &reader.name, transport)).or_default() += pieces * slot_bytes;
             }
         }

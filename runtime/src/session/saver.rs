@@ -90,8 +90,8 @@ impl Session {
     /// Bytes of all tensors of a checkpoint, or of a file of [`Session::save`], for all processes.
     pub fn checkpoint_bytes(&self) -> u64 {
         let bytes = |var| {
-            let (shape, parts) = (self.plan.graph.shape(var), self.plan.resident_parts(var));
-            let element = parts.first().map_or(0, |(_, _, resident)| resident.dtype.bytes());
+            let (shape, mut parts) = (self.plan.graph.shape(var), self.plan.resident_parts(var));
+            let element = parts.next().map_or(0, |(_, _, resident)| resident.dtype.bytes());
             (shape.iter().product::<usize>() * element) as u64
         };
         self.residents().map(|(var, _)| bytes(var)).sum()

@@ -81,9 +81,9 @@ impl Session {
         for (var, kind) in self.residents() {
             let parts = saved_parts(&self.plan, var).into_iter().filter(|(device, _)| devices.contains(device));
             for (device, ResidentTensor { region, dtype, offset, .. }) in parts {
-                let mut data = reuse_buffer(spare.next(), *dtype, region);
-                self.arenas[&device].read_host_into(*offset, &mut data)?;
-                pieces.push(SnapshotPiece { tensor: tensors.len(), region: region.clone(), data });
+                let mut data = reuse_buffer(spare.next(), dtype, &region);
+                self.arenas[&device].read_host_into(offset, &mut data)?;
+                pieces.push(SnapshotPiece { tensor: tensors.len(), region, data });
             }
             tensors.push(StoredTensor { info: self.tensor_info(var, kind), pieces: Vec::new() });
         }
@@ -130,8 +130,8 @@ impl Session {
         let mut found = Vec::new();
         for (var, _) in self.residents() {
             self.check_fits(reader, var)?;
-            let mut parts = self.plan.resident_parts(var);
-            parts.retain(|(device, ..)| self.process_map.own().contains(device));
+            let parts = self.plan.resident_parts(var);
+            let parts: Vec<_> = parts.filter(|(device, ..)| self.process_map.own().contains(device)).collect();
             // Each region is read once, for all devices that hold it.
             let mut regions: Vec<Region> = Vec::new();
             for (_, _, resident) in &parts {

@@ -62,7 +62,6 @@ fn slow_build_warning(opt_level: &str) -> Option<String> {
 }
 
 struct Resources {
-    process_map: ProcessMap,
     node_processes: Vec<u32>,
     devices: Vec<Device>,
     arenas: BTreeMap<usize, Arena>,
@@ -82,7 +81,8 @@ impl Session {
             return Err(SessionError::PlanWritten);
         }
         options.declared.check()?;
-        let plan = plan.instance();
+        let process_map = options.cluster.process_map(plan.device_count())?;
+        let plan = Arc::new(plan).instance_of(process_map.own());
         static WARNINGS: Once = Once::new();
         WARNINGS.call_once(|| {
             let slow = slow_build_warning(shardflow_kernels::OPT_LEVEL).filter(|_| options.cluster.is_first());
@@ -90,10 +90,12 @@ impl Session {
         });
         let budget = Budget::measure(&plan);
         let (claim, wait_max) = (budget.claim(options.extra_bytes), options.watchdog.wait_max());
-        let joined = World::join(&plan, &options.cluster, &claim, || facts(&plan, options), wait_max);
+        let facts = || facts(&plan, options);
+        let joined = World::join(&plan, &options.cluster, process_map, (&claim, facts), wait_max);
         let world = joined.map_err(failed_join)?.map(Arc::new);
         let claims = world.as_ref().map_or_else(|| [(0, claim)].into(), |world| world.memory_claims());
-        Self::start_in_world(plan, options, budget.with_claims(claims), world.clone()).map_err(|error| match world {
+        let budget = budget.with_claims(claims);
+        Self::start_in_world(plan, process_map, options, budget, world.clone()).map_err(|error| match world {
             Some(world) => cannot_start(&world, error),
             None => error,
         })
@@ -101,12 +103,13 @@ impl Session {
 
     fn start_in_world(
         mut plan: Instance,
+        process_map: ProcessMap,
         options: &SessionOptions,
         budget: Budget,
         world: Option<Arc<World>>,
     ) -> Result<Self, SessionError> {
-        let resources = Resources::acquire(&mut plan, options, &budget, world.as_deref())?;
-        let Resources { process_map, node_processes, devices, arenas, shared_inputs, ports, connections } = resources;
+        let resources = Resources::acquire(&mut plan, process_map, options, &budget, world.as_deref())?;
+        let Resources { node_processes, devices, arenas, shared_inputs, ports, connections } = resources;
         let engine = connections.engine.clone();
         world.iter().for_each(|world| world.doing("preparing kernels"));
         let loaded = load(&plan, &process_map, &devices, &arenas, connections, &ports)?;
@@ -119,7 +122,7 @@ impl Session {
             shared_inputs,
             declared: declared(&plan, options),
             ignoring: options.ignoring.clone(),
-            external_actions: external_actions(&plan, &process_map.actors_of(&plan, process_map.process)),
+            external_actions: external_actions(&plan, &process_map.own_actors(&plan)),
             step_metrics: StepMetrics::new(&plan, &process_map, options),
             plan,
             process_map,
@@ -163,12 +166,12 @@ impl Session {
         });
         self.bounds.parameter = largest.fold(0.0, f64::max);
         for device in self.process_map.own() {
-            for resident in &plan.residents[device] {
+            for resident in plan.residents(device) {
                 let NodeOp::Parameter { init } = plan.graph.producer(resident.var).op else { continue };
                 let info = plan.graph.tensor(resident.var);
                 let mut data = vec![0.0; resident.region.element_count()];
                 init::fill(init, self.seed, &info.name, &info.shape, &resident.region, &mut data);
-                self.write_resident(device, resident, &HostTensor::f32(&resident.region.size, data))?;
+                self.write_resident(device, &resident, &HostTensor::f32(&resident.region.size, data))?;
             }
         }
         Ok(())
@@ -217,6 +220,7 @@ impl Resources {
     /// Adapts the plan to this node, opens devices, allocates memory, and connects the processes.
     fn acquire(
         plan: &mut Instance,
+        process_map: ProcessMap,
         options: &SessionOptions,
         budget: &Budget,
         world: Option<&World>,
@@ -226,8 +230,6 @@ impl Resources {
         if let Some(world) = world {
             world.count_mirrors(plan)?;
         }
-        let alone = ProcessMap { process: 0, processes: 1, devices: plan.memory.len() };
-        let process_map = world.map_or(alone, |world| world.process_map);
         let node_processes = world.map_or(vec![0], |world| world.here());
         if options.threads == Threads::Owned && plan.device == DeviceKind::Cpu {
             plan.set_threads(owned_threads(world, &process_map, &node_processes));
@@ -245,11 +247,11 @@ impl Resources {
         let shared = world.is_some_and(|world| world.shares_memory());
         let mut arenas = BTreeMap::new();
         for device in &devices {
-            let bytes = plan.memory[device.rank()].arena_bytes;
+            let bytes = plan.memory(device.rank()).arena_bytes;
             arenas.insert(device.rank(), if shared { device.shared_arena(bytes)? } else { device.arena(bytes)? });
         }
         let shared_inputs = shared_inputs(plan, &process_map);
-        let ports = Arc::new(HostPorts::of(plan, &process_map, options.outputs));
+        let ports = Arc::new(HostPorts::new(plan.plan.clone(), process_map, options.outputs));
         set_activity(WAITING);
         let mut connections = match world {
             Some(world) => {
@@ -259,7 +261,7 @@ impl Resources {
             None => Connections::alone(engine),
         };
         arenas.append(&mut connections.mapped);
-        Ok(Self { process_map, node_processes, devices, arenas, shared_inputs, ports, connections })
+        Ok(Self { node_processes, devices, arenas, shared_inputs, ports, connections })
     }
 }
 

@@ -40,7 +40,7 @@ impl JoinError {
             Self::NoClock { file } => format!("{} has no clock event, so it cannot be joined with others", name(*file)),
             Self::DuplicateActor { first, second, actor } => {
                 let (first, second) = (name(*first), name(*second));
-                format!("{first} and {second} both have '{actor}': pass the files of one run, one per process")
+                format!("{first} and {second} both contain actor '{actor}': pass the files of one run, one per process")
             }
         }
     }
@@ -248,7 +248,7 @@ mod tests {
     fn files_that_do_not_form_one_trace_are_refused() {
         let refused = |files: &[String]| JoinedTrace::of(files).unwrap_err().to_string();
         let (a, b) = (file(0, 1, &[]), file(0, 2, &[]));
-        let text = "file 1 and file 2 both have 'a0': pass the files of one run, one per process";
+        let text = "file 1 and file 2 both contain actor 'a0': pass the files of one run, one per process";
         assert_eq!(refused(&[a.clone(), b]), text);
         let text = "file 2 has no clock event, so it cannot be joined with others";
         assert_eq!(refused(&[a.clone(), "[]".into()]), text);

@@ -10,7 +10,7 @@ use shardflow_job::text::counted;
 const PATH_SHOWN: usize = 6;
 const EDGES_SHOWN: usize = 8;
 
-/// A trace has no step after the first one, and therefore no summary.
+/// The error of a trace that has no step after the first one, and therefore no summary.
 #[derive(Debug, thiserror::Error)]
 #[error("the trace has no step after the first; trace at least two steps")]
 pub struct SummaryError;
@@ -26,10 +26,11 @@ pub struct ActorShare {
     pub host: f64,
     /// Share of the time in which the actor was idle because the readers of one of its outputs held all slots.
     pub credit: f64,
-    /// Share of the time in which the actor was idle because a written piece had not arrived: messages or scheduling.
+    /// Share of the time in which the actor was idle because a written piece had not arrived yet. The piece was delayed
+    /// by messages or by thread scheduling.
     pub link: f64,
-    /// Share of the time in which the actor was idle because a piece was not yet written. Limited to the idle time in
-    /// the simulator's run.
+    /// Share of the time in which the actor was idle because a piece was not yet written. At most the actor's idle time
+    /// in the simulator's run.
     pub bubble: f64,
     /// Share of the time beyond `bubble` in which the actor was idle because a piece was not yet written. The reason is
     /// that firings took longer than their mean time.
@@ -251,7 +252,7 @@ impl fmt::Display for TraceSummary {
         match self.predicted_seconds {
             Some(predicted) => {
                 let ms = ms(predicted);
-                writeln!(f, "; {ms:.3} ms if each firing took its mean time and only the plan limited it")?;
+                writeln!(f, "; {ms:.3} ms if each firing took its mean time and only the plan limited the step")?;
             }
             None => writeln!(f)?,
         }

@@ -37,14 +37,14 @@ pub(super) struct Bubble {
 
 impl Bubble {
     pub(super) fn new(spec: &Spec, is_here: impl Fn(usize) -> bool) -> Self {
-        let compute = spec.actors.iter().filter(|actor| actor.stream == StreamKind::Compute && is_here(actor.device));
+        let compute = spec.actors.values().filter(|actor| actor.stream == StreamKind::Compute && is_here(actor.device));
         let per_step = compute.map(|actor| actor.actions.iter().map(|action| u64::from(action.per_step)).sum::<u64>());
         let (actors, firings_per_step) = per_step.fold((0, 0), |(actors, firings), more| (actors + 1, firings + more));
         Self { actors, firings_per_step, open: BTreeMap::new(), complete: BTreeMap::new() }
     }
 
     pub(super) fn add(&mut self, spec: &Spec, actor: ActorId, (action, firing): (u32, u64), (from, to): (u64, u64)) {
-        let actor = &spec.actors[actor.0 as usize];
+        let actor = &spec.actors[actor];
         let per_step = u64::from(actor.actions[action as usize].per_step);
         if actor.stream != StreamKind::Compute || per_step == 0 {
             return;
@@ -86,8 +86,8 @@ pub(super) struct Prediction {
 }
 
 impl Prediction {
-    /// `None` until each action has fired. Also `None` if other processes host a part of the plan, whose durations are
-    /// unknown.
+    /// `None` until each action has fired. Also `None` if other processes host a part of the plan, because the firings
+    /// of that part have unknown durations.
     pub(super) fn of(observer: &Observer) -> Option<Self> {
         if observer.process_map().processes > 1 {
             return None;
@@ -112,8 +112,8 @@ impl Prediction {
 /// Mean durations, by actor and action.
 fn durations_ns(observer: &Observer) -> Option<Vec<Vec<u64>>> {
     let spec = &observer.plan().spec;
-    let mean_durations = |(index, actor): (usize, &ActorSpec)| {
-        let recent = observer.kept_firings(ActorId(index as u32));
+    let mean_durations = |(id, actor): (ActorId, &ActorSpec)| {
+        let recent = observer.kept_firings(id);
         let mean = |(action, spec): (usize, &ActionSpec)| {
             let of_action = || recent.iter().filter(|fired| fired.action == action as u32);
             let newest = of_action().map(|fired| fired.firing).max()?;
@@ -124,7 +124,7 @@ fn durations_ns(observer: &Observer) -> Option<Vec<Vec<u64>>> {
         };
         actor.actions.iter().enumerate().map(mean).collect()
     };
-    spec.actors.iter().enumerate().map(mean_durations).collect()
+    spec.actors.iter().map(mean_durations).collect()
 }
 
 #[cfg(test)]
@@ -202,7 +202,7 @@ mod tests {
         let mut own = Bubble::new(&spec, |device| device == 0);
         add(&mut own, &spec, 0, &[STEP[0], STEP[3]]);
         assert_eq!(own.share(), Some(0.5), "30 of 60");
-        spec.actors[1].stream = StreamKind::Communication;
+        spec.actors[ActorId(1)].stream = StreamKind::Communication;
         let mut all = Bubble::new(&spec, |_| true);
         add(&mut all, &spec, 0, &STEP);
         assert_eq!(all.share(), Some(0.5));

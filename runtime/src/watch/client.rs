@@ -25,7 +25,7 @@ const RESPONSE_BYTES_MAX: u64 = 16 << 20;
 pub enum ClientError {
     #[error("nothing is served at {address}: {source}; start the job with --listen {address}")]
     Unreachable { address: SocketAddr, source: io::Error },
-    #[error("{address} does not respond within {} s: {source}; check whether its process is stopped or its machine overloaded", TIMEOUT.as_secs())]
+    #[error("{address} does not respond within {} s: {source}; check whether its process is stopped or its machine is overloaded", TIMEOUT.as_secs())]
     NoResponse { address: SocketAddr, source: io::Error },
     /// The server is another program, or returns an error.
     #[error("{address}: unexpected response to {path}: {response}")]
@@ -71,7 +71,7 @@ impl fmt::Display for HangReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "rank {} of {}: last progress {:.1} s ago", self.process, self.processes, self.idle_seconds)?;
         if self.cause.is_some() && self.idle_seconds < PROGRESS_SECONDS {
-            writeln!(f, "  there is progress; its waits at this instant:")?;
+            writeln!(f, "  there is progress; the waits at this instant:")?;
         }
         for (waiting, awaited) in &self.chain {
             writeln!(f, "  {waiting}\n    waits for {awaited}")?;

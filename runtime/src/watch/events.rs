@@ -18,12 +18,12 @@ use crate::session::recent::StepStats;
 #[cfg(test)]
 mod tests;
 
-/// Maximum number of firings in one event. If there are more, the event has the newest ones of the newest ended step.
+/// Maximum number of firings in one event. If there are more, the event has the newest firings of the last ended step.
 pub(super) const FIRINGS_MAX: usize = 12_000;
 const FIRING_FIELDS: usize = 7;
 /// Maximum number of waits, and of edges, in one event.
 const BLOCKED_MAX: usize = 200;
-/// An edge counts as blocked if it holds up an actor for this time while a step is running.
+/// An edge counts as blocked if it holds up an actor for at least this time while a step is running.
 const BLOCKED_NS: u64 = 1_000_000_000;
 /// Maximum length of a text, in bytes; longer texts are truncated.
 const TEXT_MAX: usize = 2_000;
@@ -66,8 +66,8 @@ pub(super) struct Event {
     pub firings: Vec<u64>,
     /// Number of new firings that this event leaves out.
     pub firings_left_out: u64,
-    /// For each actor with changes: the actor, and times (us) since the start: in firings without collectives, in
-    /// collectives, and in waits for inputs, for credits, for the host and for itself.
+    /// For each actor with changes: the actor, and the times (us) that it has spent since the start in firings without
+    /// collectives, in collectives, and in waits for inputs, for credits, for the host and for itself.
     pub busy: Vec<[u64; 7]>,
     /// For each changed register: the register, slots held, pieces published, and pieces released by each reader.
     pub registers: Vec<Vec<u64>>,

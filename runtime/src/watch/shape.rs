@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 use shardflow_actors::label::Label;
-use shardflow_actors::spec::{ActionRef, ActionSpec, ActorSpec, RegisterId, RegisterSpec, StreamKind};
+use shardflow_actors::spec::{ActionRef, ActionSpec, ActorId, ActorSpec, RegisterId, RegisterSpec, StreamKind};
 
 use crate::session::observer::{Observer, PeerState};
 use crate::trace::category;
@@ -17,8 +17,9 @@ pub(super) fn shape(observer: &Observer) -> Value {
             "role": role.name(), "chunk": chunk, "program": &**program,
         })
     };
-    let actor = |actor: &ActorSpec| {
+    let actor = |(id, actor): (ActorId, &ActorSpec)| {
         json!({
+            "id": id.0,
             "name": actor.name,
             "device": actor.device,
             "is_compute": actor.stream == StreamKind::Compute,
@@ -33,13 +34,15 @@ pub(super) fn shape(observer: &Observer) -> Value {
         let transport = observer.transport(id, at.actor);
         json!({ "actor": at.actor.0, "pieces_per_step": pieces_per_step, "transport": transport })
     };
-    let register = |(id, register): (usize, &RegisterSpec)| {
+    let register = |(id, register): (RegisterId, &RegisterSpec)| {
+        let readers = register.readers.iter().filter(|at| plan.spec.actors.get(at.actor).is_some());
         json!({
+            "id": id.0,
             "name": register.name,
             "producer": register.producer.0,
             "slots": register.slots,
             "slot_bytes": register.slot_bytes,
-            "readers": register.readers.iter().map(|at| reader(RegisterId(id as u32), at)).collect::<Value>(),
+            "readers": readers.map(|at| reader(id, at)).collect::<Value>(),
         })
     };
     // First device of a process, and the number of its devices.
@@ -63,6 +66,6 @@ pub(super) fn shape(observer: &Observer) -> Value {
         "devices": devices(process_map.process),
         "peers": observer.peers().into_iter().map(peer).collect::<Value>(),
         "actors": plan.spec.actors.iter().map(actor).collect::<Value>(),
-        "registers": plan.spec.registers.iter().enumerate().map(register).collect::<Value>(),
+        "registers": plan.spec.registers.iter().map(register).collect::<Value>(),
     })
 }

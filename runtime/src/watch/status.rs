@@ -14,15 +14,16 @@ use super::under_way::RunningStep;
 use crate::session::metrics::DeviceMetrics;
 use crate::session::observer::{Observer, SessionHealth, cause_of};
 
-/// Shares of time refer to the last ten seconds. This is the window's length in nanoseconds.
+/// Shares of time refer to the last ten seconds. This constant is that window's length in nanoseconds.
 const WINDOW_NS: u64 = 10_000_000_000;
-/// Maximum number of reported waits. `WAIT_MIN` is the smallest share of a wait that is reported.
+/// Maximum number of reported waits.
 const WAITS_MAX: usize = 5;
+/// Smallest share of the time for which a wait is reported.
 const WAIT_MIN: f64 = 5e-4;
 /// A step that makes no progress for this time is reported.
 const IDLE_SECONDS_REPORTED: f64 = 1.0;
 
-/// Status of a session. Shares refer to the last ten seconds, or to the session's whole time if it is shorter.
+/// Status of a session. Shares refer to the last ten seconds, or to the session's whole time if that time is shorter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     /// Mesh of the session.
@@ -35,7 +36,7 @@ pub struct Status {
     pub processes: u32,
     /// The cause of the session's failure, if it failed.
     pub failed: Option<String>,
-    /// Steps done.
+    /// Number of completed steps.
     pub steps: u64,
     /// Loss of the last step. In JSON an Inf or NaN value is the text `NaN`, `inf` or `-inf`.
     #[serde(with = "number")]
@@ -77,7 +78,7 @@ pub struct DeviceStatus {
 pub struct ActorStatus {
     /// Name of the actor.
     pub name: String,
-    /// Share of the time with a firing in flight.
+    /// Share of the time in which a firing was in flight.
     pub busy: f64,
     /// The actor's current firing or wait.
     pub now: String,
@@ -92,7 +93,7 @@ pub struct WaitStatus {
     pub reason: String,
     /// The register.
     pub register: String,
-    /// Share of the time, summed over actors.
+    /// Share of the time spent in this wait, summed over actors.
     pub share: f64,
 }
 
@@ -111,11 +112,11 @@ impl Status {
         let is_under_way = control.is_under_way();
         let running_step = is_under_way.then(|| RunningStep::new(&plan.spec, &snapshots));
         let (mut actors, mut waits) = (Vec::new(), Waits::new());
-        for actor in process_map.actors_of(plan, process_map.process) {
+        for actor in process_map.own_actors(plan) {
             actors.push(match snapshots.iter().find(|snapshot| snapshot.actor == actor) {
                 Some(snapshot) => ActorStatus::of(observer, snapshot, running_step.as_ref(), now_ns, &mut waits),
                 None => {
-                    let name = plan.spec.actors[actor.0 as usize].name.clone();
+                    let name = plan.spec.actors[actor].name.clone();
                     let now = format!("{name} does not respond");
                     ActorStatus { name, busy: 0.0, now, now_seconds: 0.0 }
                 }
@@ -198,7 +199,7 @@ impl ActorStatus {
             format!("{} waits for {}", spec.action_name(actor, action), missing.describe(spec, actor))
         };
         Self {
-            name: spec.actors[actor.0 as usize].name.clone(),
+            name: spec.actors[actor].name.clone(),
             busy: share(busy_ns).min(1.0),
             now: awaited.map_or_else(default, now),
             now_seconds: now_for_ns as f64 * 1e-9,

@@ -1,4 +1,4 @@
-//! The live page's event stream: at most one event per second, with the changes since the last one. No event is queued.
+//! The live page's event stream: at most one event per second, with the changes since the last event. Queues no event.
 
 use std::convert::Infallible;
 use std::sync::{Arc, Weak};

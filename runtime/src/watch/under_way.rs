@@ -1,4 +1,4 @@
-//! What actors wait for in the running step. Waits for the next step are normal and do not count.
+//! The conditions that actors wait for in the running step. Waits for the next step are normal and do not count.
 
 use shardflow_actors::protocol::Missing;
 use shardflow_actors::snapshot::ActorSnapshot;
@@ -14,14 +14,14 @@ impl<'a> RunningStep<'a> {
     /// The running step, according to the actors of this process.
     pub(super) fn new(spec: &'a Spec, snapshots: &[ActorSnapshot]) -> Self {
         let begun = |snapshot: &ActorSnapshot| {
-            let actions = spec.actors[snapshot.actor.0 as usize].actions.iter().zip(&snapshot.firings);
+            let actions = spec.actors[snapshot.actor].actions.iter().zip(&snapshot.firings);
             actions.map(|(action, firings)| firings.div_ceil(u64::from(action.per_step.max(1)))).max()
         };
         Self { spec, steps: snapshots.iter().filter_map(begun).max().unwrap_or_default() }
     }
 
     fn per_step(&self, actor: ActorId, action: u32) -> u64 {
-        u64::from(self.spec.actors[actor.0 as usize].actions[action as usize].per_step)
+        u64::from(self.spec.actors[actor].actions[action as usize].per_step)
     }
 
     /// The conditions for which an actor's unfinished actions of this step wait, each with its action.

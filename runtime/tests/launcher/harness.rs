@@ -83,7 +83,7 @@ impl Job {
         Unread { child: command.spawn().unwrap() }
     }
 
-    /// Starts `shardflow ARGS` as process 1 of a namespace of its own; needs root.
+    /// Starts `shardflow ARGS` with pid 1 in its own pid namespace; needs root.
     pub fn as_process_1(&self, args: &[&str]) -> Running {
         let mut command = self.command("unshare");
         command.args(["-pf", "--kill-child", env!("CARGO_BIN_EXE_shardflow")]).args(args);

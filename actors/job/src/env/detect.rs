@@ -19,7 +19,7 @@ pub fn detect(variables: &Variables) -> Result<LaunchContext, EnvError> {
     let Some((source, found)) = find_launcher(variables) else { return Ok(LaunchContext::Local) };
     let vars = Reader { variables, found };
     let place = place(source, &vars)?;
-    // One process needs no rendezvous and no secret. Shardflow's launcher always sets up both, and the restart count.
+    // A single process needs no rendezvous and no secret, but under `shardflow launch` it has both and a restart count.
     if place.processes == 1 && source != LaunchedBy::Shardflow {
         return Ok(LaunchContext::Local);
     }
@@ -67,7 +67,7 @@ const OPENMPI: [&str; 4] =
 struct Names {
     /// If any of these variables is set, this launcher may have started the process.
     markers: &'static [&'static str],
-    /// The variable with the number of restarts. `mpirun` never restarts, and a pod does not get its restart count.
+    /// The variable with the number of restarts. `mpirun` never restarts a process, and a pod does not get its count.
     restart: Option<&'static str>,
     /// The variables whose values make up the job's name.
     run_id: &'static [&'static str],
@@ -85,9 +85,9 @@ fn names(source: LaunchedBy) -> Names {
     Names { markers, restart, run_id }
 }
 
-/// Returns the innermost launcher, and the first of its markers that is set. OpenMPI precedes Slurm: `mpirun` starts
-/// its helpers on other nodes with `srun`, so its processes inherit Slurm variables that describe the helper. MPICH
-/// follows Slurm because `srun --mpi=pmi2` also sets `PMI_*`.
+/// Returns the innermost launcher, and the first of its marker variables that is set. OpenMPI is checked before Slurm:
+/// `mpirun` starts its helpers on other nodes with `srun`, so the processes of `mpirun` inherit Slurm variables that
+/// describe the helper. MPICH is checked after Slurm, because `srun --mpi=pmi2` also sets `PMI_*`.
 fn find_launcher(variables: &Variables) -> Option<(LaunchedBy, &'static str)> {
     use LaunchedBy::{Kubernetes, Mpich, OpenMpi, Shardflow, Slurm, Torchrun};
     let is = |name: &str, value: &str| get(variables, name) == Some(value);
@@ -166,8 +166,8 @@ fn place(source: LaunchedBy, vars: &Reader) -> Result<Place, EnvError> {
     }
 }
 
-/// True in a PyTorchJob. It starts one process per pod, and sets torchrun's variables except those for the local rank
-/// and the local world size.
+/// True in a PyTorchJob. A PyTorchJob starts one process per pod. It sets all of torchrun's variables except those for
+/// the local rank and the local world size.
 fn is_pod(vars: &Reader) -> bool {
     vars.get("LOCAL_RANK").is_none() && vars.get("LOCAL_WORLD_SIZE").is_none()
 }
@@ -225,7 +225,7 @@ fn slurm_place(vars: &Reader) -> Result<Place, EnvError> {
     Ok(Place { process, processes, processes_name, local_process, local_processes, node: Some(node) })
 }
 
-/// Reads the place of a pod's single process. To run several processes in a pod, start them with `shardflow launch`.
+/// Reads the rank and sizes of a pod's only process. To run several processes in a pod, use `shardflow launch`.
 fn kubernetes_place(vars: &Reader) -> Result<Place, EnvError> {
     let process = vars.number("JOB_COMPLETION_INDEX", "the number of this pod")?;
     let meaning = "the number of pods of the job (or to 1, if each pod trains on its own)";
@@ -260,7 +260,7 @@ fn derived_endpoint(source: LaunchedBy, vars: &Reader, place: &Place) -> Result<
             missing("tcp://HOST:PORT of the node of process 0, with `mpiexec -genv SHARDFLOW_ENDPOINT tcp://HOST:PORT`")
         }
         LaunchedBy::Slurm => slurm_endpoint(vars, place),
-        LaunchedBy::Kubernetes => missing("tcp://HOST:PORT, with the DNS name of the job's first pod in its service"),
+        LaunchedBy::Kubernetes => missing("tcp://HOST:PORT, where HOST is the DNS name of the job's first pod"),
     }
 }
 

@@ -7,7 +7,7 @@ use crate::transport::{Address, UNIX_PATH_BYTES_MAX};
 
 use crate::machine::parse_ip;
 
-/// Default port of a rendezvous address. torchrun uses the same one.
+/// Default port of a rendezvous address. torchrun has the same default.
 pub const PORT_DEFAULT: u16 = 29400;
 
 /// An address that the first process listens on and all others connect to.
@@ -60,7 +60,7 @@ fn split_port(address: &str) -> Result<(String, Option<u16>), &'static str> {
     let (host, port) = if let Some(rest) = address.strip_prefix('[') {
         let (host, after) = rest.split_once(']').ok_or("a closing bracket after the IPv6 address")?;
         if !host.contains(':') || parse_ip(host).is_none() {
-            return Err("an IPv6 address in the brackets, and after any % an existing interface of this node");
+            return Err("an IPv6 address in the brackets; text after a % must be an interface of this node");
         }
         match after.strip_prefix(':') {
             None if !after.is_empty() => return Err("a colon and a port after the bracket"),

@@ -18,12 +18,12 @@ pub const INTERFACE: &str = "SHARDFLOW_INTERFACE";
 pub const ADVERTISE: &str = "SHARDFLOW_ADVERTISE";
 /// Variable with the milliseconds between heartbeats; the same for all processes.
 pub const HEARTBEAT_MS: &str = "SHARDFLOW_HEARTBEAT_MS";
-/// Variable with the heartbeat deadline: the milliseconds of silence after which a process counts as failed; the same
-/// for all processes.
+/// Variable with the heartbeat deadline: a process counts as failed after this many milliseconds without a heartbeat.
+/// The same for all processes.
 pub const HEARTBEAT_DEADLINE_MS: &str = "SHARDFLOW_HEARTBEAT_DEADLINE_MS";
 /// Variable with the milliseconds that a process waits at startup until all processes have joined.
 pub const MEET_MS: &str = "SHARDFLOW_MEET_MS";
-/// Variable with the milliseconds for which a process that fails before the rendezvous reports this to the others.
+/// Variable with the milliseconds for which a process reports to the others that it failed before the rendezvous.
 pub const REPORT_WAIT_MS: &str = "SHARDFLOW_REPORT_WAIT_MS";
 
 /// Environment variables: values by name.

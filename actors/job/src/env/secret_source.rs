@@ -18,7 +18,7 @@ pub enum SecretSource {
 }
 
 impl SecretSource {
-    /// Finds out from the variables where the secret is, if one is set.
+    /// Determines from the variables where the secret is. Returns `None` if no variable defines a secret.
     pub fn find(variables: &Variables) -> Result<Option<SecretSource>, EnvError> {
         match (get(variables, "SHARDFLOW_SECRET"), get(variables, "SHARDFLOW_SECRET_FILE")) {
             (None, None) => Ok(None),
@@ -40,7 +40,7 @@ impl SecretSource {
         let error = |reason: String| invalid("SHARDFLOW_SECRET_FILE", &path.display().to_string(), &reason);
         let bytes = std::fs::metadata(path).map_err(|e| error(e.to_string()))?.len();
         if bytes > SECRET_BYTES_MAX {
-            return Err(error(format!("the file has {bytes} bytes, the maximum is {SECRET_BYTES_MAX}")));
+            return Err(error(format!("the file has {bytes} bytes, but the maximum is {SECRET_BYTES_MAX}")));
         }
         parse(&std::fs::read_to_string(path).map_err(|e| error(e.to_string()))?, &path.display().to_string())
     }

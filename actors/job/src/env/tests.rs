@@ -174,7 +174,7 @@ fn incomplete_variables_are_refused() {
             let mut all = chosen.clone();
             all.insert("SHARDFLOW_SECRET".into(), SECRET.into());
             match detect(&all) {
-                // Torchrun's variables without both local ones describe a pod.
+                // If both local variables are missing, torchrun's variables describe a pod.
                 Ok(LaunchContext::World(_)) if !chosen.keys().any(|name| name.starts_with("LOCAL_")) => {
                     assert!(chosen.len() == whole.len() || vars(POD).keys().eq(chosen.keys()), "{chosen:?}");
                 }

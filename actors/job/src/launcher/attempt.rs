@@ -19,13 +19,13 @@ use super::options::LaunchError;
 use crate::exit::{Exit, Report};
 use crate::output;
 
-/// Time until SIGKILL once the ended processes blame all remaining processes. The blamed processes are usually frozen.
+/// How long to wait before SIGKILL if the ended processes blame all remaining processes, which are usually frozen.
 const BLAMED_WAIT: Duration = Duration::from_secs(2);
-/// Maximum failure wait if others wait in vain for the failed process. Meanwhile, others with the same cause report it.
+/// Maximum of `failure_wait` if others wait in vain for the failed process. Others with the same failure can still end.
 const UNJOINED_WAIT: Duration = Duration::from_millis(500);
-/// Interval of the check whether processes wait in vain for another process.
+/// Interval at which the launcher checks whether processes wait in vain for a process that has ended.
 const ABSENCE_POLL: Duration = Duration::from_millis(500);
-/// Time after SIGKILL until the launcher abandons a process that still runs. Only the kernel can delay its end.
+/// Time after SIGKILL until the launcher abandons a process that has not ended. Only the kernel can delay its end.
 const KILL_WAIT: Duration = Duration::from_secs(10);
 
 pub(super) struct Outcome {
@@ -111,7 +111,7 @@ impl Attempt<'_, '_> {
     fn failure_wait(&self) -> Duration {
         let options = self.job.options;
         let mut reports = self.children.iter().filter_map(|child| child.ended.as_ref()?.report.as_ref());
-        // With several nodes, rank 0 must go on and refuse the processes that try to join.
+        // With several nodes, rank 0 needs the whole wait to refuse the processes that try to join.
         let wait_is_vain = options.nodes == 1 && reports.any(Report::concerns_all);
         if wait_is_vain { options.failure_wait.min(UNJOINED_WAIT) } else { options.failure_wait }
     }
@@ -153,7 +153,7 @@ impl Attempt<'_, '_> {
     }
 
     /// If all processes exited with 0 without joining and other nodes wait for them, marks the first one as failed. If
-    /// no other node waits, the processes may have run any program, so this is no failure.
+    /// no other node waits, this is no failure: the program may be one that uses no rendezvous.
     fn fail_if_missed(&mut self) {
         if self.phase == Phase::Running
             && self.children.iter().all(Child::is_absent)
@@ -168,7 +168,7 @@ impl Attempt<'_, '_> {
 
     fn forward_signal(&mut self, signal: u8) {
         if i32::from(signal) == SIGUSR1 {
-            // All processes agree on a request, so it suffices if one process with a handler receives the signal.
+            // All processes agree on a request. So it is enough if one process with a handler receives the signal.
             return self.living().for_each(Child::signal_usr1);
         }
         if self.signal.is_some() && i32::from(signal) == SIGINT {
@@ -190,7 +190,7 @@ impl Attempt<'_, '_> {
         match self.phase {
             Phase::Running => self.fail_absent(),
             Phase::Settling { .. } if self.only_blamed_left() => {
-                print_notice(&format!("killing rank {ranks}: the other ranks report it as the cause of the failure"));
+                print_notice(&format!("killing rank {ranks}, which ended ranks report as the cause of the failure"));
                 self.kill();
             }
             Phase::Settling { .. } => {
@@ -226,7 +226,7 @@ impl Attempt<'_, '_> {
 }
 
 impl Outcome {
-    /// Prints the errors of failed processes, except those of the first process, which the screen already shows.
+    /// Prints the errors of failed processes. Skips the first process, because the screen already shows its output.
     pub(super) fn show_errors(&self) {
         for ((rank, lines, _), ended) in self.logs.iter().zip(&self.ended).skip(1) {
             if ended.exit != Exit::Done {

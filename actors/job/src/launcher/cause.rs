@@ -82,7 +82,7 @@ pub(super) fn first_cause(ended: &[Ended]) -> Option<&Ended> {
 
 /// The launcher's exit after `signal`, and the failed process that determines it, if any.
 pub(super) fn exit_after_signal(ended: &[Ended], signal: u8) -> (Exit, Option<&Ended>) {
-    // It is no failure if this signal or the launcher's own ended a process, or if it ended because others ended.
+    // A process has not failed if `signal` or the launcher's own signal ended it, or if it ended because others ended.
     let is_expected = |e: &&Ended| match e.exit {
         Exit::Done => true,
         Exit::Signal(by) => e.signaled || by == signal || by == 15,
@@ -125,7 +125,8 @@ impl Restarts {
         Restarts { max, ..Restarts::default() }
     }
 
-    /// Pause before the next attempt: 0 for the first restart, then `first`, doubled up to [`RESTART_WAIT_MAX`].
+    /// Pause before the next attempt: 0 before the first restart, and `first` before the second. Each later pause is
+    /// twice as long, up to [`RESTART_WAIT_MAX`] or `first`, whichever is longer.
     pub(super) fn pause(&self, first: Duration) -> Duration {
         match self.made {
             0 | 1 => Duration::ZERO,

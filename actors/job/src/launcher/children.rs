@@ -22,7 +22,7 @@ use crate::exit::{ERROR_FILE, Exit, PROGRESS_FILE, Report, joining_file, unix_ns
 use crate::output::{self, OutputQueue};
 use crate::requests::signal_mask;
 
-/// Timeout for reading a process's remaining output. Reading takes this long only if another process holds the pipes.
+/// Timeout for reading the last output of an ended process. It expires only if another process keeps the pipes open.
 const PUMPS_WAIT: Duration = Duration::from_secs(2);
 
 pub(super) struct AttemptConfig {
@@ -82,7 +82,9 @@ impl Child {
         let mut process = command.spawn().map_err(LaunchError::io("start a process"))?;
         let pid = Pid::from_child(&process);
         if job.guard.report('+', pid).is_err() {
-            print_notice("the guard process has ended: if the launcher is killed, children of ranks may survive");
+            print_notice(
+                "the guard process has ended, so child processes of ranks may survive if the launcher is killed",
+            );
         }
         let pumps = start_pumps(&mut process, &log).map_err(LaunchError::io("start a thread"))?;
         let events = job.events.0.clone();
@@ -114,7 +116,7 @@ impl Child {
         }
     }
 
-    /// Sends SIGUSR1 to the process only, and only if it has a handler: the default action would end the process.
+    /// Sends SIGUSR1 to the process only. Without a handler, the signal would end the process, so it is not sent.
     pub(super) fn signal_usr1(&self) {
         if signal_mask(&self.pid.to_string(), "SigCgt:") >> (SIGUSR1 - 1) & 1 == 1 {
             // An error means that the process has ended.
@@ -133,7 +135,7 @@ impl Child {
             Ok(status) => Exit::from_status(status),
             Err(_) => Exit::Internal,
         };
-        // The pipes close when the group ends, except if a child has left the group.
+        // The pipes close when the group ends, unless a child process has left the group.
         let _ = self.pumps.recv_timeout(PUMPS_WAIT);
         let report = Report::read(&self.error_file);
         let error_line = if exit == Exit::Done { None } else { self.log.errors().into_iter().next() };

@@ -1,10 +1,10 @@
-//! Two hidden commands of the binary, which end the children if the launcher dies.
+//! Two hidden commands of the `shardflow` binary. They end the launched processes if the launcher dies.
 //!
 //! A launcher that is killed by SIGKILL cannot end its processes. So each child sets its parent-death signal before it
 //! executes the program ([`become_program`]). The child's own children do not inherit this signal. So a guard process
 //! reads all process groups from a pipe, and kills the remaining groups when the launcher's end of the pipe closes
-//! ([`guard`]). The signal works without the guard. The guard reaches every process that has not left its group by
-//! `setsid`.
+//! ([`guard`]). The guard reaches every process that has not left its group with `setsid`. If the guard itself has
+//! ended, the parent-death signal still ends the launched processes.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -62,7 +62,7 @@ impl Drop for Guard {
 
 /// The command `shardflow guard`: reads process groups from `from` until EOF, then kills the remaining groups.
 pub fn guard(folder: &Path, from: impl BufRead) -> Exit {
-    // All of the launcher's processes often receive these signals, and the guard must outlive the launcher.
+    // These signals often go to all processes of a job at once, but the guard must outlive the launcher.
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT, signal_hook::consts::SIGHUP] {
         let _ = signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)));
     }
@@ -89,12 +89,13 @@ pub fn guard(folder: &Path, from: impl BufRead) -> Exit {
 pub fn child_command(helper: &Path, program: &Path, args: &[OsString]) -> Command {
     let mut command = Command::new(helper);
     command.arg("child").arg("--parent").arg(std::process::id().to_string()).arg("--").arg(program).args(args);
-    // In a group of its own, a child gets a terminal's signal only once, and its children get the launcher's signals.
+    // With a group of its own, a child gets a terminal's signal only once, because the launcher forwards it. The
+    // launcher's signals also reach the child's own children.
     command.process_group(0);
     command
 }
 
-/// The command `shardflow child`: executes `program`. The kernel kills it when the thread that started it ends.
+/// The command `shardflow child`: executes `program`. The kernel kills the program when the launcher's thread ends.
 pub fn become_program(parent: u32, program: PathBuf, args: &[OsString]) -> Exit {
     if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
         return fail(Exit::Internal, &format!("cannot set the parent-death signal: {error}"));

@@ -42,7 +42,7 @@ pub(super) struct Job<'a> {
     /// The exit codes of the attempts so far.
     pub(super) causes: Vec<u8>,
     departure: Option<Departure>,
-    /// Each reporting thread holds a clone of the sender, so the receiver is disconnected once all reports are sent.
+    /// Each reporting thread holds a clone of the sender. So the receiver is disconnected once all reports are sent.
     reports: (Sender<()>, Receiver<()>),
 }
 
@@ -85,8 +85,9 @@ impl<'a> Job<'a> {
             Some(source) => source.read()?,
             None if options.nodes > 1 => {
                 return Err(LaunchError::Refused(format!(
-                    "{} nodes need a secret: set SHARDFLOW_SECRET to the same text of at least 16 characters on each; \
-                     run `export SHARDFLOW_SECRET=$(shardflow secret)` on one node, and copy the value to the others",
+                    "{} nodes need a secret: set SHARDFLOW_SECRET to the same text of at least 16 characters on each \
+                     node; run `export SHARDFLOW_SECRET=$(shardflow secret)` on one node, and copy the value to the \
+                     others",
                     options.nodes
                 )));
             }
@@ -109,7 +110,7 @@ impl<'a> Job<'a> {
         let Some(departure) = self.departure.clone().filter(|_| report.concerns_all()) else { return };
         let count = if report.departed { self.options.local_processes } else { 1 };
         if report.departed {
-            print_notice("reporting the end of this node to the other nodes; a signal (Ctrl-C) stops this");
+            print_notice("reporting the end of this node to the other nodes; a signal (Ctrl-C) stops the report");
         }
         let pending = self.reports.0.clone();
         let send = move || {

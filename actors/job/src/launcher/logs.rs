@@ -1,4 +1,4 @@
-//! Log files of the processes. The launcher copies the first process's output to its log; the others write their own.
+//! Log files of the processes. The launcher writes the first process's log; every other process writes its own log.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::output::{self, OutputKind, OutputQueue, ends_line};
 
-/// Maximum length in bytes of a piece of output that is copied at once.
+/// Maximum number of output bytes that are copied at once. A longer line is copied in pieces.
 const LINE_BYTES_MAX: u64 = 64 << 10;
 /// How many bytes at a log's end are searched for errors.
 const TAIL_BYTES: u64 = 64 << 10;
@@ -74,7 +74,7 @@ pub(super) fn pump(from: impl Read, mut log: File, screen: &OutputQueue, failed:
                 Err(error) => report(error),
             }
         }
-        // The screen never drops standard error, JSON or errors.
+        // The queue of the screen never drops lines of standard error, JSON lines or error lines.
         let is_record = std::ptr::eq(screen, output::stderr()) || line.starts_with(b"{") || line.starts_with(b"error:");
         screen.put(if is_record { OutputKind::Record } else { OutputKind::Progress }, &line);
     }

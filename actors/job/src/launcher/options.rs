@@ -88,7 +88,8 @@ impl LaunchError {
     }
 }
 
-/// How to reach the other nodes. `None` if flags or variables are incomplete; other code reports this error.
+/// Returns how to reach the other nodes. Returns `None` for a single node. Also returns `None` if flags or variables
+/// are missing or invalid; other code reports this error.
 pub(super) fn departure(options: &LaunchOptions) -> Option<Departure> {
     let endpoint = options.endpoint.as_ref().filter(|_| options.nodes > 1)?;
     let variables = variables(options);
@@ -97,7 +98,7 @@ pub(super) fn departure(options: &LaunchOptions) -> Option<Departure> {
     Some(Departure::new(endpoint, secret, &cluster_options, processes(options)?))
 }
 
-/// Makes the report that this node has ended its job.
+/// Returns a report which states that this node has ended its job.
 pub(super) fn departed(options: &LaunchOptions, exit: Exit, cause: &str) -> Report {
     let LaunchOptions { node, local_processes, .. } = options;
     let rank = node.saturating_mul(*local_processes);
@@ -111,7 +112,7 @@ pub(super) fn processes(options: &LaunchOptions) -> Option<u32> {
     options.local_processes.checked_mul(options.nodes).filter(|processes| *processes <= PROCESSES_MAX)
 }
 
-/// The environment variables of this process. Flags override their values.
+/// The environment variables of this process. Values from flags replace those of the environment.
 pub(super) fn variables(options: &LaunchOptions) -> Variables {
     let given = options.variables.iter().map(|(name, value)| ((*name).to_owned(), value.clone()));
     process_variables().into_iter().chain(given).collect()
@@ -125,7 +126,7 @@ pub(super) fn check(options: &LaunchOptions) -> Result<(), LaunchError> {
     }
     if processes(options).is_none() {
         return usage(format!(
-            "--nnodes {nodes} --nproc-per-node {local_processes}: more than {PROCESSES_MAX} processes"
+            "--nnodes {nodes} --nproc-per-node {local_processes}: a job cannot have more than {PROCESSES_MAX} processes"
         ));
     }
     if node >= nodes {
@@ -159,7 +160,7 @@ pub(super) fn find_program(options: &LaunchOptions) -> Result<PathBuf, LaunchErr
     if program.components().count() == 1 && !name.contains('/') {
         let paths = env::var_os("PATH").unwrap_or_default();
         let found = env::split_paths(&paths).map(|folder| folder.join(&program)).find(runnable);
-        let place = if program.is_file() { " in PATH; for the file in this folder, write ./NAME" } else { " in PATH" };
+        let place = if program.is_file() { " in PATH; to run the file in this folder, use ./NAME" } else { " in PATH" };
         return found.ok_or_else(|| not_found(place));
     }
     let problem = match fs::metadata(&program) {

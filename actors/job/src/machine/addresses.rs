@@ -9,8 +9,8 @@ use crate::transport::{Address, first_success, resolve};
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Targets {
     pub(crate) addresses: Vec<SocketAddr>,
-    /// True if other nodes cannot use the addresses: the node's own name resolves to loopback, or an address is
-    /// unspecified.
+    /// True if other nodes cannot use any of the addresses, because each is a loopback address or unspecified
+    /// (`0.0.0.0`). For example, a node's own name may resolve to loopback.
     pub(crate) is_hidden: bool,
 }
 
@@ -21,7 +21,7 @@ impl Targets {
 }
 
 fn targets(name: &str, addresses: Vec<SocketAddr>, spans_nodes: bool) -> Targets {
-    // A literal loopback address stays as it is, because ports may be forwarded.
+    // A literal loopback address is not replaced, because its port may be forwarded to another node.
     let host = name.rsplit_once(':').map_or(name, |(host, _)| host);
     let ip = host.trim_matches(['[', ']']).split('%').next().unwrap_or_default();
     let is_literal = host == "localhost" || ip.parse().is_ok_and(|ip: IpAddr| !ip.is_unspecified());
@@ -34,9 +34,9 @@ fn targets(name: &str, addresses: Vec<SocketAddr>, spans_nodes: bool) -> Targets
     Targets { addresses: if is_hidden { addresses } else { external }, is_hidden }
 }
 
-/// Returns the local address, at port 0, from which this node reaches `HOST:PORT`. If the host is this node's own name
-/// and the job spans nodes, returns an address that other nodes may reach. Fails if the name has no address yet or
-/// there is no route to it.
+/// Returns the local address, with port 0, from which this node reaches `HOST:PORT`. If the host is this node's own
+/// name and the job spans nodes, returns an address that other nodes may reach. Fails if the name does not resolve yet,
+/// or if there is no route to its address.
 pub(crate) fn address_towards(name: &str, spans_nodes: bool) -> io::Result<SocketAddr> {
     let Targets { addresses, is_hidden } = Targets::of(name, spans_nodes)?;
     if let Some(outward) = outward_address().filter(|_| is_hidden) {
@@ -55,16 +55,16 @@ pub fn hidden_name(coordinator: &Address, spans_nodes: bool) -> Option<String> {
     }
     Some(match outward_address() {
         Some(outward) => format!(
-            "{host} resolves to {ip} on this node (see /etc/hosts), but other nodes cannot reach that address: rank 0 \
-             listens on all addresses, and this node's processes publish {}; set SHARDFLOW_INTERFACE to publish \
-             another one",
+            "{host} resolves to {ip} on this node (see /etc/hosts), but other nodes cannot reach that address; so rank \
+             0 listens on all addresses, and this node's processes publish {} instead; to publish another address, set \
+             SHARDFLOW_INTERFACE",
             outward.ip()
         ),
         None => format!("{host} resolves to {ip} on this node, which has no address that other nodes can reach"),
     })
 }
 
-/// Parses an IP address, with a zone if it is link-local (`fe80::1%eth0`), at port 0.
+/// Parses an IP address and adds port 0. A link-local address may have a zone: `fe80::1%eth0`.
 pub fn parse_ip(text: &str) -> Option<SocketAddr> {
     // Host names are rejected: resolving a name may be slow and return several addresses.
     let ip: IpAddr = text.split('%').next()?.parse().ok()?;
@@ -81,7 +81,7 @@ fn outward_address() -> Option<SocketAddr> {
     routed.or_else(|| node_addresses(&read("/proc/net/fib_trie"), &read("/proc/net/if_inet6")).first().copied())
 }
 
-/// The source address of packets from this node to `target`, at port 0.
+/// The source address of packets from this node to `target`, with port 0.
 fn source_address(target: SocketAddr) -> io::Result<SocketAddr> {
     let any: IpAddr = if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     // Connecting a UDP socket sends no packet, but the system selects the route and thereby the source address.

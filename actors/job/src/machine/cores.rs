@@ -25,9 +25,10 @@ fn cores_of(mask: &[u64]) -> impl Iterator<Item = usize> {
     (0..mask.len() * 64).filter(|core| mask[core / 64] >> (core % 64) & 1 == 1)
 }
 
-/// Returns the threads per device of process `own`, at least 1. `node` lists each process's affinity mask and device
-/// count. A core in several masks is divided among the devices of these processes. An empty mask is unknown and counts
-/// as overlapping all others. `quota` is how many cores a cgroup grants to the processes that share cores with `own`.
+/// Returns how many threads each device of process `own` gets, at least 1. `node` lists the affinity mask and the
+/// device count of each process of the node. A core in the masks of several processes is divided among the devices of
+/// these processes. An empty mask means that the cores are unknown, and counts as overlapping all other masks. `quota`
+/// is how many cores a cgroup grants to the processes that share cores with `own`.
 pub fn threads_per_device(node: &[(&[u64], usize)], own: usize, quota: usize) -> usize {
     let own: Vec<usize> = cores_of(node[own].0).collect();
     let has = |mask: &[u64], core: usize| {

@@ -21,13 +21,13 @@ impl fmt::Display for MemoryBound {
         match self {
             Self::Machine => write!(f, "MemAvailable of /proc/meminfo"),
             Self::Cgroup { folder, limit_bytes, used_bytes } => {
-                write!(f, "cgroup {}: limit {limit_bytes}, {used_bytes} in use", folder.display())
+                write!(f, "cgroup {}: limit {limit_bytes} bytes, {used_bytes} bytes in use", folder.display())
             }
         }
     }
 }
 
-/// Device and inode of a memory cgroup's folder. All processes of the machine see the same id, even at different paths.
+/// Device and inode of a memory cgroup's folder. All processes see the same values, even if the path differs.
 pub type CgroupId = (u64, u64);
 
 impl MemoryBound {
@@ -59,7 +59,7 @@ pub struct FreeMemory {
     pub bound: MemoryBound,
 }
 
-/// The least free memory of the machine and of all memory cgroups up to the root. `None` if `/proc` does not report it.
+/// The smallest free memory of the machine and of this process's memory cgroups. `None` if `/proc` does not report it.
 pub fn free_memory() -> Option<FreeMemory> {
     memory_bounds().into_iter().next()
 }
@@ -80,7 +80,7 @@ fn memory_bounds_by(read: &dyn Fn(&Path) -> Option<String>) -> Vec<FreeMemory> {
     bounds
 }
 
-/// A larger limit counts as no limit: version 1 reports a limit near 2^63 for an unlimited cgroup.
+/// A larger limit counts as no limit: cgroup version 1 reports a limit near 2^63 for an unlimited cgroup.
 const UNLIMITED_BYTES: u64 = 1 << 60;
 
 /// Returns a value of `/proc/meminfo` in bytes.
@@ -111,7 +111,7 @@ fn cgroups(cgroups: &str, mounts: &str, read: &dyn Fn(&Path) -> Option<String>) 
         let folder =
             Path::new(path).strip_prefix(&root).map_or(mount.clone(), |below| mount.join(below).components().collect());
         for (index, folder) in folder.ancestors().take_while(|folder| folder.starts_with(&mount)).enumerate() {
-            // Version 1 only: in this mode a cgroup's usage does not include its children.
+            // In version 1, a cgroup's usage does not include that of its children if this file contains 0.
             let is_flat = read(&folder.join("memory.use_hierarchy")).is_some_and(|text| text.trim() == "0");
             if index > 0 && is_flat {
                 break;
@@ -137,7 +137,7 @@ fn mount_of(line: &str, kind: &str) -> Option<(PathBuf, PathBuf)> {
 fn cgroup(folder: &Path, files: [&str; 3], read: &dyn Fn(&Path) -> Option<String>) -> Option<FreeMemory> {
     let [limit, usage, prefix] = files;
     let number = |name: &str| read(&folder.join(name))?.trim().parse::<u64>().ok();
-    // Without a limit, version 2 has `max`. Version 1 has a number near 2^63, which is never the tightest bound.
+    // Without a limit, version 2 reports `max`, and version 1 a number near 2^63, which is never the tightest bound.
     let (limit_bytes, usage) = (number(limit)?, number(usage)?);
     let stat = read(&folder.join("memory.stat")).unwrap_or_default();
     // Page cache counts as available, as it does in `MemAvailable`.
@@ -164,7 +164,7 @@ mod tests {
 41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw,nsdelegate
 ";
 
-    /// Returns the least free memory and its cgroup's folder. `files` has pairs of `(path, text)`.
+    /// Returns the least free memory, and the folder of the cgroup that has it. `files` has pairs of `(path, text)`.
     fn least(own: &str, mounts: &str, files: &[(&str, &str)]) -> Option<(u64, String)> {
         let files: BTreeMap<PathBuf, &str> = files.iter().map(|(path, text)| (path.into(), *text)).collect();
         let read = |path: &Path| files.get(path).map(|text| (*text).to_owned());

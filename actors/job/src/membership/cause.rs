@@ -1,17 +1,19 @@
-//! Decides which of several reports is the first cause of a session's end. Pure: the caller supplies the time.
+//! Decides which of several reports is the first cause of a session's end. It is pure: the caller supplies the time.
 //!
 //! One failure causes many reports. The failed process reports itself. Its peers report lost connections, and later
-//! missing heartbeats. Processes that stop because of the failure are also reported as lost. Reports carry no times,
-//! because clocks differ. Their rank depends on their kind, and on whether the reporter already knew of another report:
+//! missing heartbeats. Processes that stop because of the failure are also reported as lost. Reports contain no times,
+//! because clocks differ. The class of a report depends on its kind, and on whether the reporter already knew of
+//! another report. The first cause is in the first of these four classes that has a report:
 //!
 //! 1. this process's own failure, unless this process already knew of a peer's own failure;
 //! 2. a peer's own failure, unless that peer already knew of another process's own failure;
 //! 3. secondary failures: the reporter already knew of another process's failure;
-//! 4. symptoms (lost connection, missing heartbeats): the process with the most first-hand accusers wins, then the one
-//!    with the most accusers.
+//! 4. symptoms (lost connection, missing heartbeats): the process with the most first-hand accusers wins (reporters
+//!    that knew of no other report). A tie goes to the process with the most accusers of any kind.
 //!
-//! The lower process number wins a tie. After the first report, a grace window allows better reports to arrive. So
-//! processes that receive the same reports in any order decide on the same cause. Only an own failure is final at once.
+//! If a tie remains, the lower process number wins. After the first report, the decision waits for a grace window, in
+//! which reports of a better class can arrive. So processes that receive the same reports in any order decide on the
+//! same cause. Only this process's own failure (class 1) is decided at once.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -25,9 +27,9 @@ use serde::{Deserialize, Serialize};
 pub struct FirstCause {
     /// The process that failed or was lost.
     pub process: u32,
-    /// What happened to it, and which process observed it.
+    /// What happened to that process, and which process observed it.
     pub cause: String,
-    /// The exit code: that of the failed process, or 69 if it was lost.
+    /// The exit code of the failed process, or 69 if the process was lost.
     pub exit: u8,
 }
 
@@ -53,7 +55,7 @@ pub(crate) struct Report {
     pub(crate) kind: Kind,
     /// True if the reporter already knew of another report that may have caused this one.
     pub(crate) follows: bool,
-    /// Empty if a heartbeat, which has no room for text, brought the report. A control message supplies the text later.
+    /// Empty if the report arrived in a heartbeat, which has no room for text. A control message brings the text later.
     pub(crate) cause: String,
     pub(crate) exit: u8,
 }
@@ -64,8 +66,8 @@ impl Report {
     }
 }
 
-/// Text for the cause if only a heartbeat has brought the report.
-const UNKNOWN_CAUSE: &str = "it is lost; the report of the cause did not arrive";
+/// Text of the cause if the report arrived only in a heartbeat.
+const UNKNOWN_CAUSE: &str = "it was lost; the message with the reason did not arrive";
 
 /// Collects reports and makes one decision.
 #[derive(Debug)]
@@ -73,14 +75,14 @@ pub(crate) struct Arbiter {
     own: u32,
     processes: u32,
     grace: Duration,
-    /// When the grace window ends.
+    /// When the grace window ends; `None` before the first report.
     decide_at: Option<Duration>,
     /// Reports by reporter, accused process and kind. This key bounds the number of reports.
     reports: BTreeMap<(u32, u32, Kind), Report>,
     closed: bool,
-    /// The reports that this process has passed on, and whether they contained a cause.
+    /// For each report that this process has passed on: whether it contained the text of the cause.
     relayed: BTreeMap<(u32, u32, Kind), bool>,
-    /// The best (lowest) rank of the relayed reports, see [`Arbiter::relays`].
+    /// The best (lowest) class of the reports that were passed on, as [`Arbiter::relays`] computes it.
     best_relayed: u8,
 }
 
@@ -105,8 +107,7 @@ impl Arbiter {
         Report { by: self.own, about, kind: Kind::Lost, follows, cause, exit }
     }
 
-    /// The process that this process lost before it knew of another report. If there are several, the one with the
-    /// lowest number.
+    /// The process that this process lost before it knew of another report: the lowest number, if there are several.
     pub(crate) fn lost_by_own(&self) -> Option<u32> {
         let lost = self.reports.values().find(|r| r.by == self.own && r.kind == Kind::Lost && !r.follows);
         lost.map(|r| r.about)
@@ -122,8 +123,9 @@ impl Arbiter {
         exist && (report.by == report.about) == (report.kind == Kind::Failed)
     }
 
-    /// True if this process must pass the report on, even after its own decision. It passes each report on once. A
-    /// report that ranks below an already relayed report cannot be the first cause, so it is dropped.
+    /// True if this process must pass the report on, even after its own decision. It passes each report on once, and
+    /// again if the text of the cause arrives later. If it has already passed on a report of a better class, `report`
+    /// cannot be the first cause and is dropped.
     pub(crate) fn relays(&mut self, report: &Report) -> bool {
         let rank = match report.kind {
             Kind::Failed if !report.follows => 0,
@@ -163,7 +165,7 @@ impl Arbiter {
         self.decide_at.is_some() && !self.closed
     }
 
-    /// Returns the first cause, once, after the grace window.
+    /// Returns the first cause when the grace window has ended. Later calls return `None`.
     pub(crate) fn tick(&mut self, now: Duration) -> Option<FirstCause> {
         if self.closed || now < self.decide_at? {
             return None;

@@ -1,5 +1,5 @@
 //! The control plane: one thread that exchanges control messages with all peers over authenticated connections. The
-//! length of a message precedes it as a little-endian u32. The first message is [`Body::Joined`].
+//! length of a message precedes the message as a little-endian u32. The first message is [`Body::Joined`].
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
@@ -17,7 +17,7 @@ use super::outbox::{Outbox, Waiting};
 use super::shared::{JoinOnDrop, Shared};
 use crate::transport::{Connection, Socket};
 
-/// Starts the control thread. The thread ends when the first returned value is dropped. Connections open later.
+/// Starts the control thread. Drop the first value to end it. A peer counts as connected after its first message.
 pub(super) fn start(
     shared: Arc<Shared>,
     connections: BTreeMap<u32, Connection>,
@@ -77,7 +77,7 @@ async fn receive(shared: &Shared, process: u32, connection: &AsyncConnection, ou
         connection.read_exact(&mut length).await?;
         let length = u32::from_le_bytes(length) as usize;
         if length > CONTROL_BYTES_MAX {
-            shared.garbled(process, "too long");
+            shared.garbled(process, "the message is too long");
             return Ok(());
         }
         let mut bytes = vec![0; length];
@@ -86,7 +86,7 @@ async fn receive(shared: &Shared, process: u32, connection: &AsyncConnection, ou
             (Ok(ControlMessage { body: Body::Joined, .. }), Some(outbox)) => shared.connected(process, outbox),
             (Ok(message), None) => shared.receive(process, message),
             (Ok(_), Some(_)) => {
-                shared.garbled(process, "a message before it joined");
+                shared.garbled(process, "the peer sent a message before it joined");
                 return Ok(());
             }
             (Err(why), waiting) => {
@@ -109,7 +109,7 @@ enum Ready {
 }
 
 impl AsyncConnection {
-    /// Must be called in the context of a runtime.
+    /// Must be called in the context of a tokio runtime.
     fn new(connection: Connection) -> io::Result<Self> {
         connection.set_nonblocking(true)?;
         let ready = match connection.socket() {

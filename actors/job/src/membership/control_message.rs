@@ -1,4 +1,4 @@
-//! Encodes control messages with limits: `header (bincode) | payload`. The payload is raw: bincode copies it bytewise.
+//! Encodes control messages as `header (bincode) | payload`. The payload is raw, because bincode copies byte by byte.
 
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use serde::{Deserialize, Serialize};
@@ -22,7 +22,7 @@ pub(crate) struct ControlMessage {
     pub(crate) payload: Vec<u8>,
 }
 
-/// Maximum number of processes in a message.
+/// Maximum number of processes in one [`Body::Leaving`].
 pub(crate) const LISTED_MAX: usize = 512;
 /// Value of `to` in a message to all processes.
 pub(crate) const TO_ALL: u32 = u32::MAX;
@@ -32,19 +32,20 @@ pub(crate) const TO_ALL: u32 = u32::MAX;
 pub(crate) enum Body {
     /// The first message. It reports that the sender's membership runs.
     Joined,
-    /// All processes on the sender's side of the edge have joined.
+    /// All processes on the sender's side of the tree edge to the receiver have joined.
     Complete,
-    /// A message of the application, from one process to another or to all processes. The payload is its bytes.
+    /// A message of the application, from one process to another or to all processes. The payload contains its bytes.
     Message { from: u32, to: u32, topic: u16 },
-    /// A process failed or lost another one.
+    /// A process has failed, or has lost another process.
     Report(Report),
-    /// These processes have left in order.
+    /// These processes have left the session cleanly.
     Leaving { processes: Vec<u32> },
     /// How many urgent control messages the sender has received since the start.
     Received { urgent: u64 },
-    /// Numbers of a topic's round. Upwards, the payload combines the sender's subtree; downwards, all processes.
+    /// Numbers of a topic's round. A payload to the parent combines the numbers of the sender's subtree. A payload to a
+    /// child combines the numbers of all processes.
     Round { topic: u16, round: u64 },
-    /// The topic's round waits for this process.
+    /// The topic's round waits for the numbers of `process`.
     Missing { topic: u16, round: u64, process: u32 },
 }
 
@@ -72,10 +73,10 @@ impl ControlMessage {
 
     pub(crate) fn read(bytes: &[u8]) -> Result<Self, &'static str> {
         let (body, read): (Body, usize) =
-            bincode::serde::decode_from_slice(bytes, CONFIG).map_err(|_| "a header that cannot be read")?;
+            bincode::serde::decode_from_slice(bytes, CONFIG).map_err(|_| "the header cannot be decoded")?;
         let payload = bytes[read..].to_vec();
         if payload.len() > body.payload_bytes_max() {
-            return Err("too many bytes");
+            return Err("the payload is too long");
         }
         Ok(Self { body, payload })
     }
@@ -123,14 +124,14 @@ mod tests {
                 assert!(ControlMessage::read(&bytes[..length]).is_err(), "{message:?} cut to {length}");
             }
             if message.body.payload_bytes_max() == 0 {
-                assert_eq!(ControlMessage::read(&[&bytes[..], &[0]].concat()), Err("too many bytes"));
+                assert_eq!(ControlMessage::read(&[&bytes[..], &[0]].concat()), Err("the payload is too long"));
             }
         }
         let long = ControlMessage {
             body: Body::Message { from: 1, to: 0, topic: 0 },
             payload: vec![0; MESSAGE_BYTES_MAX + 1],
         };
-        assert_eq!(ControlMessage::read(&long.write()), Err("too many bytes"));
+        assert_eq!(ControlMessage::read(&long.write()), Err("the payload is too long"));
     }
 
     proptest::proptest! {

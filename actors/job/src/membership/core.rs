@@ -1,13 +1,15 @@
-//! The state of one membership: its neighbours in the control tree, reports, rounds and the first cause. Pure: the
-//! caller supplies the time and executes the effects in order.
+//! The state of one membership: its neighbours in the control tree, reports, rounds and the first cause. This module is
+//! pure: the caller supplies the time, and executes the effects in order.
 //!
 //! - **CM-1**: one path connects any two processes. Every process handles a neighbour's messages in order and
 //!   immediately queues those that it passes on. So messages between two processes arrive in the order of sending.
 //! - **CM-2**: a process's messages are accepted only from the neighbour on the way to that process.
-//! - **CM-3**: a process that has left passes messages on until its connections close. Then the processes below it can
-//!   no longer reach the rest. This is no failure: a session's processes leave together, after their last common work.
-//! - **CM-4**: every neighbour of a lost process detects the loss and reports it to the part of the tree that it still
-//!   reaches. So every process learns of the loss within a deadline and one message for each level of the tree.
+//! - **CM-3**: a process that has left passes messages on until its connections close. After that, the processes below
+//!   it in the tree can no longer reach the other processes. This is no failure, because a session's processes leave
+//!   together, after their last common work.
+//! - **CM-4**: every neighbour of a lost process detects the loss, and reports it to the part of the tree that the
+//!   neighbour still reaches. So every process receives a report within the heartbeat deadline plus the time that a
+//!   message takes through the tree.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -50,15 +52,15 @@ pub(super) enum Link {
 #[derive(Debug, Default)]
 pub(super) struct Peer {
     pub(super) link: Link,
-    /// True if all processes on the neighbour's side of the edge have joined.
+    /// True if all processes on the neighbour's side of the tree edge have joined.
     is_complete: bool,
     pub(super) left: bool,
-    /// Urgent control messages: sent to the peer, acknowledged by it, and received from it.
+    /// Numbers of urgent control messages: sent to the peer, acknowledged by the peer, and received from the peer.
     pub(super) urgent_sent: u64,
     pub(super) urgent_acknowledged: u64,
     urgent_received: u64,
     pub(super) last_heartbeat: Option<Duration>,
-    /// The most silent process on the neighbour's side of the edge, according to its last heartbeat.
+    /// The most silent process on the neighbour's side of the edge, according to the neighbour's last heartbeat.
     most_silent: Option<MostSilent>,
     /// Processes whose departure has not been reported to the neighbour yet.
     departures: BTreeSet<u32>,
@@ -106,7 +108,7 @@ impl Core {
         self.detector.is_some()
     }
 
-    /// Handles the first message of a neighbour, and sends the earlier reports to this neighbour.
+    /// Handles the first message of a neighbour. Sends it all reports that this process has accepted so far.
     pub(crate) fn connected(&mut self, process: u32, now: Duration) {
         let Some(peer) = self.peers.get_mut(&process) else { return };
         peer.link = Link::Open;
@@ -133,13 +135,13 @@ impl Core {
         }
     }
 
-    /// Neighbours that have not joined, and neighbours whose side of the edge is not complete.
+    /// The neighbours that have not joined, and those that have an unjoined process on their side of the edge.
     pub(super) fn missing_peers(&self) -> impl Iterator<Item = (u32, &Peer)> {
         let is_missing = |(_, peer): &(&u32, &Peer)| peer.link == Link::Joining || !peer.is_complete;
         self.peers.iter().filter(is_missing).map(|(process, peer)| (*process, peer))
     }
 
-    /// Handles the end of the control connection to a peer; a symptom of failure, unless the peer has left.
+    /// Handles the end of the control connection to a peer. It is a symptom of a failure, unless the peer has left.
     pub(crate) fn disconnected(&mut self, process: u32, now: Duration) {
         if let Some(peer) = self.peers.get_mut(&process) {
             peer.link = Link::Closed;
@@ -149,9 +151,9 @@ impl Core {
         }
     }
 
-    /// The next heartbeats, one to each neighbour: the process that this one has lost, and the most silent process on
-    /// this side of the edge. Empty if the session has ended and this process lost nobody; neighbours then detect
-    /// silence.
+    /// The content of the next heartbeats: for each neighbour, its number, the process that this process has lost, and
+    /// the most silent process on this side of the edge to the neighbour. Empty if the session has ended and this
+    /// process has lost no other. Neighbours then detect that this process is silent.
     pub(crate) fn heartbeats(&self, now: Duration) -> Vec<(u32, Option<u32>, Option<MostSilent>)> {
         let lost = self.arbiter.lost_by_own();
         if self.first.is_some() && lost.is_none() {
@@ -171,8 +173,8 @@ impl Core {
         let by = heartbeat.process;
         let Some(peer) = self.peers.get_mut(&by) else { return };
         if let Some(about) = heartbeat.lost {
-            // This is not a sign of life, because the sender is ending. TCP needs both directions, so the sender's
-            // control message may be lost.
+            // This heartbeat is not a sign of life, because the sender is ending. The sender has also sent the report
+            // as a control message. That message may be lost, because TCP works only if both directions work.
             let (cause, exit) = (String::new(), Exit::PeerUnavailable.code());
             let report = Report { by, about, kind: Kind::Lost, follows: false, cause, exit };
             if !peer.left {
@@ -239,7 +241,7 @@ impl Core {
         }
     }
 
-    /// Sends a report of this process to all. Returns false if the report changes nothing.
+    /// Adds a report of this process, and sends it to all. Returns false if the report is known, too late or invalid.
     fn add_own_report(&mut self, report: Report, now: Duration) -> bool {
         let is_new = self.arbiter.report(now, report.clone());
         if is_new && self.arbiter.relays(&report) {
@@ -318,7 +320,7 @@ impl Core {
         self.send(by, body.into());
     }
 
-    /// Delivers an application's message, or passes it on.
+    /// Delivers an application's message to this process, passes it on to neighbours, or both.
     fn receive_message(&mut self, by: u32, message: ControlMessage) {
         let Body::Message { from, to, topic } = message.body else { return };
         let onward: Vec<u32> = match to {
@@ -368,7 +370,7 @@ impl Core {
         is_open.then_some(hop)
     }
 
-    /// Leaves cleanly: notifies the others. From now on nothing counts as a failure of this process's session.
+    /// Leaves the session cleanly and notifies the others. After that, no event counts as a failure for this process.
     pub(crate) fn leave(&mut self) {
         if self.first.is_none() && !self.left {
             self.left = true;
@@ -422,8 +424,9 @@ impl Core {
         self.detector.as_ref()?.health(process, now)
     }
 
-    /// Time since each process's last sign of life; `None` if it has left. For a process behind a neighbour, this is
-    /// the neighbour's time, plus the silence that the neighbour reports if that process is the most silent one.
+    /// The time since the last sign of life of each other process, or `None` if that process has left. For a process
+    /// behind a neighbour, this is the neighbour's own time. If the neighbour reports that process as the most silent
+    /// one, the reported silence is added.
     pub(crate) fn silent_times(&self, now: Duration) -> Vec<(u32, Option<Duration>)> {
         let silent = |process: u32| {
             let hop = self.tree.next_hop(self.own, process).filter(|_| !self.departed.contains(&process))?;

@@ -1,4 +1,4 @@
-//! The heartbeat datagram: a [`Signed`] with fixed-size little-endian numbers, and its MAC. Pure.
+//! The heartbeat datagram: the fields of [`Signed`] as fixed-size little-endian numbers, followed by their MAC.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -7,7 +7,8 @@ use bincode::config::{Configuration, Fixint, LittleEndian, legacy};
 
 pub(crate) const BYTES: usize = SIGNED + MAC;
 
-/// Magic, version, session, epoch, process, lost process, sequence, most silent process, its silence in milliseconds.
+/// The fields are magic, version, session, epoch, process, lost process, sequence number, most silent process, and the
+/// silence of that process in milliseconds.
 type Signed = ([u8; 4], u32, [u8; 16], u64, u32, u32, u64, u32, u32);
 
 const CONFIG: Configuration<LittleEndian, Fixint> = legacy();
@@ -16,7 +17,7 @@ const VERSION: u32 = 4;
 /// Number of bytes that the MAC covers.
 const SIGNED: usize = 56;
 const MAC: usize = 16;
-/// Value of a field without a process.
+/// Value of a process field that names no process.
 const NO_PROCESS: u32 = u32::MAX;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +28,7 @@ pub(crate) struct Heartbeat {
     pub(crate) sequence: u64,
     /// The process that the sender has lost. The sender ends because of this loss.
     pub(crate) lost: Option<u32>,
-    /// The most silent process on the sender's side of the edge.
+    /// The most silent process on the sender's side of the tree edge to the receiver.
     pub(crate) most_silent: Option<MostSilent>,
 }
 
@@ -45,13 +46,13 @@ pub(crate) enum Rejection {
     Format,
     /// The MAC is wrong: the datagram was signed without the job's key.
     Mac,
-    /// The datagram is from an older incarnation.
+    /// The datagram is from an older epoch.
     OldEpoch,
-    /// The datagram is from a newer incarnation: this process belongs to an old one.
+    /// The datagram is from a newer epoch, so this process belongs to an old one.
     NewerEpoch,
-    /// The datagram is from another run with the same key.
+    /// The datagram is from another session with the same key.
     Session,
-    /// The datagram is a duplicate, or older than the newest datagram.
+    /// The datagram is a duplicate, or is older than the newest datagram of its process.
     Replay,
 }
 
@@ -99,7 +100,7 @@ impl Codec {
         mac
     }
 
-    /// Checks and decodes a datagram; accepts each sequence number once.
+    /// Checks and decodes a datagram. Accepts each sequence number of a process only once.
     pub(crate) fn read(&mut self, bytes: &[u8]) -> Result<Heartbeat, Rejection> {
         let Ok((signed, SIGNED)) = bincode::serde::decode_from_slice::<Signed, _>(bytes, CONFIG) else {
             return Err(Rejection::Format);
@@ -123,7 +124,7 @@ impl Codec {
             newer if newer > self.epoch => Rejection::NewerEpoch,
             _ if process >= self.processes => Rejection::Format,
             _ if lost.is_some_and(|lost| lost >= self.processes || lost == process) => Rejection::Format,
-            // Every heartbeat has exactly one encoding.
+            // Without a most silent process, the silence must be 0, so that every heartbeat has exactly one encoding.
             _ if most_silent.map_or(silent_ms != 0, |most| most.process >= self.processes) => Rejection::Format,
             _ if sequence <= highest => Rejection::Replay,
             _ => {

@@ -11,7 +11,7 @@ use crate::exit::Exit;
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum MembershipError {
-    #[error("membership of process {process} of {processes}: {problem}")]
+    #[error("cannot start the membership of process {process} of {processes}: {problem}")]
     Config { process: u32, processes: u32, problem: String },
     #[error("cannot {operation}: {source}")]
     Io { operation: &'static str, source: io::Error },
@@ -22,15 +22,17 @@ pub enum MembershipError {
     #[error("a message of {bytes} bytes exceeds the control plane's maximum of {MESSAGE_BYTES_MAX} bytes")]
     TooLarge { bytes: usize },
     #[error(
-        "process {process} reads no messages: {messages} ({bytes} bytes) are queued for it; the maximum is {} ({} MiB)",
+        "process {process} does not read its messages: {messages} messages ({bytes} bytes) are queued for it; the \
+         maximum is {} messages or {} MiB",
         outbox::MESSAGES_MAX,
         outbox::BYTES_MAX >> 20
     )]
     Backlog { process: u32, messages: u64, bytes: u64 },
-    #[error("process {process} is not a peer: the world has {processes} processes, including this one")]
+    #[error("cannot send a message to process {process}: it must be another process of this world of {processes}")]
     NoPeer { process: u32, processes: u32 },
     #[error(
-        "topic {topic}: each field must have the length that its merge rule requires, and the topic must be below 64"
+        "invalid numbers for topic {topic}: the topic must be below 64, and each field must have the number of words \
+         that its merge rule requires"
     )]
     Numbers { topic: u16 },
     #[error("process {process} has left or is disconnected")]

@@ -1,4 +1,4 @@
-//! Properties of the heartbeat and control message decoders for arbitrary input; for fuzzing and tests.
+//! Checks of the decoders of heartbeats and control messages with arbitrary input, for fuzzing and tests.
 use super::cause::{Kind, Report};
 use super::control_message::{Body, ControlMessage, MESSAGE_BYTES_MAX};
 use super::datagram::{BYTES, Codec, Rejection};
@@ -46,7 +46,7 @@ pub fn samples() -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// Checks that datagrams without the key are rejected. Checks that every accepted datagram is of this epoch, comes from
+/// Checks that datagrams without the key are rejected. Checks that every accepted datagram has this epoch, comes from
 /// an existing process, has exactly one encoding, and is accepted only once. Panics if a check fails.
 pub fn check_datagram(bytes: &[u8]) {
     let mut codec = codec(7);
@@ -63,7 +63,8 @@ pub fn check_datagram(bytes: &[u8]) {
 }
 
 /// Checks that a decoded control message has exactly one encoding and a payload within the limit. Also reads the bytes
-/// as numbers of a round: they have one encoding, and combining them with a process's own numbers terminates.
+/// as numbers of a round. Checks that these have exactly one encoding, and that they combine with a process's own
+/// numbers to a valid result.
 ///
 /// # Panics
 /// Panics if one of these checks fails.

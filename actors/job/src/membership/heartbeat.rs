@@ -1,7 +1,7 @@
 //! One thread that sends and receives heartbeats and runs the failure detector.
 //!
 //! Heartbeats are datagrams, because a TCP connection could stay silent past the deadline. After a network outage of
-//! some seconds, TCP may wait for about the same time before it retransmits. A datagram arrives at once.
+//! some seconds, TCP may wait for about the same time before it retransmits. The next datagram arrives at once.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -64,7 +64,7 @@ impl Heartbeats {
         for (to, lost, most_silent) in self.shared.heartbeats() {
             let Some(address) = self.addresses.get(&to) else { continue };
             let datagram = self.codec.write(self.shared.own, *sequence, lost, most_silent);
-            // A network failure causes missing heartbeats on both sides; the next heartbeat retries.
+            // Does not retry, because the next heartbeat follows soon. If the network stays down, peers detect it.
             if let Err(error) = self.socket.send_to(&datagram, address) {
                 tracing::debug!(%address, %error, "cannot send a heartbeat");
             }
@@ -72,7 +72,7 @@ impl Heartbeats {
     }
 
     fn wait(&self, timeout: Duration) {
-        // The timeout is rounded up to milliseconds, so that the loop does not spin for the last fraction.
+        // Rounds the timeout up to whole milliseconds, so that the loop does not spin during the last fraction of one.
         let nanos = (timeout.subsec_millis() + 1).min(999) * 1_000_000;
         let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: i64::from(nanos) };
         // An error (a signal) has the same effect as a timeout: the loop continues.

@@ -1,7 +1,7 @@
 //! Control messages that wait until they are written to a peer's connection.
 //!
 //! - **OB-1**: at most [`MESSAGES_MAX`] application messages wait, with at most [`BYTES_MAX`] bytes in total. So a peer
-//!   that does not read uses no memory beyond this and the buffers of its socket.
+//!   that does not read its messages uses no memory beyond this limit and the buffers of its socket.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! Combines numbers of all processes along the control tree: the rules, and the message of a subtree. Pure.
+//! The rules that combine numbers of all processes along the control tree, and the messages that carry these numbers.
 //!
 //! Every rule gives the same result for any tree: a maximum and a comparison do not depend on the order, and process
 //! 0's value needs no combination. There is no rule for sums of floats, because their bits would depend on the tree.
@@ -15,7 +15,7 @@ use super::tree::ControlTree;
 const CONFIG: Configuration<LittleEndian, Fixint, Limit<MESSAGE_BYTES_MAX>> =
     bincode::config::legacy().with_limit::<MESSAGE_BYTES_MAX>();
 
-/// How the words of a field combine. All processes use the same rules for a topic's round.
+/// How the words (u64) of one field are combined. A topic's round has one rule per field, the same on all processes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MergeRule {
     /// The largest of the processes' word lists, compared lexicographically.
@@ -28,8 +28,9 @@ pub enum MergeRule {
         /// Number of words.
         words: usize,
     },
-    /// One word that must be equal on the listed processes (in ascending order), or on all if there is no list. Other
-    /// processes supply no word. The word travels up only until the words of all these processes have been compared.
+    /// One word, which must be equal on the listed processes, or on all processes if there is no list. The list is in
+    /// ascending order. Processes that are not listed supply no word. The word travels up the tree only until the words
+    /// of all listed processes have been compared.
     Same(Option<Arc<[u32]>>),
 }
 
@@ -56,12 +57,12 @@ pub struct Difference {
 pub(crate) struct Partial {
     /// The words of all [`MergeRule::Max`] fields, in order.
     max: Vec<u64>,
-    /// Fields whose words are equal so far. Processes further up compare these words with others.
+    /// Each field whose words are equal so far, with its word. Processes further up compare the word with others.
     same: Vec<(u32, u64)>,
     difference: Option<Difference>,
 }
 
-/// The combined numbers, as they travel down.
+/// The combined numbers of all processes, as process 0 sends them down the tree.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Total {
     /// The words of all [`MergeRule::Max`] and [`MergeRule::First`] fields, in order.
@@ -70,7 +71,7 @@ struct Total {
 }
 
 fn encode(value: &impl Serialize) -> Vec<u8> {
-    // Writing to a vector does not fail, and `fits` has checked the size.
+    // Writing to a vector does not fail, and `Shared::supply` has checked the size.
     bincode::serde::encode_to_vec(value, CONFIG).unwrap_or_default()
 }
 
@@ -168,7 +169,7 @@ impl Partial {
             values.sort_unstable();
             out.difference = Some(Difference { field, values });
         }
-        // Words after the first difference no longer matter.
+        // Fields after the first one that differs no longer matter.
         let open = equal.into_iter().filter(|(field, _)| first.is_none_or(|first| *field < first));
         let open = open.filter(|(field, _)| !is_compared(rules, *field, tree, own));
         out.same = open.map(|(field, words)| (field, words[0].1)).collect();
@@ -264,7 +265,7 @@ mod tests {
 
     use super::*;
 
-    /// Combines all numbers along the tree, from the leaves to process 0. Also returns the largest message.
+    /// Combines all numbers along the tree, from the leaves to process 0. Also returns the size of the largest message.
     fn reduce(tree: &ControlTree, rules: &[MergeRule], fields: &[Vec<Vec<u64>>]) -> (Reduced, usize) {
         let mut partials: BTreeMap<u32, Partial> = BTreeMap::new();
         let mut bytes = 0;
@@ -345,7 +346,7 @@ mod tests {
     fn a_message_does_not_grow_with_the_number_of_processes() {
         let bytes = [8u32, 64, 3072].map(|processes| {
             let tree = ControlTree::new(&(0..processes).map(|process| process / 8).collect::<Vec<_>>());
-            // In each step of a mesh with 8 tensor ranks on each node, each data rank compares a digest of its batch.
+            // Models a mesh with 8 tensor ranks on each node. In a step, each data rank compares a digest of its batch.
             let mut rules = vec![MergeRule::Max { words: 1 }, MergeRule::Same(None)];
             let data_ranks = (0..processes / 8).map(|data| (8 * data..8 * data + 8).collect::<Vec<u32>>());
             rules.extend(data_ranks.map(|processes| MergeRule::Same(Some(processes.into()))));

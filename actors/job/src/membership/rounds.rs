@@ -1,5 +1,5 @@
 //! Rounds that combine numbers of all processes. The numbers travel up the control tree to process 0, and the result
-//! travels down. Pure.
+//! travels down. Each topic has its own rounds. This module is pure.
 //!
 //! - **GR-1**: a topic's rounds run one after another. A child is at most one round ahead of the results that it has
 //!   received. So a process keeps at most one message per child and topic.
@@ -33,18 +33,18 @@ type Supplied = (Arc<[MergeRule]>, Vec<Vec<u64>>);
 struct Topic {
     /// Numbers that this process has supplied to rounds that are not combined yet.
     own: VecDeque<Supplied>,
-    /// For each child: the child's numbers of the next round.
+    /// For each child: the numbers of its subtree for the next round.
     below: BTreeMap<u32, Partial>,
     /// Rules of the round that was sent to the parent and still waits for its result.
     sent_rules: Option<Arc<[MergeRule]>>,
     /// Number of rounds combined here, and number of results received.
     combined: u64,
     received: u64,
-    /// When the round's first numbers arrived. After their combination: when they were combined.
+    /// When the current round's first numbers arrived or, later, when they were combined here. `None` between rounds.
     since: Option<Duration>,
     /// For each neighbour: the process that the neighbour waits for in the current round.
     named: BTreeMap<u32, u32>,
-    /// For each neighbour: the missing process that this process has last reported to it in the current round.
+    /// For each neighbour: the missing process last reported to that neighbour in the current round.
     reported: BTreeMap<u32, u32>,
 }
 
@@ -166,8 +166,8 @@ impl Rounds {
         }
     }
 
-    /// For each round that has waited for a while: messages that name the missing process to the neighbours that also
-    /// wait. A neighbour without such a message assumes that this process is the missing one.
+    /// For each round that has waited for [`NAME_AFTER`], returns messages that name the missing process to the
+    /// neighbours that also wait. A neighbour that gets no such message assumes that this process is the missing one.
     pub(crate) fn tick(&mut self, now: Duration) -> Vec<RoundEffect> {
         let mut effects = Vec::new();
         let topics: Vec<u16> = self.topics.keys().copied().collect();

@@ -1,4 +1,4 @@
-//! State that the threads of one membership share, and the effects of its changes: messages, notices and results.
+//! State that the threads of one membership share. Each change has effects: messages, notices and results.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -124,8 +124,8 @@ impl Shared {
         // If the connection has just ended, `disconnected` reports it.
         let Some(outbox) = state.outboxes.get(&to) else { return };
         if let Err(Unsent::Full(Count { messages, bytes })) = outbox.send(message) {
-            // Never waits for room: the message comes from another process, and waiting would also delay reports.
-            let cause = format!("it reads no messages: {messages} ({bytes} bytes) are queued for it");
+            // Does not wait for room in the queue, because waiting would also delay reports of failures.
+            let cause = format!("it does not read its messages: {messages} messages ({bytes} bytes) are queued for it");
             state.core.suspect(to, cause, self.now());
         }
     }
@@ -147,13 +147,13 @@ impl Shared {
         self.carry_out(&mut state);
     }
 
-    /// Handles the end of the control connection to a peer; a symptom of failure, unless the peer has left.
+    /// Handles the end of the control connection to a peer. It is a symptom of a failure, unless the peer has left.
     pub(crate) fn disconnected(&self, process: u32) {
         self.change(|core, now| core.disconnected(process, now));
     }
 
-    /// Blocks until all processes have joined. After `within`, it waits only for neighbours whose last heartbeat is
-    /// younger than `deadline`.
+    /// Blocks until all processes have joined. After `within`, it keeps waiting only while every missing neighbour has
+    /// sent a heartbeat within the last `deadline`, and for at most `at_most` in total.
     pub(crate) fn wait_for_peers(
         &self,
         within: Duration,
@@ -192,7 +192,7 @@ impl Shared {
         }
     }
 
-    /// The next heartbeats: receiver, lost process, and the most silent process on this side of the edge.
+    /// The content of the next heartbeats: see [`Core::heartbeats`].
     pub(crate) fn heartbeats(&self) -> Vec<(u32, Option<u32>, Option<MostSilent>)> {
         self.state.lock().core.heartbeats(self.now())
     }
@@ -214,7 +214,7 @@ impl Shared {
             *counter += 1;
         });
         if rejection == Rejection::NewerEpoch {
-            let cause = format!("fenced: it belongs to epoch {}, but a newer epoch has begun", self.epoch);
+            let cause = format!("it belongs to epoch {}, but a newer epoch has begun", self.epoch);
             self.fail(cause, Exit::Retry.code());
         }
     }
@@ -313,7 +313,7 @@ impl Shared {
         self.state.lock().core.has_departed(process)
     }
 
-    /// Leaves cleanly: notifies peers. From now on nothing counts as a failure of this process's session.
+    /// Leaves the session cleanly and notifies peers. After that, no event counts as a failure for this process.
     pub(crate) fn leave(&self) {
         self.change(|core, _| core.leave());
     }
@@ -328,8 +328,8 @@ impl Shared {
         self.state.lock().core.first.clone()
     }
 
-    /// Waits until all connected neighbours have acknowledged the urgent control messages, and thereby all earlier
-    /// messages. Returns false on timeout. Does not wait for neighbours that are already lost.
+    /// Waits until all connected neighbours have acknowledged all urgent control messages. They have then also received
+    /// all earlier messages. Returns false on timeout. Does not wait for neighbours that are already lost.
     pub(crate) fn wait_for_delivery(&self, timeout: Duration) -> bool {
         let is_delivered = |p: &Peer| p.link != Link::Open || p.urgent_acknowledged == p.urgent_sent;
         let is_lost = |core: &Core, process: u32| {

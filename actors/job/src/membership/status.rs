@@ -26,7 +26,7 @@ pub struct Counters {
     pub bad_mac: u64,
     /// Duplicate or reordered datagrams.
     pub replays: u64,
-    /// Datagrams of another run with the same key.
+    /// Datagrams of another session with the same key.
     pub other_session: u64,
     pub old_epoch: u64,
     /// Datagrams of a newer epoch. The first one makes this process end.

@@ -66,7 +66,7 @@ fn world(test: u8, processes: u32) -> Vec<Membership> {
     start(configs(test, processes))
 }
 
-/// The first cause; skips messages and orderly ends.
+/// Returns the first cause. Skips messages and processes that leave.
 fn first_cause(membership: &Membership) -> FirstCause {
     let until = Instant::now() + SOON;
     loop {
@@ -128,7 +128,7 @@ fn messages_arrive_in_order() {
     leave_all(members);
 }
 
-/// Leaders are 0, 1 and 4; 2 is below 0, and 3 below 1.
+/// In the tree, the leaders are 0, 1 and 4. Process 2 is below 0, and process 3 is below 1.
 const NODES: [u32; 5] = [0, 1, 0, 1, 2];
 
 #[test]
@@ -297,10 +297,10 @@ fn a_newer_epoch_fences_the_old_one() {
     let sender = bind((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback");
     let newer = Codec::new(&KEY, session(10), EPOCH + 1, 2).write(1, 1, None, None);
     sender.send_to(&newer, target).expect("sent");
-    members.iter().for_each(|member| assert_ends(member, 0, 75, "fenced"));
+    members.iter().for_each(|member| assert_ends(member, 0, 75, "but a newer epoch has begun"));
 }
 
-/// The state of process 0 of two.
+/// The state of process 0 in a world of two processes.
 fn shared_of_two(sender: crossbeam_channel::Sender<MembershipEvent>) -> Shared {
     Shared::new(0, Arc::new(ControlTree::new(&[0, 0])), EPOCH, (ms(1000), ms(0)), sender)
 }
@@ -375,7 +375,7 @@ fn relay(cut: Arc<AtomicBool>, to: SocketAddr) -> SocketAddr {
     address
 }
 
-/// Two processes with a network that can be cut: their connection, and the heartbeats of the processes in `silenced`.
+/// Two processes. Their network can be cut: their connection, and the heartbeats of the processes in `silenced`.
 fn with_network(test: u8, deadline: Duration, silenced: &[u32]) -> (Vec<Membership>, Arc<AtomicBool>) {
     let mut configs = configs(test, 2);
     let cut = Arc::new(AtomicBool::new(false));
@@ -421,9 +421,9 @@ fn a_process_whose_heartbeats_are_lost_learns_it_from_its_peers_heartbeats() {
     cut.store(true, Ordering::Relaxed);
     let causes: Vec<_> = members.iter().map(first_cause).collect();
     assert_eq!((causes[0].process, causes[0].exit), (0, 69));
-    assert_eq!(causes[0].cause, "it is lost; the report of the cause did not arrive (seen by process 1)");
+    assert_eq!(causes[0].cause, "it was lost; the message with the reason did not arrive (seen by process 1)");
     assert_eq!((causes[1].process, causes[1].exit), (0, 69));
-    // Process 0 does not wait for a deadline of its own, which would begin only when process 1 has ended.
+    // Process 0 does not wait for its own heartbeat deadline, which would begin only when process 1 has ended.
     assert!(begin.elapsed() < ms(2400), "{:?}", begin.elapsed());
 }
 
@@ -504,7 +504,7 @@ fn a_heartbeat_ends_the_silence_of_its_sender() {
     configs.iter_mut().for_each(|c| c.interval = ms(20));
     let members = start(configs);
     let begin = Instant::now();
-    // True only after a heartbeat later than `begin`.
+    // True only if a heartbeat has arrived after `begin`.
     wait_until(|| matches!(members[0].silent_times()[..], [(1, Some(silent))] if silent < begin.elapsed()));
     leave_all(members);
 }

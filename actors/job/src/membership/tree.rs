@@ -1,10 +1,11 @@
-//! The control tree determines which processes exchange control messages and heartbeats. It follows the grouping into
-//! nodes, so that most edges stay within a node. Pure: every process builds the same tree from the roster.
+//! The control tree determines which processes exchange control messages and heartbeats. The tree follows the grouping
+//! of processes into nodes, so most edges stay within a node. Every process builds the same tree from the roster.
 //!
 //! - **CT-1**: the processes of a node are leaves below the node's first process, its leader.
-//! - **CT-2**: leaders form a tree with at most [`FAN_OUT`] children each, in order of rank. Process 0 is the root, and
-//!   a parent's number is lower than those of its children.
-//! - **CT-3**: the processes below any process are consecutive in preorder, so that one comparison finds the next hop.
+//! - **CT-2**: leaders form a tree, in order of rank. Each leader has at most [`FAN_OUT`] leaders as children. Process
+//!   0 is the root, and a parent's number is lower than those of its children.
+//! - **CT-3**: the processes below any process are consecutive in preorder. So one range check decides whether a
+//!   process is below another.
 
 /// Maximum number of leaders below a leader.
 pub const FAN_OUT: usize = 8;

@@ -42,18 +42,18 @@ pub struct RendezvousConfig {
     pub spans_nodes: bool,
     /// Local address to listen on, with port 0. By default, the result of [`local_address`].
     pub interface: Option<SocketAddr>,
-    /// How others reach this process. By default, they use the addresses on which it listens.
+    /// How others reach this process. By default, they use the addresses on which this process listens.
     pub advertise: Option<Arc<dyn Advertise>>,
     /// How long to wait until all processes have joined. The same time applies again until all processes are ready.
     pub timeout: Duration,
     /// Interval between reports of the ranks that are missing.
     pub report_every: Duration,
-    /// How long to retry if the world is already running, because a failure may be about to end that world.
+    /// How long to retry if an earlier attempt of the world is still running, because it may be about to end.
     pub late_grace: Duration,
-    /// How long to accept more processes after a conflict, so that they are also refused.
+    /// After a conflict, how long to accept more processes, so that these are also refused.
     pub conflict_grace: Duration,
-    /// How long to report a failure that happened before the start. Rank 0 refuses the other processes; each other rank
-    /// reports to rank 0.
+    /// How long a process that fails before the start reports its failure. Rank 0 does so by refusing the other
+    /// processes. Any other rank reports its failure to rank 0.
     pub report_within: Duration,
 }
 
@@ -83,8 +83,9 @@ impl RendezvousConfig {
     }
 }
 
-/// The local address to listen on, with port 0: `interface`, or the address from which the coordinator is reached. For
-/// a Unix socket, it is loopback. Retries until the deadline, because the name may be registered later.
+/// The local address to listen on, with port 0: `interface`, or the address from which this node reaches the
+/// coordinator. If the coordinator has a Unix socket, the address is loopback. Retries until the deadline, because the
+/// coordinator's name may be registered later.
 pub fn local_address(
     coordinator: &Address,
     interface: Option<SocketAddr>,
@@ -130,7 +131,7 @@ fn ranges(ranks: &BTreeSet<u32>) -> Vec<Range<u32>> {
     out
 }
 
-/// Returns the address without its IPv6 zone: a zone is valid only on this node.
+/// Returns the address without its IPv6 zone, because a zone is valid only on this node.
 pub(super) fn unzoned(address: Address) -> Address {
     let zoned = match &address {
         Address::Tcp(text) if text.contains('%') => resolve(text).ok(),
@@ -139,7 +140,7 @@ pub(super) fn unzoned(address: Address) -> Address {
     zoned.and_then(|all| all.first().copied()).map_or(address, |own| Address::Tcp(without_zone(own).to_string()))
 }
 
-/// Returns the addresses at which other processes reach the addresses in `bound`.
+/// Returns, for each address in `bound`, the address that other processes use.
 pub(super) fn advertised(config: &RendezvousConfig, bound: Vec<Address>) -> Result<Vec<Address>, RendezvousError> {
     let Some(advertise) = &config.advertise else { return Ok(bound) };
     let published = |address: &Address| {
@@ -149,14 +150,14 @@ pub(super) fn advertised(config: &RendezvousConfig, bound: Vec<Address>) -> Resu
     Ok(bound.iter().map(published).collect::<Result<_, _>>()?)
 }
 
-/// Pause before a retry of a call that returns immediately.
+/// Pause before the retry of a call that failed immediately.
 pub(super) const RETRY: Duration = Duration::from_millis(50);
 
 pub(super) fn is_in_use(error: &TransportError) -> bool {
     matches!(error, TransportError::Listen { cause, .. } if cause.kind() == io::ErrorKind::AddrInUse)
 }
 
-/// The hello of a process that has no session yet. Connections between nodes are always encrypted.
+/// The [`Hello`] of a process that has no session yet. Its connection is encrypted if it uses TCP.
 pub(super) fn hello(config: &RendezvousConfig, from: u32) -> Hello {
     let sealed = matches!(config.coordinator, Address::Tcp(_));
     let session = SessionId::default();

@@ -23,7 +23,8 @@ use crate::machine::Targets;
 
 /// Timeout for each message to or from a connected process.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long to wait for an address that is in use, and then for its holder to authenticate as a process of this job.
+/// How long to wait for an address that is in use. After that, the process that holds the address has the same time to
+/// authenticate as a process of this job.
 const IN_USE_WAIT: Duration = Duration::from_millis(1500);
 const CONFLICTS_MAX: usize = 64;
 
@@ -39,7 +40,7 @@ struct JoinState {
     conflicts: Vec<Conflict>,
     /// RV-4: the ranks that will not join, and the report about them.
     failed: Option<(Range<u32>, Report)>,
-    /// Connections of processes that did not join. They receive the refusal too.
+    /// Connections of processes that were not accepted. These processes also receive the refusal.
     rejected: Vec<Connection>,
 }
 
@@ -78,7 +79,7 @@ pub(super) fn run(config: &RendezvousConfig, deadline: Instant, on_waiting: &mut
     }
 }
 
-/// RV-4 for `ranks`, which include 0: for `report_within`, refuses every caller. True if a caller tried to join.
+/// RV-4, if `ranks` include 0: refuses each caller during `report_within`. Returns true if one of them tried to join.
 pub(crate) fn refuse_callers(
     config: &RendezvousConfig,
     ranks: Range<u32>,
@@ -90,8 +91,8 @@ pub(crate) fn refuse_callers(
     Ok(refuse_missing(&listener, missing, report, deadline))
 }
 
-/// Refuses every process that connects, until `missing` is empty or the deadline passes. True if a caller tried to
-/// join.
+/// Refuses every process that connects, until all `missing` processes are refused or the deadline passes. Returns true
+/// if one of the refused processes tried to join.
 fn refuse_missing(listener: &Listener, mut missing: BTreeSet<u32>, report: &Report, deadline: Instant) -> bool {
     let mut joins = false;
     while !missing.is_empty() {
@@ -167,7 +168,7 @@ fn open_tcp(
             return open(&any);
         }
         match open(&[ListenAddress::Tcp(address), ListenAddress::PrivateUnix]) {
-            // The name resolves to an address in front of this node, such as a service's. Listens on all addresses.
+            // The name resolves to the address of a proxy, such as a Kubernetes service. Listens on all addresses.
             Err(TransportError::Listen { cause, .. })
                 if cause.kind() == io::ErrorKind::AddrNotAvailable && !target.ip().is_loopback() =>
             {
@@ -180,7 +181,8 @@ fn open_tcp(
     Err(last)
 }
 
-/// Another process, perhaps a second rank 0, holds the address. Joins that process to make it refuse all processes.
+/// Another process holds the address, perhaps a second rank 0. Sends it a join request, so that it detects the
+/// duplicate rank and refuses all processes.
 fn join_as_duplicate(config: &RendezvousConfig) -> RendezvousError {
     let brief = RendezvousConfig { timeout: REPLY_TIMEOUT, late_grace: Duration::ZERO, ..config.clone() };
     match join(&brief, Instant::now() + IN_USE_WAIT, &mut |_| {}) {
@@ -195,7 +197,7 @@ impl JoinState {
         (1u32..).zip(&self.joined).filter(|(_, entry)| entry.is_none()).map(|(rank, _)| rank).collect()
     }
 
-    /// Accepts join requests until all processes have joined or one reports a failure, or until a time-out.
+    /// Accepts join requests until all processes have joined, one reports a failure, or the deadline passes.
     fn collect(
         &mut self,
         config: &RendezvousConfig,
@@ -238,7 +240,7 @@ impl JoinState {
                 self.failed = Some((ranks, report));
                 return self.rejected.push(connection);
             }
-            // The sender knows the secret. So this is a bug, or the process is ending and may join again.
+            // The sender knows the secret. So it has a bug, or it is ending and may join again.
             request => {
                 tracing::warn!(from, error = ?request.err(), "invalid rendezvous request");
                 return;
@@ -287,7 +289,7 @@ impl JoinState {
         Ok(Directory::new(SessionId::random().map_err(TransportError::from)?, members))
     }
 
-    /// RV-1: starts all processes. The error is the process that was lost.
+    /// RV-1: starts all processes. If one was lost, returns that process as the error.
     fn start(&self, directory: &Directory, session: SessionId) -> Result<(), ProcessLabel> {
         let all = || self.joined.iter().flatten();
         let roster = |info: &JoinInfo| Answer::Roster(directory.roster(info.member.process, &info.wanted));

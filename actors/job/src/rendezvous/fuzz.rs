@@ -1,4 +1,4 @@
-//! Properties of the decoders of rendezvous messages for arbitrary bytes, for fuzzing and tests.
+//! Checks of the decoders of rendezvous messages with arbitrary bytes, for fuzzing and tests.
 
 use std::fmt::Debug;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -49,7 +49,7 @@ pub fn check(bytes: &[u8]) {
     if let Some(info) = check_round_trip::<JoinInfo>(bytes)
         && info.check().is_ok()
     {
-        // The encoding of an accepted message is within the limit again.
+        // The encoding of an accepted message is within the size limit.
         assert!(wire::encode(&info).is_ok_and(|bytes| bytes.len() <= REQUEST_BYTES_MAX));
         assert_eq!(info.conflict(&info), None);
     }

@@ -16,7 +16,7 @@ use super::messages::{
 use super::roster::Roster;
 use crate::exit::Report;
 
-/// Extra time after the deadline, in which process 0's report of the missing ranks can arrive.
+/// Extra time after the deadline, so that process 0's report of the missing ranks can still arrive.
 const MARGIN: Duration = Duration::from_secs(5);
 const CAUSE_BYTES_MAX: usize = 4 << 10;
 
@@ -31,7 +31,7 @@ pub(super) fn join(config: &RendezvousConfig, deadline: Instant, on_waiting: &mu
         match request_join(config, &own, &listener, &connection, deadline) {
             // Process 0 closed the waiting connection: process 0 was restarted, or a newer process has this rank.
             Err(RendezvousError::Transport(error)) if is_hangup(&error) && Instant::now() < deadline => {
-                tracing::warn!(%error, "lost rank 0 at rendezvous; connecting again");
+                tracing::warn!(%error, "lost the connection to rank 0 at the rendezvous; connecting again");
                 std::thread::sleep(RETRY);
             }
             result => return result.map(|roster| (roster, listener)),
@@ -39,7 +39,8 @@ pub(super) fn join(config: &RendezvousConfig, deadline: Instant, on_waiting: &mu
     }
 }
 
-/// RV-4: reports to process 0 or its substitute that `ranks` will not join. True if the receiver waited for them.
+/// RV-4: reports that `ranks` will not join. The receiver is process 0, or its launcher if process 0 has failed.
+/// Returns true if the receiver waited for these ranks.
 pub(crate) fn send_failure(
     config: &RendezvousConfig,
     ranks: Range<u32>,
@@ -51,7 +52,7 @@ pub(crate) fn send_failure(
     let hello = hello(config, from);
     loop {
         let connection = match connect(&config.coordinator, &config.secret, &hello, deadline) {
-            // The previous attempt is still running. Once it has failed, process 0 waits for this node.
+            // The previous attempt still runs. After it has failed, process 0 of the next attempt waits for this node.
             Err(error) if report.departed && error.refusal().is_some() && Instant::now() < deadline => {
                 std::thread::sleep(RETRY);
                 continue;
@@ -131,7 +132,8 @@ fn request_join(
         Err(RendezvousError::Transport(TransportError::Wire { cause, .. })) if cause.is_timeout() => {
             let waited_ms = begin.elapsed().as_millis();
             return Err(unexpected(&format!(
-                "neither started nor refused the job in {waited_ms} ms: rank 0 is frozen, began later, or has a larger SHARDFLOW_MEET_MS or --meet-wait"
+                "neither started nor refused the job in {waited_ms} ms: rank 0 is frozen, was started later, or has a \
+                 larger SHARDFLOW_MEET_MS or --meet-wait"
             )));
         }
         Err(error) => return Err(error),
@@ -139,8 +141,8 @@ fn request_join(
     if !roster.is_for(&own.member, config.processes, &own.wanted) {
         return Err(unexpected("sent a roster of another world"));
     }
-    // RO-1: the first member is rank 0. It may publish the unspecified address. Uses the coordinator's name instead, by
-    // which rank 0 was reached.
+    // RO-1: the first member is rank 0. It may publish an unspecified address (`0.0.0.0`), which is replaced by the name
+    // by which rank 0 was reached.
     let is_unspecified = |text: &str| text.parse().is_ok_and(|address: SocketAddr| address.ip().is_unspecified());
     for address in &mut roster.members[0].addresses {
         if matches!(address, Address::Tcp(text) if is_unspecified(text)) {
@@ -148,7 +150,7 @@ fn request_join(
         }
     }
     listener.begin(roster.world());
-    // From here on, losing process 0 fails the start. Its refusal may be readable even if sending `Ready` fails.
+    // If process 0 is lost from here on, the start fails. Even after a write error, its refusal may still be readable.
     let ready = Ready { session: roster.session };
     let deadline = Instant::now() + config.timeout;
     let _ = wire::write_message(&mut connection.until(deadline), &ready, REQUEST_BYTES_MAX);

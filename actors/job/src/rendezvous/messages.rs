@@ -36,8 +36,8 @@ pub struct Identity {
     pub binary: [u8; 32],
     /// The kernel's boot id and the host name. They are the same for all processes of a machine.
     pub node: String,
-    /// Hash of user, device, inode and path of `TMPDIR`. Processes with the same hash can open each other's sockets
-    /// there. Containers on one host have the same `node`, but may have separate `/tmp` folders.
+    /// Hash of the user id, and of the device, inode and path of `TMPDIR`. Processes with the same hash can open each
+    /// other's sockets in `TMPDIR`. Containers on one host have the same `node`, but may have separate `/tmp` folders.
     pub sockets: [u8; 32],
     /// Affinity mask. See [`crate::machine::threads_per_device`].
     pub cores: Vec<u64>,
@@ -186,7 +186,7 @@ pub enum RendezvousRefusal {
         ranks(.missing), joined(.missing, *.processes), refused_connections(*.refused)
     )]
     Missing { missing: Vec<u32>, processes: u32, waited_ms: u64, refused: u64 },
-    /// A process ended before it joined, and no restart can fix the cause. Or a node ended, and the cause names it.
+    /// A process ended before it joined, and no restart can help. Or a node ended; the cause then names the node.
     #[error("{}", failed(.0))]
     Failed(Report),
     #[error("{0} joined and was lost before the start; see its log")]
@@ -216,7 +216,7 @@ fn refused_connections(connections: u64) -> String {
     match connections {
         0 => String::new(),
         n => format!(
-            "; rank 0 refused {n} connections: a rank has another secret or version, or the peers are unrelated"
+            "; rank 0 refused {n} connections: a rank has another secret or version, or other programs connected"
         ),
     }
 }
@@ -249,9 +249,9 @@ pub enum RendezvousError {
          stop that run, or restart all ranks together"
     )]
     Late { process: u32, epoch: u64, coordinator: Address },
-    #[error("rank {process} of a world of {processes}: expected 1 to 4096 processes, and ranks below their number")]
+    #[error("rank {process} in a world of {processes}: ranks begin at 0, and a world has 1 to 4096 processes")]
     Rank { process: u32, processes: u32 },
-    #[error("{process}: {part} of length {length}, the maximum is {length_max}")]
+    #[error("{process}: {part} has length {length}, but the maximum is {length_max}")]
     TooLong { process: ProcessLabel, part: String, length: usize, length_max: usize },
     #[error("cannot read this process's {part}: {cause}")]
     Identity { part: &'static str, cause: io::Error },
@@ -259,7 +259,7 @@ pub enum RendezvousError {
     InUse { coordinator: Address },
     #[error("no route to {coordinator}: {cause}")]
     NoRoute { coordinator: Address, cause: io::Error },
-    /// Process 0 received the join request, but did not answer in time or answered with an invalid message: a bug.
+    /// Process 0 received the join request, but did not answer in time, or answered with an invalid message.
     #[error("rank 0 at {coordinator} {action}")]
     Unexpected { coordinator: Address, action: String },
 }

@@ -370,7 +370,7 @@ fn another_secret_is_an_authentication_error() {
         assert!(matches!(&error, RendezvousError::Transport(e) if e.is_authentication()), "{error}");
         let refusal = refusal(rank_0.join().unwrap());
         assert!(
-            refusal.to_string().contains("a rank has another secret or version, or the peers are unrelated"),
+            refusal.to_string().contains("a rank has another secret or version, or other programs connected"),
             "{refusal}"
         );
     });
@@ -382,9 +382,9 @@ fn oversized_facts_and_invalid_ranks_are_refused() {
     let facts =
         |count: usize, bytes: usize| (0..count).map(|i| Fact::new(format!("f{i}"), "x".repeat(bytes))).collect();
     for (facts, expected) in [
-        (facts(1, 1025), "f0 of length 1025, the maximum is 1024"),
-        (facts(97, 1), "list of facts of length 100, the maximum is 96"),
-        (facts(10, 1000), "text of all facts of length "),
+        (facts(1, 1025), "f0 has length 1025, but the maximum is 1024"),
+        (facts(97, 1), "list of facts has length 100, but the maximum is 96"),
+        (facts(10, 1000), "text of all facts has length "),
     ] {
         let error = rendezvous(&RendezvousConfig { facts, ..config(&address, 0, 1) }, |_| {}).unwrap_err();
         assert!(matches!(error, RendezvousError::TooLong { .. }) && error.to_string().contains(expected), "{error}");
@@ -413,7 +413,7 @@ fn identity_and_local_address_of_this_process_are_found() {
     assert_eq!(local(&tcp(), elsewhere.parse().ok()), Ok(elsewhere));
 }
 
-/// In a PyTorchJob, the master is configured like this.
+/// This is the configuration of the master in a PyTorchJob.
 #[test]
 fn rank_0_may_listen_on_the_unspecified_address() {
     let Address::Tcp(loopback) = tcp() else { panic!("it is TCP") };

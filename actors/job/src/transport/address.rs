@@ -43,7 +43,7 @@ pub fn resolve(address: &str) -> io::Result<Vec<SocketAddr>> {
     Ok(vec![SocketAddrV6::new(ip, port, 0, id).into()])
 }
 
-/// Calls `attempt` for each of `addresses` until one call succeeds. Otherwise returns the last error.
+/// Calls `attempt` for each of `addresses` until one call succeeds. If no call succeeds, returns the last error.
 pub(crate) fn first_success<T>(
     addresses: Vec<SocketAddr>,
     mut attempt: impl FnMut(SocketAddr) -> io::Result<T>,

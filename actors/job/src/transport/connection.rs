@@ -18,7 +18,7 @@ pub const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
 const KEEPALIVE_PROBES: u32 = 3;
-/// Socket timeout after a deadline has expired. Zero would mean "no timeout" to the system.
+/// Minimum of a socket timeout. For the system, a timeout of zero means "no timeout".
 const TIMEOUT_MIN: Duration = Duration::from_millis(1);
 
 /// A connected socket. By default it is blocking and has no read timeout. If the connection is encrypted, call
@@ -72,7 +72,7 @@ impl Connection {
         self.seal = Some(Arc::new(seal));
     }
 
-    /// Returns the socket of an unencrypted connection. If the connection is encrypted, the error returns it unchanged.
+    /// Returns the socket of an unencrypted connection. The error is the connection itself, if it is encrypted.
     pub fn into_socket(self) -> Result<Socket, Self> {
         if self.seal.is_some() { Err(self) } else { Ok(self.socket) }
     }
@@ -112,8 +112,8 @@ impl Connection {
     }
 
     /// Sets the send timeout. A write without progress for this long fails with `WouldBlock`. A TCP connection also
-    /// fails, with `TimedOut`, when for this long the peer's machine acknowledges nothing or the peer reads nothing.
-    /// This can happen while nothing is being written, so the peer must keep reading.
+    /// fails, with `TimedOut`, if for this long the peer's machine acknowledges no sent bytes or the peer reads none of
+    /// them. This can happen after the last write, so the peer must keep reading.
     pub fn set_send_timeout(&self, timeout: Duration) -> io::Result<()> {
         let timeout = timeout.max(TIMEOUT_MIN);
         if let Socket::Tcp(stream) = &self.socket {

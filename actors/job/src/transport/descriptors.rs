@@ -30,8 +30,8 @@ pub fn send_descriptors(connection: &Connection, descriptors: &[BorrowedFd<'_>])
     sent.map_err(|error| TransportError::io("sending descriptors to", &connection.peer(), error))
 }
 
-/// Receives the `count` descriptors, 1 to [`DESCRIPTORS_MAX`], of one [`send_descriptors`] call. The descriptors are
-/// closed on exec. The connection's read timeout applies. On error, already received descriptors are closed.
+/// Receives the `count` descriptors (1 to [`DESCRIPTORS_MAX`]) of one [`send_descriptors`] call. They are closed on
+/// exec. The connection's read timeout applies. On error, already received descriptors are closed.
 pub fn receive_descriptors(connection: &Connection, count: usize) -> Result<Vec<OwnedFd>, TransportError> {
     check(connection, count)?;
     let mut space = [MaybeUninit::uninit(); SPACE];

@@ -16,7 +16,7 @@ use super::hello::Hello;
 use super::sealed::Seal;
 use crate::secret::Secret;
 
-/// Pause between attempts: starts at the minimum and doubles up to the maximum.
+/// The pause between attempts starts at this minimum, and doubles up to the maximum.
 const WAIT_MIN: Duration = Duration::from_millis(5);
 const WAIT_MAX: Duration = Duration::from_millis(250);
 /// Timeout of one attempt. Without it, a peer that accepts but sends nothing would use up the whole deadline.
@@ -39,7 +39,7 @@ pub fn connect(
     })
 }
 
-/// Like [`connect`], but calls `pause` between attempts. If that returns true, fails with [`TransportError::Closed`].
+/// Like [`connect`], but calls `pause` between attempts. Fails with [`TransportError::Closed`] if it returns true.
 pub(super) fn connect_unless(
     address: &Address,
     secret: &Secret,
@@ -114,7 +114,7 @@ fn time_until(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
 }
 
-/// Uses a timeout if the acceptor's backlog is full, so that a frozen acceptor cannot block the dialler forever.
+/// Connects with a timeout. Without it, a frozen acceptor with a full backlog would block the dialler forever.
 fn open_unix(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     let socket = net::socket_with(net::AddressFamily::UNIX, net::SocketType::STREAM, net::SocketFlags::CLOEXEC, None)?;
     net::sockopt::set_socket_timeout(&socket, net::sockopt::Timeout::Send, Some(time_until(deadline)))?;

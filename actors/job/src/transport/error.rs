@@ -18,7 +18,8 @@ pub enum TransportError {
     Listen { address: Address, cause: io::Error },
     /// `last` is the error of the last attempt that the deadline did not interrupt.
     #[error(
-        "no connection to process {to} at {address} for {purpose}: {attempts} attempts in {waited_ms} ms, the last error: {last}"
+        "cannot connect to process {to} at {address} for {purpose}: {attempts} attempts failed in {waited_ms} ms; \
+         the last error: {last}"
     )]
     Unreachable {
         to: u32,
@@ -34,11 +35,15 @@ pub enum TransportError {
     Handshake { peer: String, cause: HandshakeError },
     #[error("{peer}: {cause}")]
     Wire { peer: String, cause: WireError },
-    #[error("no connection from {} for {purpose} in {waited_ms} ms{}", process_name(.from), describe_refusals(.refused))]
+    #[error(
+        "no connection from {} for {purpose} arrived in {waited_ms} ms{}",
+        process_name(.from),
+        describe_refusals(.refused)
+    )]
     Missing { from: Option<u32>, purpose: Purpose, waited_ms: u64, refused: u64 },
     #[error("the listener is closed")]
     Closed,
-    #[error("{peer} is not a Unix socket: it cannot transfer descriptors")]
+    #[error("the connection to {peer} is not a Unix socket, so it cannot transfer file descriptors")]
     NotUnix { peer: String },
     #[error("{peer}: expected {expected} descriptors, got {got}")]
     Descriptors { peer: String, expected: String, got: usize },

@@ -23,7 +23,7 @@ pub struct PrivateFolder {
 }
 
 impl PrivateFolder {
-    /// Creates a folder named `prefix`, which must be `shardflow-*`, plus letters. Removes the folders of dead owners.
+    /// Creates a folder named `prefix` (must be `shardflow-*`) plus random letters. Removes the folders of dead owners.
     pub fn new(prefix: &str) -> io::Result<Self> {
         remove_dead(&std::env::temp_dir());
         let private = Permissions::from_mode(0o700);
@@ -55,12 +55,12 @@ fn remove_dead(temporary: &Path) {
     let own = rustix::process::geteuid().as_raw();
     for entry in fs::read_dir(temporary).into_iter().flatten().flatten() {
         let is_named = entry.file_name().to_string_lossy().starts_with(PREFIX);
-        // The entry's own metadata: symbolic links are not followed.
+        // Reads the entry's own metadata, so symbolic links are not followed.
         let Some(data) = entry.metadata().ok().filter(|data| is_named && data.is_dir() && data.uid() == own) else {
             continue;
         };
         if data.modified().is_ok_and(|at| at.elapsed().is_ok_and(|age| age > EMPTY_AGE)) {
-            // The owner was killed before it created the lock file. This fails if the folder is not empty.
+            // The owner was killed before it created the lock file. The call fails if the folder is not empty.
             let _ = fs::remove_dir(entry.path());
         }
         let is_dead = File::open(entry.path().join(LOCK)).is_ok_and(|file| file.try_lock().is_ok());
@@ -84,7 +84,7 @@ mod tests {
         };
         let (living, dead, without, other) = (make("shardflow-a"), make("shardflow-b"), make("shardflow-c"), make("d"));
         let held = lock(&living).unwrap();
-        // Like the kernel when the owner ends.
+        // Dropping a file releases its lock, as the kernel does when the owner ends.
         drop(lock(&dead).unwrap());
         drop(lock(&other).unwrap());
         fs::write(dead.join("0.sock"), "").unwrap();

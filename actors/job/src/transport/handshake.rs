@@ -1,5 +1,5 @@
-//! The handshake of a connection: a state machine on bytes without sockets, so that it can be fuzzed. It is Noise with
-//! a pre-shared key (`NNpsk0`, <https://noiseprotocol.org/noise.html>), which is derived from the job's secret.
+//! The handshake of a connection: a state machine on bytes without sockets, so that it can be fuzzed. The protocol is
+//! Noise (`NNpsk0`, <https://noiseprotocol.org/noise.html>). Its pre-shared key is derived from the job's secret.
 //!
 //! ```text
 //! dialler                                        acceptor
@@ -12,7 +12,7 @@
 //! - **HS-1**: neither side uses a hello or a verdict before it has decrypted the message. Before that, a side reads
 //!   only magic, version and lengths, which do not depend on the secret.
 //! - **HS-2**: the keys depend on an ephemeral key of each side, so a recorded message is invalid in any other
-//!   handshake. An acceptor answers a recorded greeting, but then no valid hello can follow.
+//!   handshake. An acceptor answers a recorded greeting, but its sender cannot make a valid hello for this answer.
 //! - **HS-3**: each direction has its own key, so a message of one side is never valid as a message of the other side.
 //! - **HS-4**: the dialler proves first that it has the secret. Before that, the acceptor encrypts nothing for it.
 //! - **HS-5**: the hello names both processes, so a process refuses a hello meant for another one.
@@ -47,7 +47,7 @@ pub enum Refusal {
     Session { acceptor: SessionId, dialler: SessionId },
     #[error("this process is in epoch {dialler}, but epoch {acceptor} is running")]
     OldEpoch { acceptor: u64, dialler: u64 },
-    /// The acceptor belongs to an earlier incarnation, which has ended. The acceptor will exit soon.
+    /// The acceptor belongs to an earlier epoch, which has ended. The acceptor will exit soon.
     #[error("it is still in epoch {acceptor}, but this process is in epoch {dialler}")]
     NewEpoch { acceptor: u64, dialler: u64 },
     #[error("epoch {epoch} is running: this process is too late, or its rank is already taken")]
@@ -97,7 +97,8 @@ pub enum HandshakeError {
     Refused(Refusal),
 }
 
-/// Magic and version, which begin both greetings. Sent alone, they answer a dialler with another version or secret.
+/// The magic and the version, which are the first bytes of both greetings. To a dialler with another version or secret,
+/// an acceptor sends only these.
 pub fn head() -> [u8; HEAD_BYTES] {
     let mut head = [0; HEAD_BYTES];
     head[..4].copy_from_slice(&MAGIC);
@@ -215,8 +216,8 @@ impl Acceptor {
     /// Processes the dialler's greeting and returns the greeting to send.
     ///
     /// # Errors
-    /// [`HandshakeError::Magic`], [`HandshakeError::Length`]. After [`HandshakeError::Version`] or
-    /// [`HandshakeError::Proof`], answer with [`head`], so that the dialler can report the reason.
+    /// Fails with [`HandshakeError::Magic`], [`HandshakeError::Length`], [`HandshakeError::Version`] or
+    /// [`HandshakeError::Proof`]. After the last two, answer with [`head`], so that the dialler can report the reason.
     pub fn new(secret: &Secret, peer_greeting: &[u8]) -> Result<(Self, Vec<u8>), HandshakeError> {
         let body = check_head(peer_greeting)?;
         check_length(body)?;

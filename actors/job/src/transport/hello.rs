@@ -9,7 +9,7 @@ use crate::secret::{RandomError, random};
 /// Maximum number of processes in a world.
 pub const PROCESSES_MAX: u32 = 4096;
 
-/// Random id of one incarnation of a world. All its bytes are zero before the rendezvous.
+/// Random id of a session. Each restart of a world begins a new session. All bytes are zero before the rendezvous.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SessionId(pub [u8; 16]);
 
@@ -59,7 +59,7 @@ impl fmt::Display for Purpose {
 pub struct Hello {
     /// The session id; zero for [`Purpose::Rendezvous`].
     pub session: SessionId,
-    /// The world's incarnation. For [`Purpose::Rendezvous`], the number of restarts of the dialler.
+    /// The world's epoch. For [`Purpose::Rendezvous`], the number of restarts of the dialler.
     pub epoch: u64,
     /// The process that dials.
     pub from: u32,

@@ -1,4 +1,4 @@
-//! The accepting side: one thread polls sockets and runs handshakes. Authenticated connections wait until claimed.
+//! The accepting side: one thread polls sockets and runs handshakes. Authenticated connections wait to be claimed.
 //!
 //! - **EP-1**: at most `unauthenticated_max` connections are unauthenticated; a further connection replaces the oldest.
 //!   Each unauthenticated connection holds at most one handshake message in memory, for at most `handshake_timeout`.
@@ -43,7 +43,8 @@ pub struct Listener {
     /// Closing this socket ends the thread.
     wake: UnixStream,
     thread: Option<JoinHandle<()>>,
-    /// Socket paths to unlink, and their inodes to compare: a successor may have created a new socket at the same path.
+    /// Paths of the sockets to remove, with their inodes. A path with another inode is kept, because a successor may
+    /// have created a new socket there.
     paths: Vec<(PathBuf, u64)>,
     _folders: Vec<PrivateFolder>,
 }
@@ -91,7 +92,7 @@ impl Listener {
         Ok(Self { addresses, private_error, shared, wake, thread, paths, _folders: folders })
     }
 
-    /// Why listening on [`ListenAddress::PrivateUnix`] failed: the folder and the cause. `None` if it did not fail.
+    /// The folder and the cause if listening on [`ListenAddress::PrivateUnix`] failed, or else `None`.
     pub fn private_error(&self) -> Option<&str> {
         self.private_error.as_deref()
     }
@@ -114,7 +115,7 @@ impl Listener {
         self.claim(Some(from), purpose, deadline).map(|(_, connection)| connection)
     }
 
-    /// Waits for a connection that any process dialled for `purpose`. Returns the oldest one, and its process.
+    /// Waits for a connection that any process dialled for `purpose`. Returns the oldest one, and its dialler.
     pub fn wait_any(&self, purpose: Purpose, deadline: Instant) -> Result<(u32, Connection), TransportError> {
         self.claim(None, purpose, deadline)
     }
@@ -143,7 +144,7 @@ impl Listener {
         }
     }
 
-    /// Same as [`super::connect`], but fails when this listener is closed.
+    /// Does the same as [`super::connect`], but fails when this listener is closed.
     pub fn dial(
         &self,
         address: &Address,

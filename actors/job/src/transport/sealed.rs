@@ -1,7 +1,7 @@
 //! Encrypted records over a socket. A record is a length (little-endian u16) and one Noise message.
 //!
 //! - **SEAL-1**: record `n` of a direction has nonce `n`, so removed, repeated or reordered records are detected.
-//! - **SEAL-2**: each direction holds at most one record to send, and [`INPUT_BYTES`] of received bytes.
+//! - **SEAL-2**: a connection holds at most one record to send, and [`INPUT_BYTES`] of received records.
 //! - **SEAL-3**: the writer's bytes are accepted one record at a time. If the socket accepts only part of a record, the
 //!   rest is sent before the next record is encrypted.
 
@@ -42,7 +42,7 @@ struct Incoming {
 
 struct Outgoing {
     nonce: u64,
-    /// The record `..end` that is being sent. Its first `sent` bytes have been sent.
+    /// The record that is being sent, in `..end`. Its first `sent` bytes have been sent.
     record: Vec<u8>,
     sent: usize,
     end: usize,
@@ -63,7 +63,7 @@ impl Seal {
         Self { keys, incoming: Mutex::new(incoming), outgoing: Mutex::new(outgoing) }
     }
 
-    /// Reads decrypted bytes. Fails if a record was modified. After a timeout or `WouldBlock`, call it again.
+    /// Reads decrypted bytes. Fails if a record was modified. After a timeout or `WouldBlock`, call this again.
     pub(super) fn read(&self, mut socket: impl Read, into: &mut [u8]) -> io::Result<usize> {
         let mut incoming = self.incoming.lock();
         let incoming = &mut *incoming;
@@ -98,7 +98,7 @@ impl Seal {
     }
 
     /// Encrypts at most one record from `first` and then `second`, and sends as much of it as the socket accepts.
-    /// Returns how many of the caller's bytes were accepted: none while the previous record cannot be sent completely.
+    /// Returns how many of the caller's bytes were accepted. Fails while the previous record cannot be sent completely.
     pub(super) fn write(&self, socket: impl Write, first: &[u8], second: &[u8]) -> io::Result<usize> {
         let mut outgoing = self.outgoing.lock();
         let mut socket = socket;

@@ -23,7 +23,7 @@ pub enum WireError {
     /// The read or write failed. The kind is [`io::ErrorKind::UnexpectedEof`] if the peer closed the connection.
     #[error("{0}")]
     Io(#[from] io::Error),
-    #[error("a message of {bytes} bytes, the maximum is {bytes_max}")]
+    #[error("a message of {bytes} bytes exceeds the maximum of {bytes_max} bytes")]
     TooLong { bytes: usize, bytes_max: usize },
     #[error("malformed message: {message}")]
     Malformed { message: String },
@@ -48,8 +48,9 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     if bytes.len() > MESSAGE_BYTES_MAX {
         return Err(WireError::TooLong { bytes: bytes.len(), bytes_max: MESSAGE_BYTES_MAX });
     }
-    // bincode allocates memory for a text of the claimed length before it reads the text. So short messages have lower
-    // limits: sixteen times their size, because bincode counts a number encoded in one byte as eight bytes.
+    // bincode allocates memory for a text of the claimed length before it reads the text. So short messages have a
+    // lower limit: 16 times the maximum size of their class. Less than 8 times is not possible, because bincode counts
+    // a number that is encoded in one byte as eight bytes.
     let decoded = match bytes.len() {
         0..=0x1000 => bincode::serde::decode_from_slice(bytes, CONFIG.with_limit::<0x1_0000>()),
         0x1001..=0x1_0000 => bincode::serde::decode_from_slice(bytes, CONFIG.with_limit::<0x10_0000>()),
@@ -73,7 +74,7 @@ pub fn write_message<T: Serialize>(to: &mut impl Write, value: &T, bytes_max: us
     Ok(to.flush()?)
 }
 
-/// Reads a message from [`write_message`]. Memory use grows with the bytes received, not with the announced length.
+/// Reads a message of [`write_message`]. Memory use grows with the bytes received, not with the announced length.
 pub fn read_message<T: DeserializeOwned>(from: &mut impl Read, bytes_max: usize) -> Result<T, WireError> {
     let mut prefix = [0; PREFIX_BYTES];
     from.read_exact(&mut prefix)?;
@@ -121,12 +122,12 @@ mod tests {
         let announced = u32::MAX.to_le_bytes();
         let too_long = read_message::<Sample>(&mut &announced[..], usize::MAX);
         assert!(matches!(too_long, Err(WireError::TooLong { bytes_max: MESSAGE_BYTES_MAX, .. })));
-        // A string whose claimed length exceeds the address space.
+        // The claimed length of this string exceeds the address space.
         let mut bytes = vec![253];
         bytes.extend_from_slice(&(u64::MAX / 2).to_le_bytes());
         assert!(matches!(decode::<String>(&bytes), Err(WireError::Malformed { .. })));
         assert!(matches!(decode::<Vec<u64>>(&bytes), Err(WireError::Malformed { .. })));
-        // A message of a few bytes that claims a string of several MiB.
+        // This message has a few bytes, but claims a string of several MiB.
         let bytes = [&[252][..], &(5u32 << 20).to_le_bytes()].concat();
         assert!(matches!(decode::<String>(&bytes), Err(WireError::Malformed { message }) if message.contains("Limit")));
         let numbers: Vec<u64> = vec![1; 4000];

@@ -20,7 +20,7 @@ pub mod epilogue {
     pub const GELU: u32 = 32;
     /// Multiplies by the derivative of gelu at the elements of the auxiliary matrix.
     pub const GELU_GRADIENT: u32 = 64;
-    /// Reads or writes the auxiliary matrix, which holds the input of gelu.
+    /// Reads or writes the auxiliary matrix, which contains the input of gelu.
     pub const AUXILIARY: u32 = 128;
     /// Writes the sums over k of op(A).
     pub const BIAS_GRADIENT_A: u32 = 256;
@@ -52,13 +52,13 @@ pub(crate) struct Layout {
     pub rows: usize,
     /// Columns.
     pub cols: usize,
-    /// Elements from one column to the next, or from one row to the next if row-major.
+    /// Number of elements from one column to the next. In a row-major matrix, from one row to the next.
     pub leading: usize,
     /// Whether the matrix is row-major.
     pub by_rows: bool,
-    /// Number of matrices.
+    /// Number of matrices in the batch.
     pub batch: usize,
-    /// Elements from one matrix to the next.
+    /// Number of elements from one matrix of the batch to the next.
     pub stride: usize,
 }
 
@@ -81,7 +81,7 @@ pub(crate) struct Product {
     pub bias: (usize, cudaDataType, usize),
     /// Address of the auxiliary matrix.
     pub auxiliary: usize,
-    /// Layout of the auxiliary matrix: like D's, but with its own type and strides.
+    /// Layout of the auxiliary matrix. It has the size of D, but its own type and strides.
     pub auxiliary_layout: Layout,
     /// Address of the algorithm's workspace, and its size in bytes.
     pub workspace: (usize, usize),

@@ -16,7 +16,7 @@ pub(crate) struct GraphExecution {
     graph: Arc<Graph>,
     /// Addresses by tensor id.
     addresses: HashMap<i64, usize>,
-    /// Values of host scalars by tensor id, read at submission.
+    /// Values of host scalars by tensor id. They were read when the execution was submitted.
     numbers: HashMap<i64, f32>,
     workspace: (usize, usize),
 }
@@ -40,7 +40,7 @@ impl GraphExecution {
                 // SAFETY: the caller keeps the contract above.
                 numbers.insert(*id, unsafe { *(address as *const f32) });
             } else if !address.is_multiple_of(tensor.alignment) {
-                return Err(format!("executes a plan with tensor {id} off its alignment of {}", tensor.alignment));
+                return Err(format!("executes a plan with tensor {id} not aligned to {} bytes", tensor.alignment));
             } else {
                 addresses.insert(*id, address);
             }
@@ -49,7 +49,7 @@ impl GraphExecution {
     }
 }
 
-/// The elements of a tensor, each at the offset that the strides give.
+/// The elements of a tensor. The strides determine the offset of each element.
 type Values = Vec<f32>;
 
 /// Executes the graph.
@@ -73,7 +73,7 @@ pub fn run(accessor: &mut Accessor, execution: &GraphExecution) {
         }
         let to = &execution.graph.tensors[&write];
         let mut made = evaluate(&execution.graph, node, &known);
-        // If a later operation reads a product, NVIDIA's engines add the product to what its memory held before.
+        // If a later operation reads a product, NVIDIA's engines add the product to the old values in its memory.
         let is_read = || execution.graph.nodes.iter().any(|other| other.ids().0.contains(&write));
         if matches!(node, Node::Matmul { .. }) && !to.is_virtual && to.data == FLOAT && is_read() {
             let Some(before) = load(accessor, execution.addresses[&write], to) else { return };
@@ -114,7 +114,7 @@ fn indices(dims: &[usize], mut f: impl FnMut(&[usize])) {
     }
 }
 
-/// Returns the offset of an element. Dims of size 1 are broadcast.
+/// Returns the offset of an element. A dim of size 1 is broadcast.
 fn place(tensor: &Tensor, index: &[usize]) -> usize {
     let sides = tensor.dims.iter().zip(&tensor.strides);
     sides.zip(index).map(|((extent, stride), at)| if *extent == 1 { 0 } else { at * stride }).sum()

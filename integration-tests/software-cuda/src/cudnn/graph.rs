@@ -1,5 +1,5 @@
-//! Reads a graph of operations from descriptors. Checks that shapes match, ids are unique, and virtual tensors are
-//! written before they are read.
+//! Reads a graph of operations from descriptors. Checks that shapes match, that ids are unique, and that virtual
+//! tensors (tensors without memory) are written before they are read.
 
 use std::collections::{HashMap, HashSet};
 
@@ -24,7 +24,7 @@ pub const BOOLEAN: i64 = 11;
 pub(crate) struct Tensor {
     /// Size of each dim.
     pub dims: Vec<usize>,
-    /// Elements from one index to the next, for each dim.
+    /// For each dim, the number of elements from one index to the next.
     pub strides: Vec<usize>,
     /// The element type.
     pub data: i64,
@@ -99,7 +99,7 @@ pub(super) fn check_tensor(descriptor: &Descriptor) -> Result<(), CudnnStatus> {
     if ![FLOAT, INT32, BFLOAT16, BOOLEAN].contains(&tensor.data) || (tensor.is_by_value && tensor.data != FLOAT) {
         return refuse(&format!("a tensor of type {}", tensor.data));
     }
-    // Each index needs its own element in memory. Otherwise results would depend on the order of writes.
+    // Each index needs its own element in memory. Otherwise, results would depend on the order of writes.
     let mut sides: Vec<(usize, usize)> = tensor.strides.iter().copied().zip(tensor.dims.iter().copied()).collect();
     sides.retain(|(_, extent)| *extent > 1);
     sides.sort_unstable();
@@ -243,8 +243,8 @@ impl Graph {
         Ok(())
     }
 
-    /// Whether a fused attention engine supports the graph. It needs at least two products, and head depths that are
-    /// multiples of 8.
+    /// Whether a fused attention engine supports the graph. Such a graph has at least two products, and its head depths
+    /// are multiples of 8.
     pub(super) fn has_engine(&self) -> bool {
         let products = self.nodes.iter().filter(|node| matches!(node, Node::Matmul { .. })).count();
         let has_valid_depth = |t: &Tensor| {

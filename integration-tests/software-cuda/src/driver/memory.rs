@@ -24,11 +24,11 @@ fn allocate(place: Place, bytes: usize, unborn: bool) -> Result<usize, CUresult>
     lock(&machine().registry).allocate(place, bytes, limit, unborn).ok_or(CUresult::CUDA_ERROR_OUT_OF_MEMORY)
 }
 
-/// Submits a copy. Also waits for it if the target is pageable memory, because such a copy is synchronous.
+/// Submits a copy. Also waits for the copy if the target is pageable memory, because such a copy is synchronous.
 ///
 /// # Safety
 ///
-/// Over the extent of `rows`, a pageable source must be readable, and a pageable target must be writable.
+/// All bytes that `rows` covers must be readable in a pageable source and writable in a pageable target.
 unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, name: &str) -> Result<(), CUresult> {
     let bytes = rows.width * rows.height;
     let mut state = machine().state();
@@ -53,8 +53,8 @@ unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, name: &str) -> R
     if let Some(target) = registry.find_mut(to) {
         let is_free = target.place == Place::Host && target.pending.0 == 0 && target.freed.is_none();
         if is_free && is_tight && to + bytes <= target.base + target.bytes {
-            // Until the copy has finished, the host reads NaN in every type. SAFETY: the bytes are in a live allocation
-            // of pinned memory that no queued copy uses.
+            // Until the copy has finished, the host reads NaN in every float type. SAFETY: the bytes are in a live
+            // allocation of pinned memory that no queued copy uses.
             unsafe { std::ptr::write_bytes(to as *mut u8, 0xff, bytes) };
         }
         target.pending = (target.pending.0 + 1, target.pending.1 + 1);
@@ -77,7 +77,7 @@ fn line(bytes: usize) -> Rows {
     Rows { width: bytes, height: 1, pitch: (bytes, bytes) }
 }
 
-/// Checks that both addresses of a copy are on the devices of their contexts.
+/// Checks that each address of a copy is on the device of its context.
 fn check_devices(to: (CUdeviceptr, CUcontext), from: (CUdeviceptr, CUcontext)) -> Result<(), CUresult> {
     let is_there = |(address, context): (CUdeviceptr, CUcontext)| {
         let place = lock(&machine().registry).owner(address as usize).map(|o| o.place);
@@ -90,7 +90,7 @@ fn check_devices(to: (CUdeviceptr, CUcontext), from: (CUdeviceptr, CUcontext)) -
     Ok(())
 }
 
-/// Records a finding if a copy between devices must go through host memory. Real drivers make such a copy silently.
+/// Records a finding if a copy between devices must go through host memory. NVIDIA's driver makes such a copy silently.
 fn find_staged_copy(to: usize, from: usize) {
     let registry = lock(&machine().registry);
     let (Some(target), Some(source)) = (registry.find(to), registry.find(from)) else { return };
@@ -100,9 +100,9 @@ fn find_staged_copy(to: usize, from: usize) {
     drop(registry);
     if !is_open || (a != b && is_pooled) {
         let why = if is_open {
-            "its memory is from a pool without peer access"
+            "one of them has its memory in a pool without peer access"
         } else {
-            "peer access is not enabled both ways"
+            "peer access is not enabled in both directions"
         };
         let message = format!("a copy from device {b} to device {a} goes through host memory: {why}");
         machine().report_finding("staged", &message.clone(), || message);
@@ -270,7 +270,7 @@ exports! { driver;
     }
 
     fn cuStreamWriteValue32_v2(stream: CUstream, to: CUdeviceptr, value: c_uint, flags: c_uint) -> CUresult {
-        // `cuda.h` permits the flag that omits memory barriers only on devices that have no such barriers.
+        // The flag omits memory barriers. `cuda.h` permits this flag only on devices that do not support such barriers.
         if flags != 0 {
             return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
         }

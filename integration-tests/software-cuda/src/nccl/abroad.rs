@@ -1,4 +1,4 @@
-//! Communication between a process and the hub, for communicators with ranks in other processes.
+//! Communication of a process with the hub (see `hub`), for communicators with ranks in other processes.
 
 use std::collections::HashMap;
 use std::sync::{Arc, MutexGuard};
@@ -11,7 +11,7 @@ use crate::nccl::engine::Stage;
 use crate::nccl::wire::{ExchangeId, HubConnection, HubEvent, HubMessage};
 use crate::world::{OpKind, SoftwareMachine, State};
 
-/// Result of a collective or message between several processes.
+/// Result of a collective or message whose ranks are in several processes.
 pub(crate) struct ExchangeResult {
     /// Why the ranks' calls do not match; `None` if they match.
     pub mismatch: Option<String>,
@@ -30,7 +30,7 @@ pub fn post(
 ) {
     let (mut calls, mut bytes) = (Vec::new(), Vec::new());
     for member in members {
-        // An invalid read is already a finding. The other ranks get zeros, so they report only their own errors.
+        // An invalid read is already a finding. Other ranks get zeros, so they report only their own errors.
         let input =
             data::read_input(machine, member, ranks).unwrap_or_else(|| vec![0; data::sent_bytes(member, ranks)]);
         calls.push((member.rank, member.call, input.len()));
@@ -41,7 +41,7 @@ pub fn post(
     }
 }
 
-/// Handles an event from the hub for this process's ranks of a clique.
+/// Handles an event from the hub for this process's ranks of a clique (the ranks that share one unique id).
 pub fn deliver(machine: &SoftwareMachine, clique: u64, event: HubEvent) {
     let mut state = machine.state();
     let known = state.comms.cliques.get_mut(&clique).expect("cliques are never removed");
@@ -62,8 +62,8 @@ pub fn deliver(machine: &SoftwareMachine, clique: u64, event: HubEvent) {
     machine.progressed.notify_all();
 }
 
-/// Stores a result for the waiting parts. Reports a mismatch now, not at execution, because another rank may see the
-/// mismatch before this rank's execution and abort.
+/// Stores a result for the parts that wait for it. Reports a mismatch now, not when the part executes, because another
+/// rank may see the mismatch and abort before that.
 fn handle_result(
     machine: &SoftwareMachine,
     state: &mut State,

@@ -1,7 +1,7 @@
 //! NCCL's collectives, messages and groups.
 //!
-//! A thread collects the calls of a group until the outermost group ends. Then the calls of each communicator and
-//! stream become one operation.
+//! A thread collects the calls of nested groups until the outermost group ends. Then the calls on the same communicator
+//! and the same stream become one operation.
 #![allow(unsafe_code, non_snake_case)]
 
 use std::cell::RefCell;
@@ -20,7 +20,7 @@ use crate::world::{OpKind, State, machine};
 struct Pending {
     depth: u32,
     calls: Vec<(u64, u64, Call)>,
-    /// For each clique, the rank and number of the last collective that this thread issued.
+    /// For each clique (ranks that share one unique id), the rank and number of the last collective by this thread.
     last: HashMap<u64, (usize, u64)>,
 }
 
@@ -63,7 +63,7 @@ fn accept(handle: ncclComm_t, stream: cudaStream_t, call: Call) -> Result<(), nc
     })
 }
 
-/// Submits one operation per communicator and stream. Operations are in the order of their first calls.
+/// Submits one operation for each pair of communicator and stream. Operations are in the order of their first calls.
 fn issue(state: &mut State, pending: &mut Pending, calls: Vec<(u64, u64, Call)>) -> Result<(), ncclResult_t> {
     let is_alone = calls.len() == 1;
     let mut groups: Vec<(u64, u64, Vec<Part>)> = Vec::new();

@@ -1,7 +1,7 @@
 //! Memory accesses and arithmetic for collectives and messages.
 //!
-//! Reductions run in rank order. They use f32 for floating-point types of up to 32 bits. Results therefore do not
-//! depend on the schedule.
+//! Reductions add in rank order, so results do not depend on the schedule. For floating-point types of up to 32 bits,
+//! reductions use f32.
 #![allow(unsafe_code)]
 
 use crate::nccl::engine::{Call, CallKind};
@@ -9,7 +9,7 @@ use crate::run::{Running, accessor};
 use crate::shadow::Access;
 use crate::world::{SoftwareMachine, lock};
 
-/// Bytes of an element, indexed by NCCL's number of the element type.
+/// Bytes of an element. NCCL's number of the element type is the index.
 const ELEMENT_BYTES: [usize; 12] = [1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1];
 const AVERAGE: u32 = 4;
 
@@ -28,7 +28,7 @@ pub fn element_bytes(dtype: u32) -> Option<usize> {
     ELEMENT_BYTES.get(dtype as usize).copied()
 }
 
-/// Returns the indices of those local members whose data reaches other members.
+/// Returns the indices of the members whose data other members receive.
 pub fn sources(members: &[Member]) -> Vec<usize> {
     match members[0].call.kind {
         CallKind::Send | CallKind::Receive => vec![0],
@@ -65,7 +65,7 @@ pub fn mismatch(calls: &[(usize, Call)]) -> Option<String> {
     let other = calls.iter().find(|c| facts(&c.1) != facts(&first.1))?;
     let describe = |(rank, c): &(usize, Call)| {
         format!(
-            "rank {rank} calls {:?} of {} of type {}, reduction {}, root or peer {}",
+            "rank {rank} calls {:?} of {} elements of type {}, reduction {}, root or peer {}",
             c.kind, c.count, c.dtype, c.reduction, c.peer
         )
     };
@@ -73,7 +73,7 @@ pub fn mismatch(calls: &[(usize, Call)]) -> Option<String> {
 }
 
 /// Checks and executes one collective or message. `members` are all ranks in order, or the sender and the receiver.
-/// Returns whether the calls mismatch.
+/// Returns true if the calls do not match.
 pub fn execute(machine: &SoftwareMachine, members: &[Member]) -> bool {
     let calls: Vec<(usize, Call)> = members.iter().map(|m| (m.rank, m.call)).collect();
     if let Some(message) = mismatch(&calls) {
@@ -87,7 +87,7 @@ pub fn execute(machine: &SoftwareMachine, members: &[Member]) -> bool {
     false
 }
 
-/// Reads the data that a member sends. `None` if the access is invalid.
+/// Reads the data that a member sends. Returns `None` if the access is invalid.
 pub fn read_input(machine: &SoftwareMachine, member: &Member, ranks: usize) -> Option<Vec<u8>> {
     let bytes = sent_bytes(member, ranks);
     let mut shadow = lock(&machine.shadow);
@@ -108,7 +108,7 @@ pub fn sent_bytes(member: &Member, ranks: usize) -> usize {
     lengths(&member.call, member.rank, ranks).0 * ELEMENT_BYTES[member.call.dtype as usize]
 }
 
-/// Combines the data of all members. Each member receives all of the result or its own part; see [`write_output`].
+/// Combines the data of all members. Each member receives the whole result or its own part; see [`write_output`].
 pub fn combine(call: &Call, inputs: &[&[u8]]) -> Vec<u8> {
     match call.kind {
         CallKind::AllReduce | CallKind::Reduce | CallKind::ReduceScatter => reduce(inputs, call),

@@ -1,16 +1,17 @@
 //! Communicators, the matching of their ranks' calls, and the order of collectives.
 //!
-//! - NC-1: the n-th collective of a communicator is the same on all its ranks: kind, count, type, reduction and root.
+//! - NC-1: the n-th collective of a communicator has the same kind, count, type, reduction and root on all its ranks.
 //! - NC-2: communicators that share devices issue their collectives in the same order on all of these devices.
 //!
-//! The calls of a group on one communicator and stream form one operation; each call is a part of it. The operation
-//! starts when it is first in its stream. Each part executes once its partners have started, and the operation ends
-//! with its last part. On a non-blocking communicator, the call returns "in progress". The operation is submitted to
-//! its stream only after the host has polled.
+//! The calls of a group on one communicator and stream form one operation; each call is a part of the operation. The
+//! operation starts when it is first in its stream. The partners of a part are the matching calls of other ranks. A
+//! part executes after its partners have started, and the operation ends after its last part. On a non-blocking
+//! communicator, the call returns "in progress", and its stream gets the operation only after the host has polled.
 //!
-//! If other processes have ranks, the first message between two ranks stays "in progress" until both ranks have called,
-//! because NCCL connects them only then. A part is posted to the hub when its local partners have started, and executes
-//! when the hub's result arrives. Processes do not exchange clocks or addresses.
+//! A clique is the set of ranks that share one unique id. If other processes have ranks of a clique, the first message
+//! between two ranks stays "in progress" until both ranks have called, because NCCL connects the two ranks only then. A
+//! part is posted to the hub (see `hub`) when its local partners have started, and executes when the hub's result
+//! arrives. Processes do not exchange clocks or addresses.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, MutexGuard};
@@ -31,11 +32,11 @@ use crate::world::{OpKind, SoftwareMachine, State};
 pub(crate) enum CallKind {
     /// A reduction of all ranks' data; every rank receives the result.
     AllReduce,
-    /// The root's data, sent to every rank.
+    /// A copy of the root's data to every rank.
     Broadcast,
     /// A reduction of all ranks' data; the root receives the result.
     Reduce,
-    /// The data of all ranks; every rank receives all of it.
+    /// A concatenation of all ranks' data; every rank receives the whole result.
     AllGather,
     /// A reduction of all ranks' data; each rank receives one part of the result.
     ReduceScatter,
@@ -64,7 +65,7 @@ pub(crate) struct Call {
     pub peer: i32,
 }
 
-/// Identifies a part. The tag determines the part's partners, that is, the parts of other ranks that execute with it.
+/// Identifies a part. The tag determines the partners of the part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tag {
     /// The n-th collective of the communicator.
@@ -87,7 +88,7 @@ pub(crate) struct Part {
 
 /// Progress of a part.
 pub(crate) enum Stage {
-    /// Some local partners have not started.
+    /// Some partners in this process have not started.
     Waiting,
     /// The part was posted to the hub.
     Posted,
@@ -130,8 +131,8 @@ pub(crate) struct Comm {
     received: HashMap<usize, u64>,
     /// Asynchronous error.
     pub error: Option<ncclResult_t>,
-    /// Operations of calls in progress. They are submitted to their streams after the host has polled, or after
-    /// [`DEFERRED_FOR`] without a poll.
+    /// Operations whose calls are in progress. These operations are submitted to their streams after the host has
+    /// polled, or after [`DEFERRED_FOR`] without a poll.
     pub deferred: Vec<Deferred>,
     /// Whether the host has polled since the last call.
     pub was_polled: bool,
@@ -164,14 +165,15 @@ pub(crate) struct Clique {
     pub hub: Option<Arc<HubConnection>>,
     /// Whether all ranks have joined and some of them are in other processes.
     pub has_remote_ranks: bool,
-    /// Ends of first messages for which a rank of another process has already made its call.
+    /// Calls that ranks of other processes have already made for their first message to or from a local rank.
     pub called: HashSet<Direction>,
     /// Whether the hub's process has closed its ranks and may therefore end.
     pub hub_has_left: bool,
-    /// Number of issued collectives by device.
+    /// For each device, the number of collectives that it has issued.
     issued: HashMap<usize, u64>,
-    /// An entry for each collective that some local ranks have not issued: the first device that issued it, the counts
-    /// of other cliques on that device at that time, and the number of ranks that have not issued it.
+    /// An entry for each collective that only some of the local ranks have issued: the first device that issued the
+    /// collective, the number of collectives of each other clique that this device had issued at that time, and the
+    /// number of local ranks that have not issued the collective.
     orders: HashMap<u64, (usize, BTreeMap<u64, u64>, usize)>,
 }
 
@@ -202,7 +204,7 @@ pub(crate) struct Comms {
 }
 
 impl Comms {
-    /// Returns the communicators that were not closed.
+    /// Returns descriptions of the communicators that were not closed.
     pub fn leaks(&self) -> Vec<String> {
         let open = self.comms.values().filter(|c| !c.is_closed);
         open.map(|c| format!("communicator of rank {} on device {}", c.rank, c.device)).collect()
@@ -278,8 +280,8 @@ impl Comms {
         (tag, self.check_order(own, device, number))
     }
 
-    /// Checks NC-2 when `device` issues the `number`-th collective of the clique `own`. Before this call, `device` must
-    /// have issued as many collectives of each other clique as the first device had when it issued this collective.
+    /// Checks NC-2 when `device` issues the `number`-th collective of the clique `own`. For each other clique, `device`
+    /// must have issued the same number of collectives that the first device had issued before this collective.
     fn check_order(&mut self, own: u64, device: usize, number: u64) -> Option<Disorder> {
         let before: BTreeMap<u64, u64> = self
             .cliques
@@ -296,8 +298,8 @@ impl Comms {
                 let there = first_counts.get(other).copied().unwrap_or(0);
                 if is_shared && there != *count {
                     let message = format!(
-                        "device {device} issues collective {number} of communicator {own:#x} after {count} of \
-                         communicator {other:#x}, device {first} after {there}: all devices must use one order"
+                        "device {device} issues collective {number} of communicator {own:#x} after {count} collectives \
+                         of communicator {other:#x}, but device {first} after {there}: use one order on all devices"
                     );
                     broken = Some(((own.min(*other), own.max(*other)), message));
                 }
@@ -317,16 +319,16 @@ impl Comms {
 
 /// A part whose local partners have all started.
 pub(crate) struct Transfer {
-    /// Streams and part indices of the members: in rank order for a collective, the sender first for a message.
+    /// Streams and part indices of the members. Members are in rank order, but a message's sender is first.
     pub members: Vec<(u64, usize)>,
     /// The next step.
     step: Step,
 }
 
 enum Step {
-    /// Execute within this process.
+    /// Execute the part in this process.
     Local,
-    /// Post the calls to the hub.
+    /// Post the members' calls to the hub.
     Post(ExchangeId),
     /// Write the hub's result.
     Receive(Arc<ExchangeResult>),
@@ -390,8 +392,8 @@ pub fn blockers(state: &State, own: u64, group: &Group) -> Vec<Blocker> {
     for part in group.parts.iter().filter(|p| !p.is_done()) {
         for (rank, comm, tag) in partners(state, group.comm, part.tag) {
             let Some(comm) = comm else {
-                let why = if has_remote_ranks { "of another process" } else { "which never joined" };
-                blockers.push(Blocker::Missing(format!("rank {rank}, {why}")));
+                let why = if has_remote_ranks { "is in another process" } else { "never joined" };
+                blockers.push(Blocker::Missing(format!("rank {rank}, which {why}")));
                 continue;
             };
             if started_part(state, comm, tag).is_some() {
@@ -402,10 +404,10 @@ pub fn blockers(state: &State, own: u64, group: &Group) -> Vec<Blocker> {
             });
             match queued {
                 Some((other, _)) if *other != own => {
-                    blockers.push(Blocker::Stream(*other, format!("rank {rank} there has not reached it")));
+                    blockers.push(Blocker::Stream(*other, format!("rank {rank} has not reached this call there")));
                 }
-                Some(_) => blockers.push(Blocker::Stream(own, format!("rank {rank}, behind it on its own stream"))),
-                None => blockers.push(Blocker::Missing(format!("rank {rank}, which has not issued it"))),
+                Some(_) => blockers.push(Blocker::Stream(own, format!("rank {rank}, whose call is behind this one"))),
+                None => blockers.push(Blocker::Missing(format!("rank {rank}, which has not issued this call"))),
             }
         }
     }
@@ -516,8 +518,8 @@ fn group_mut(state: &mut State, handle: u64) -> &mut Group {
     }
 }
 
-/// Defers an operation, as NCCL does on a non-blocking communicator. If the host submits other work to the stream
-/// before it polls, that work therefore runs before the operation.
+/// Defers an operation, as NCCL does on a non-blocking communicator. Work that the host submits to the stream before it
+/// polls therefore runs before the operation.
 pub fn defer(machine: &SoftwareMachine, state: &mut State, stream: u64, group: Group, name: String) {
     let (host, comm) = (state.host_clock(machine.config.one_host), group.comm);
     let first: Vec<Direction> = first_remote_messages(state, comm, &group).collect();
@@ -531,7 +533,7 @@ pub fn defer(machine: &SoftwareMachine, state: &mut State, stream: u64, group: G
     state.last_progress = Instant::now();
 }
 
-/// Polls whether a communicator's calls have finished. The first poll after a call always returns false.
+/// Returns whether a communicator's calls have finished. The first poll after a call always returns false.
 pub fn poll_calls(machine: &SoftwareMachine, state: &mut State, comm: u64) -> bool {
     let found = state.comms.comms.get_mut(&comm).expect("looked up by the caller");
     if found.deferred.is_empty() {
@@ -567,7 +569,7 @@ fn submit_deferred(machine: &SoftwareMachine, state: &mut State, comm: u64) {
     }
 }
 
-/// Submits the calls that were deferred for [`DEFERRED_FOR`] without a poll. Returns whether there were any such calls.
+/// Submits the operations that have been deferred for [`DEFERRED_FOR`] without a poll. Returns whether there were any.
 pub fn submit_old_deferred(machine: &SoftwareMachine, state: &mut State) -> bool {
     let is_old = |c: &Comm| c.deferred.iter().any(|d| d.since.elapsed() > DEFERRED_FOR);
     let is_left = |c: &Comm| c.deferred.iter().any(|d| d.since.elapsed() > machine.config.deadlock);
@@ -576,7 +578,7 @@ pub fn submit_old_deferred(machine: &SoftwareMachine, state: &mut State) -> bool
     for comm in old.iter().filter(|comm| !is_connected(state, **comm)) {
         let (rank, key) = (state.comms.comms[comm].rank, format!("{comm} connects"));
         machine.report_finding("deadlock", &key, || {
-            format!("rank {rank} waits until its first message is on its stream, but the other end has not called it")
+            format!("rank {rank} waits for its first message with another rank, but that rank has not made its call")
         });
     }
     old.iter().for_each(|comm| submit_deferred(machine, state, *comm));

@@ -1,8 +1,9 @@
 //! The hub coordinates ranks in several processes. It runs in the process that created the communicator's id.
 //!
-//! Every process with ranks of a communicator sends their calls and data to the hub. Once all participants have posted,
-//! the hub compares the calls (NC-1) like [`crate::nccl::engine`], and sends the result to all of them. The hub does
-//! not use streams or take locks of the device, so streams and locks never block it.
+//! Every process with ranks of a communicator sends the calls and data of these ranks to the hub. An exchange is one
+//! collective or message. Once all participants of an exchange have posted, the hub compares their calls (NC-1) like
+//! [`crate::nccl::engine`], and sends the result to all participants. The hub uses no streams and takes no locks of the
+//! device, so a blocked stream or lock never blocks the hub.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, BufReader};
@@ -58,7 +59,7 @@ fn listen(hub: &str) -> io::Result<()> {
     let listen = move || {
         for (number, stream) in listener.incoming().flatten().enumerate() {
             let serving = thread::Builder::new().name("software-nccl-hub".into());
-            // If the thread cannot start, the connection closes. The other process notices this.
+            // If the thread cannot start, the connection closes, and the other process notices the end.
             drop(serving.spawn(move || serve(number as u64, stream)));
         }
     };
@@ -66,7 +67,7 @@ fn listen(hub: &str) -> io::Result<()> {
 }
 
 /// Waits until the hub has notified the other processes that this process has closed its ranks of these communicators.
-/// Without this notice, the exit of this process would look like a crash.
+/// Without this notification, the other processes would take the exit of this process for a crash.
 pub fn wait_until_left(cliques: &[String], limit: Duration) {
     let is_here = |group: &HubGroup| group.connections.values().any(|connection| connection.is_own);
     let waits =
@@ -74,7 +75,7 @@ pub fn wait_until_left(cliques: &[String], limit: Duration) {
     drop(LEFT.wait_timeout_while(lock(&GROUPS), limit, waits));
 }
 
-/// Serves one process until the process ends or has closed its ranks.
+/// Serves one process until it ends or has closed its ranks.
 fn serve(connection: u64, stream: UnixStream) {
     let Ok(out) = stream.try_clone() else { return };
     let (mut out, mut from) = (Some(out), BufReader::new(stream));
@@ -111,7 +112,7 @@ fn serve(connection: u64, stream: UnixStream) {
 }
 
 impl HubGroup {
-    /// Sends a message to all processes except one. Ignores errors, because a connection's reader notices its end.
+    /// Sends a message to all processes except `except`. Ignores errors, because the reading thread notices them.
     fn send_to_others(&self, except: Option<u64>, message: &HubMessage) {
         for (_, other) in self.connections.iter().filter(|(number, _)| Some(**number) != except) {
             drop(write_message(&other.out, message, &[]));
@@ -163,7 +164,7 @@ impl HubGroup {
             return;
         }
         let mut posts = self.posts.remove(&exchange).unwrap_or_default();
-        // Sort the posts by rank, or the sender before the receiver.
+        // Sort the posts of a collective by rank. The sender of a message comes before the receiver.
         let receiver = if let ExchangeId::Message(_, to, _) = exchange { to } else { usize::MAX };
         posts.sort_by_key(|post| (post.rank == receiver, post.rank));
         let calls: Vec<(usize, Call)> = posts.iter().map(|post| (post.rank, post.call)).collect();
@@ -176,8 +177,8 @@ impl HubGroup {
         let answer = HubMessage::ExchangeResult { exchange, mismatch };
         let takes_part = |number: &u64| posts.iter().any(|post| post.connection == *number);
         let mut receivers: Vec<_> = self.connections.iter().filter(|(number, _)| takes_part(number)).collect();
-        // Send to this process last. It may exit when it has its result, so the other processes must get their results
-        // first.
+        // Send to this process last. This process may exit when it has its result, so the other processes must get
+        // their results first.
         receivers.sort_by_key(|(_, connection)| connection.is_own);
         receivers.into_iter().for_each(|(_, connection)| drop(write_message(&connection.out, &answer, &whole)));
     }

@@ -1,7 +1,7 @@
 //! The messages between processes that share a communicator, and the connection of a process to the hub.
 //!
-//! A message is a JSON header and raw bytes, each preceded by its length. Only processes of one test exchange messages,
-//! so the reader checks only that a message can be decoded.
+//! A message consists of a JSON header and raw bytes. The length of each of the two precedes it. Only processes of one
+//! test exchange messages, so the reader checks only whether it can decode a message.
 
 use std::io::{self, BufReader, Read, Write};
 use std::net::Shutdown;
@@ -17,7 +17,7 @@ use crate::nccl::abroad::{ExchangeResult, deliver};
 use crate::nccl::engine::{Call, Tag};
 use crate::world::{lock, machine};
 
-/// Identifies a collective or message among all ranks.
+/// Identifies a collective or message in the same way on all ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) enum ExchangeId {
     /// The n-th collective of the communicator.
@@ -46,20 +46,20 @@ pub(crate) struct JoinRequest {
     pub ranks: usize,
     /// The joining rank.
     pub rank: usize,
-    /// Node and device number; two ranks must not share a device.
+    /// Node and device number. Two ranks must not share a device.
     pub device: (String, usize),
     /// Process id of the joining rank.
     pub process: u32,
 }
 
-/// One end of all messages from one rank to another.
+/// One end (the sender or the receiver) of all messages from one rank to another rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(crate) struct Direction {
     /// The rank of this end.
     pub rank: usize,
     /// The other rank.
     pub peer: usize,
-    /// Whether this end sends.
+    /// Whether this end is the sender.
     pub sends: bool,
 }
 
@@ -92,7 +92,7 @@ pub(crate) enum HubMessage {
     },
     /// To the hub, which forwards it: a rank has made the call for its first message to or from a peer.
     Call(Direction),
-    /// To the hub: a rank was destroyed (`in_order`) or aborted.
+    /// To the hub: a rank's communicator was destroyed (`in_order`) or aborted.
     Leave { rank: usize, in_order: bool },
     /// To the hub, which forwards it: the sending process makes progress or compiles.
     Busy,
@@ -102,13 +102,13 @@ pub(crate) enum HubMessage {
     Refused,
     /// From the hub: the result of an exchange, or its mismatch.
     ExchangeResult { exchange: ExchangeId, mismatch: Option<String> },
-    /// From the hub: a rank was aborted, or a process with open ranks has ended.
+    /// From the hub: a rank's communicator was aborted, or a process has ended without closing its ranks.
     Lost,
     /// From the hub: the hub's process has destroyed all its ranks and may end soon.
     HubLeft,
 }
 
-/// Writes one message.
+/// Writes a message.
 pub fn write_message(mut to: &UnixStream, message: &HubMessage, bytes: &[u8]) -> io::Result<()> {
     let header = serde_json::to_vec(message)?;
     let lengths = [header.len() as u64, bytes.len() as u64].map(u64::to_le_bytes);
@@ -116,7 +116,7 @@ pub fn write_message(mut to: &UnixStream, message: &HubMessage, bytes: &[u8]) ->
     to.write_all(bytes)
 }
 
-/// Reads one message; returns an error at the end of the stream.
+/// Reads a message. Returns an error at the end of the stream.
 pub fn read_message(from: &mut BufReader<UnixStream>) -> io::Result<(HubMessage, Vec<u8>)> {
     let mut length = || {
         let mut bytes = [0; 8];

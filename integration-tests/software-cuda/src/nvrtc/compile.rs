@@ -79,7 +79,7 @@ const IGNORED: &[&str] = &[
     "-diag-suppress",
 ];
 
-/// Translates NVRTC's options to g++'s options. Fails for an unknown option.
+/// Translates NVRTC's options to options of g++. Returns an error for an unknown option.
 fn translate(options: &[String]) -> Result<Vec<String>, String> {
     let mut out = Vec::new();
     let mut architecture = 900;
@@ -92,11 +92,11 @@ fn translate(options: &[String]) -> Result<Vec<String>, String> {
         } else if let Some(folder) = option.strip_prefix("-I").filter(|f| !f.is_empty()) {
             out.push(format!("-I{folder}"));
         } else if matches!(name, "--define-macro" | "-D") {
-            out.push(format!("-D{}", value(&mut rest).ok_or("a macro is missing")?));
+            out.push(format!("-D{}", value(&mut rest).ok_or("a macro is missing after -D")?));
         } else if matches!(name, "--include-path" | "-I") {
-            out.push(format!("-I{}", value(&mut rest).ok_or("a folder is missing")?));
+            out.push(format!("-I{}", value(&mut rest).ok_or("a folder is missing after -I")?));
         } else if matches!(name, "--std" | "-std") {
-            out.push(format!("-std={}", value(&mut rest).ok_or("a standard is missing")?));
+            out.push(format!("-std={}", value(&mut rest).ok_or("a standard is missing after -std")?));
         } else if IGNORED.contains(&name) {
             let takes_value =
                 matches!(name, "--gpu-architecture" | "-arch" | "--maxrregcount" | "-Xptxas" | "--ptxas-options");
@@ -120,7 +120,7 @@ fn translate(options: &[String]) -> Result<Vec<String>, String> {
 fn run(command: &mut Command) -> Result<String, String> {
     let output = command
         .output()
-        .map_err(|e| format!("cannot run g++, which the software CUDA device needs: {e}; install it"))?;
+        .map_err(|e| format!("cannot run g++: {e}; install g++, which the software CUDA device needs"))?;
     if !output.status.success() {
         return Err(String::from_utf8_lossy(&output.stderr).into_owned());
     }
@@ -187,7 +187,7 @@ pub fn compile(program: &Program, options: &[String], cache: &Path) -> Result<St
         let mut command = Command::new("g++");
         command.arg(standard).args(FLAGS).args(["-x", "c++", "-fpreprocessed", "-c"]).arg(&rewritten);
         let compiled = run(command.arg("-o").arg(&object));
-        // Link without the sanitizer's library, because the shim defines its functions.
+        // Link without the sanitizer's library, because the shim defines the functions of that library.
         let linked = compiled
             .and_then(|_| run(Command::new("g++").args(["-shared", "-o"]).arg(&partial).arg(&object).args(["-lm"])));
         // Ignore errors, because leftover temporary files are harmless.

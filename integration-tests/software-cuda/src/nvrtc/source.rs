@@ -1,7 +1,7 @@
 //! Rewrites preprocessed CUDA C++ into C++ for g++.
 //!
-//! The preprocessor keeps `__global__`, `__shared__` and `__launch_bounds__`, even from macros. This module collects
-//! the kernels, makes static shared memory `static`, and makes dynamic shared memory an alias of the shim's array.
+//! The preprocessor keeps `__global__`, `__shared__` and `__launch_bounds__`, also from macros. This module collects
+//! the kernels. Static shared memory becomes `static`, and dynamic shared memory an alias of the shim's array.
 
 /// A kernel in a text.
 #[derive(Debug, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub fn rewrite(text: &str) -> Result<(String, Vec<KernelName>), String> {
                 }
             }
             "__launch_bounds__" => {
-                let (first, end) = bracketed(&tokens, at + 1).ok_or("__launch_bounds__ without its brackets")?;
+                let (first, end) = bracketed(&tokens, at + 1).ok_or("__launch_bounds__ has no parentheses")?;
                 // The bounds may also precede `__global__`.
                 bounds = Some(first);
                 at = end;
@@ -77,8 +77,8 @@ pub fn rewrite(text: &str) -> Result<(String, Vec<KernelName>), String> {
     Ok((out, kernels))
 }
 
-/// Initialises each variable of a declaration with constants. Otherwise g++ would place a guard in shared memory for
-/// arrays of classes. Returns the number of open brackets after the token, or `None` after the declaration.
+/// Adds ` = {}` to each variable of a declaration. Without a constant initialiser, g++ would place a guard variable in
+/// shared memory for arrays of classes. Returns the number of open brackets, or `None` after the declaration.
 fn static_part(token: &str, depth: u32, out: &mut String) -> Option<u32> {
     match token {
         "(" | "[" | "{" | "<" => return Some(depth + 1),

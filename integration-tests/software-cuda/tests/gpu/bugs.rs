@@ -1,4 +1,5 @@
-//! Planted mistakes: the device finds each one under every policy and seed. Without the mistake there are no findings.
+//! Runs programs with and without a planted mistake. Under every policy and seed, the device finds each mistake.
+//! Without its mistake, a program has no findings.
 
 use shardflow_software_cuda::POLICIES;
 
@@ -14,9 +15,9 @@ fn seeds() -> u64 {
 pub struct Bug {
     /// Name of the mistake in messages.
     pub name: &'static str,
-    /// Kinds of findings, at least one of which must occur. A colon and a part of the message may follow a kind.
+    /// At least one finding of these kinds must occur. A colon and a part of the finding's message may follow a kind.
     pub kinds: &'static [&'static str],
-    /// Runs the program. The mistake is planted if the argument is true.
+    /// Runs the program, with the mistake if the second argument is true.
     pub run: fn(&LoadedKernels, bool),
 }
 

@@ -109,8 +109,8 @@ fn write_after_write(loaded: &LoadedKernels, planted: bool) {
     d.close();
 }
 
-/// Only the last words of a buffer conflict. The kernel's quick checks must detect it, because the first check of the
-/// region does not.
+/// Only the accesses to the last words of a buffer conflict. The kernel's quick checks must detect this conflict,
+/// because the first check of the region does not.
 fn few_read(loaded: &LoadedKernels, planted: bool) {
     let d = Fixture::new();
     cuda!(cuMemsetD32Async(d.a + 4 * (N as u64 - 3), 0, 3, d.s[0]));
@@ -258,8 +258,9 @@ fn uninitialised(loaded: &LoadedKernels, planted: bool) {
     free(fresh);
 }
 
-/// A producer and a consumer each have their own thread and stream, and the producer sends a message to the consumer.
-/// The producer sends the message at launch or when its work has finished, with or without its clock token.
+/// A producer and a consumer have separate threads and streams, and the producer sends a message to the consumer. The
+/// arguments select whether the producer sends the message at launch or after its work has finished, and whether the
+/// message carries the producer's clock token.
 fn messages(loaded: &LoadedKernels, sends_at_launch: bool, carries_clock: bool) {
     let (d, out) = (Fixture::new(), alloc(N));
     let (add, start) = (loaded.kernel("add") as usize, api::capture());
@@ -386,7 +387,7 @@ fn null_stream(loaded: &LoadedKernels, planted: bool) {
 }
 
 fn peer(loaded: &LoadedKernels, planted: bool) {
-    // Peer access stays enabled, so the planted mistake reads on the device that never had access.
+    // Peer access stays enabled after a run. The planted mistake therefore reads on the device that never enables it.
     let owner = if planted { 0 } else { 1 };
     api::use_device(owner);
     let there = filled(&[3.0; N]);

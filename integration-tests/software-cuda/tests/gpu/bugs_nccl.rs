@@ -23,7 +23,7 @@ pub const BUGS: &[Bug] = &[
         run: crossed,
     },
     Bug { name: "communicators in different orders on two devices", kinds: &["collective-order"], run: another_order },
-    Bug { name: "a rank that never calls", kinds: &["deadlock: rank 1, which has not issued it"], run: missing_rank },
+    Bug { name: "a rank that never calls", kinds: &["deadlock: rank 1, which has not issued"], run: missing_rank },
     Bug {
         name: "messages that wait for each other",
         kinds: &["deadlock: streams wait for each other"],

@@ -25,7 +25,7 @@ pub const BUGS: &[Bug] = &[
     Bug { name: "no workspace", kinds: &["misuse: without its workspace"], run: no_workspace },
     Bug { name: "one workspace for two streams", kinds: &["race"], run: shared_workspace },
     Bug { name: "an uninitialised buffer", kinds: &["uninitialised"], run: empty },
-    Bug { name: "an address off its alignment", kinds: &["misuse: off its alignment"], run: unaligned },
+    Bug { name: "an address off its alignment", kinds: &["misuse: not aligned"], run: unaligned },
     Bug { name: "a tensor without an address", kinds: &["misuse: without an address"], run: no_address },
 ];
 
@@ -55,7 +55,8 @@ fn attribute<T>(descriptor: cudnnBackendDescriptor_t, name: Attribute, kind: Typ
     unsafe { sys::cudnnBackendSetAttribute(descriptor, name, kind, count, start) }
 }
 
-/// Creates descriptors, and destroys them when it is dropped. After the first refusal, it makes no more changes.
+/// Creates descriptors, and destroys them when the builder is dropped. After a refusal, the builder makes no more
+/// changes.
 struct Builder {
     made: Vec<cudnnBackendDescriptor_t>,
     refused: bool,
@@ -282,7 +283,7 @@ fn values() {
     cuda!(cuStreamDestroy_v2(s));
 }
 
-/// Runs the graph once. If `planted`, the run has a mistake that the library refuses or ignores.
+/// Runs the graph once, with the mistake `fault` if `planted` is true. The library may refuse such a run.
 fn run_once(planted: bool, fault: GraphFault) {
     let (s, buffers) = (stream(), Buffers::new());
     buffers.run(s, if planted { fault } else { GraphFault::default() });

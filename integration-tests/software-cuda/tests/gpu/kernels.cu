@@ -1,4 +1,4 @@
-// Kernels for the software device's tests: correct ones, and ones with one mistake each.
+// Kernels for the tests of the software device. Some kernels are correct, and others have one mistake each.
 #include <cuda_bf16.h>
 #include <mma.h>
 
@@ -13,7 +13,7 @@ __device__ __forceinline__ float warp_sum(float v) {
     return v;
 }
 
-// The sum over the block; without `SYNC` a barrier is missing.
+// Returns the sum over the block. If `SYNC` is false, a barrier is missing.
 template <bool SYNC> __device__ float block_sum(float v) {
     __shared__ float part[32];
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = (blockDim.x + 31) >> 5;
@@ -54,7 +54,7 @@ extern "C" __global__ void reverse_uninitialised(float* out, const float* x, int
     out[threadIdx.x] = tile[n - 1 - threadIdx.x];
 }
 
-// In place: every thread must read the whole row before any thread writes.
+// Normalises a row in place. Every thread must read the whole row before any thread writes.
 template <bool SYNC> __device__ void normalise_row(float* x, int n) {
     float sum = 0.0f;
     for (int i = 0; i < n; i++) sum += x[blockIdx.x * n + i];
@@ -109,7 +109,7 @@ extern "C" __global__ void count_blocks_plainly(float* out) {
     if (threadIdx.x == 0) *out += 1.0f;
 }
 
-// bf16, two at a time and one at a time.
+// These two kernels scale bf16 numbers in pairs and one at a time.
 extern "C" __global__ void scale_pairs(__nv_bfloat16* x, float by, int n) {
     int i = 2 * (blockIdx.x * blockDim.x + threadIdx.x);
     if (i + 1 < n) {
@@ -159,7 +159,7 @@ extern "C" __global__ void tile_product(float* d, const __nv_bfloat16* a, const 
     for (int i = threadIdx.x; i < 256; i += 32) d[i] = ds[i];
 }
 
-// Warp functions, compared with expected values.
+// Compares the results of warp functions with expected values.
 extern "C" __global__ void warp_functions(unsigned* out) {
     unsigned lane = threadIdx.x & 31;
     unsigned odd = __ballot_sync(0xffffffffu, lane & 1);
@@ -181,5 +181,5 @@ extern "C" __global__ void through_struct(Pointers p, int n) {
     int i = threadIdx.x;
     if (i < n) p.out[i] = p.in[i] + 1.0f;
 }
-// Writes outside of its pointer's region.
+// Writes at an offset from its pointer, which may be outside of the pointer's region.
 extern "C" __global__ void stray(float* out, long offset) { out[offset] = 1.0f; }

@@ -168,7 +168,7 @@ pub fn check_gone() {
         cudarc::nccl::sys::ncclAllReduce(r.x as _, r.y as _, N, F32, SUM, r.comm, r.s.cast())
     });
     wait_for_all(&ranks);
-    // The other process dies when it receives this message, during the all-reduce. SAFETY: as above.
+    // The other process dies when it receives this message, while the all-reduce is running. SAFETY: as above.
     let _ = unsafe { cudarc::nccl::sys::ncclSend(other as _, N, F32, OWN as i32, ranks[0].comm, s.cast()) };
     ranks.iter().for_each(|rank| assert_eq!(error_of(rank), ncclResult_t::ncclRemoteError));
     abort(&ranks);
@@ -233,12 +233,12 @@ fn abort(ranks: &[Rank]) {
     ranks.iter().for_each(|rank| nccl!(ncclCommAbort(rank.comm)));
 }
 
-/// In the parent: runs a case in two processes. Returns for each whether it succeeded, its output and its report.
+/// In the parent: runs a case in two processes. Returns the success, output and report of each process.
 fn start(case: &str, policy: &str, seed: u64) -> Vec<(bool, String, SimReport)> {
     let folders = [(); 2].map(|()| tempfile::tempdir().expect("a folder"));
     let start = |process: usize| -> Child {
         let mut command = child::command(case, folders[process].path(), RANKS, policy, seed + process as u64);
-        // Other cases keep the default limit, which is long enough for a loaded machine.
+        // The other cases keep the default limit, which is long enough for a busy machine.
         command.envs(STUCK.contains(&case).then_some(("SOFTWARE_CUDA_DEADLOCK_MS", "1500")));
         command.env(PROCESS, process.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.spawn().expect("this program starts")
@@ -274,7 +274,7 @@ fn ranks_of_several_processes_work_together() {
     }
 }
 
-/// Returns the kinds of findings. Leaves out those of an abort, because they depend on timing.
+/// Returns the kinds of findings, except the kinds that an abort causes. Those depend on timing.
 fn kinds(report: &SimReport) -> BTreeSet<&str> {
     let kinds = report.findings.iter().map(|finding| &finding.kind[..]);
     kinds.filter(|kind| !["leak", "aborted"].contains(kind)).collect()

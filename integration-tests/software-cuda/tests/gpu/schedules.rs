@@ -36,7 +36,8 @@ pub fn check() {
     let up: Vec<usize> = (0..8).collect();
     assert_eq!(order_of("in-order", 1), up);
     assert_eq!(order_of("lazy", 1), up);
-    // The blocking operation may run before or after the first submission. Then the latest submission runs first.
+    // The blocking operation may run before or after the first submission. After that, the latest submission runs
+    // first.
     let down = order_of("adversarial", 1);
     assert!(down.starts_with(&[7, 6, 5, 4, 3, 2, 1]) || down.starts_with(&[0, 7, 6, 5, 4, 3, 2]), "{down:?}");
     for policy in ["random", "starve"] {

@@ -22,11 +22,11 @@ use shardflow_kernels::tensor::element_count;
 use crate::model::{On, token};
 use crate::{Found, Result};
 
-/// Duration of a series of launches, long enough to make the cost of submission negligible.
+/// Duration of a series of launches in milliseconds. It is long enough to make the cost of submission negligible.
 const ROUND_MS: f64 = 20.0;
 const ROUNDS: usize = 5;
 const SERIES_MAX: usize = 200;
-/// Total bytes of the buffers that a series of launches uses in turn. They exceed any GPU's cache.
+/// Total bytes of the buffers that a series of launches uses in turn. This is more than the cache of any GPU holds.
 const ROUND_BYTES: usize = 256 << 20;
 const COPIES_MAX: usize = 8;
 /// Number of elements that the host writes at once.
@@ -78,7 +78,7 @@ impl Bench {
         self.device.counts()
     }
 
-    /// Returns the outputs of a launch. Before the launch, outputs that the launch does not also read hold NaN.
+    /// Returns the outputs of a launch. Outputs that the launch does not read hold NaN before the launch.
     pub fn outputs(&self, launch: &Launch) -> Result<Vec<HostTensor>> {
         let (packed, bytes) = self.pack(launch);
         let arena = self.device.arena(bytes)?;
@@ -100,7 +100,7 @@ impl Bench {
     }
 
     /// Packs the launch's buffers one after another, starting at offset 0, and adds the workspace that this device
-    /// needs. Buffers that were shared stay shared. Returns the new launch and its total bytes.
+    /// needs. Two buffers that shared memory still share memory. Returns the new launch and the total number of bytes.
     fn pack(&self, launch: &Launch) -> (Launch, usize) {
         let mut packed = launch.clone();
         let bytes = self.device.kind().workspace_bytes(launch);
@@ -142,8 +142,8 @@ fn moved(launch: &Launch, by: usize) -> Launch {
     launch
 }
 
-/// Fills the buffers that a launch reads with numbers between 0.1 and 1.1, which every op accepts. Integer buffers get
-/// token ids. If `writes` is true, also fills the buffers that the launch writes.
+/// Fills the buffers that a launch reads with numbers between 0.1 and 1.1. Every op accepts these numbers. Integer
+/// buffers get token ids. If `writes` is true, also fills the buffers that the launch writes.
 fn fill(arena: &Arena, by: usize, launch: &Launch, writes: bool) -> Result<()> {
     let vocabulary = match launch.op {
         Op::Embedding { vocab, .. } | Op::SumExpTarget { vocab, .. } => vocab,

@@ -14,15 +14,15 @@ use crate::bench::Bench;
 use crate::model::ModelArgs;
 use crate::{Found, Result};
 
-/// Tolerance for sums in a different order, relative to an element's magnitude plus the mean magnitude.
+/// Tolerance for sums in another order, relative to the magnitude of the element plus the mean magnitude.
 const CLOSE: f64 = 1e-4;
 /// Tolerance with bf16 operands.
 const CLOSE_BF16: f64 = 2e-2;
 
-/// Returns each distinct launch of the compute streams in a step, with its number of occurrences.
+/// Returns each distinct launch of the compute streams in a step, and how often it occurs.
 fn distinct(plan: &Plan) -> Vec<(Launch, usize)> {
     let mut found: BTreeMap<String, (Launch, usize)> = BTreeMap::new();
-    for action in plan.clone().instance().actions.iter().flatten() {
+    for action in plan.clone().instance().actions.values().flatten() {
         let segment = plan.segments.get(action.segment);
         if segment.stream != StreamKind::Compute {
             continue;
@@ -57,7 +57,7 @@ fn flops(launch: &Launch) -> f64 {
         Op::AttentionGrad { .. } => 5.0,
         _ => return 0.0,
     };
-    // The shape is [b, t, h, d]. The forward pass reads q first, and the backward pass reads the gradient `do` first.
+    // The first tensor that is read (q forward, the gradient `do` backward) has the shape [b, t, h, d].
     let shape = &launch.reads[0].shape;
     products * (element_count(shape) * shape[1]) as f64
 }
@@ -136,7 +136,7 @@ fn nan_max(a: f64, b: f64) -> f64 {
     if a.is_nan() || a > b { a } else { b }
 }
 
-/// Returns the largest difference, relative to the element's magnitude plus the mean magnitude.
+/// Returns the largest difference of two elements, relative to the element's magnitude plus the mean magnitude.
 fn largest_difference(got: &[f32], want: &[f32]) -> f64 {
     let mean = want.iter().map(|w| f64::from(w.abs())).sum::<f64>() / want.len().max(1) as f64;
     let relative = |(got, want): (&f32, &f32)| {

@@ -1,6 +1,6 @@
-//! Shardflow's commands for `integration-tests/gpu/check.sh`: report versions, measure copies and products, train
-//! GPT-2, time and compare its launches, and train with delays on several devices that share one GPU. Each command
-//! prints one line of JSON.
+//! Shardflow's commands for `integration-tests/gpu/check.sh`. They report versions, measure copies and matrix products,
+//! train GPT-2, time and compare its launches, and train with delays on several devices that share one GPU. Each
+//! command prints one line of JSON.
 
 use std::process::ExitCode;
 
@@ -26,7 +26,7 @@ struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Print the driver, devices and libraries; fail if one is missing.
+    /// Print the driver, the devices and the libraries, and fail if one of these is missing.
     Versions,
     /// Measure device copies and matrix products through cuBLASLt.
     Ceilings(bench::CeilingArgs),
@@ -34,7 +34,7 @@ enum Command {
     Train(train::TrainArgs),
     /// Time each distinct launch of a training step.
     Launches(launches::LaunchArgs),
-    /// Run each distinct launch of a training step on the device and on the CPU backend, and compare.
+    /// Run each distinct launch of a training step on the device and on the CPU backend, and compare the outputs.
     Compare(model::ModelArgs),
     /// Train on four devices that share one GPU, with and without delays on its streams.
     Virtual(virtual_devices::VirtualArgs),

@@ -7,7 +7,7 @@ use shardflow::prelude::*;
 
 use crate::Result;
 
-/// The defaults are the sizes of GPT-2 with 124 million weights, but with a separate head matrix and without biases.
+/// The default sizes are those of GPT-2 with 124 million weights. The model has a separate head and no biases.
 #[derive(Args, Clone, Debug)]
 pub struct ModelArgs {
     #[arg(long, value_enum, default_value_t = On::Cuda)]
@@ -25,7 +25,7 @@ pub struct ModelArgs {
     pub width: usize,
     #[arg(long, default_value_t = 1024)]
     pub context: usize,
-    /// Rows of the tables of the embedding and of the head: GPT-2's 50257 tokens, rounded up.
+    /// Rows of the embedding table and of the head matrix: GPT-2's 50257 tokens, rounded up.
     #[arg(long, default_value_t = 50304)]
     pub vocabulary: usize,
     /// Samples per step; 0 selects the largest power of two, up to 16, whose plan fits into half the GPU's free memory.
@@ -112,7 +112,7 @@ impl ModelArgs {
         [("ids", tokens(0)), ("targets", tokens(1))]
     }
 
-    /// Returns the model's settings for the report.
+    /// Returns the settings of the model for the report.
     pub fn json(&self, batch: usize) -> Value {
         let Self { device, precision, mesh, layers, heads, width, context, vocabulary, .. } = self;
         let name = |value: Option<clap::builder::PossibleValue>| value.map(|value| value.get_name().to_owned());

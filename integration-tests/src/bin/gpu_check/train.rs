@@ -31,7 +31,7 @@ pub struct TrainArgs {
 pub fn run(args: &TrainArgs) -> Result<Found> {
     let begin = Instant::now();
     let model = &args.model;
-    // Open the GPU before the first reading. The memory of its context then does not count as the training's memory.
+    // Open the GPU before the first reading of free memory, so the training's memory does not include the context.
     let gpu = if model.device == On::Cuda { Some(Gpu::open(0)?) } else { None };
     let free = || gpu.as_ref().map(|gpu| gpu.memory().map(|(free, _)| free)).transpose();
     let free_before = free()?;

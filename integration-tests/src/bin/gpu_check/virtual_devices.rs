@@ -1,6 +1,6 @@
 //! Trains on four mesh devices that share one GPU. Losses are bit-identical for any delays on the GPU's streams. In
-//! f32, they match the CPU backend within a tolerance. The environment sets the delays, so each training has its own
-//! process.
+//! f32, the losses match those of the CPU backend within a tolerance. Each training has its own process, because the
+//! environment sets the delays.
 
 use std::process::Command;
 
@@ -36,7 +36,7 @@ pub struct VirtualArgs {
     size: usize,
 }
 
-/// Trains in each precision. If a training fails, reports the failure together with the results of the other trainings.
+/// Trains in each precision. If a training fails, the report has its failure and the results of the other trainings.
 pub fn run(args: &VirtualArgs) -> Result<Found> {
     let (mut runs, mut wrong) = (Vec::new(), Vec::new());
     for precision in ["f32", "bf16"] {
@@ -51,13 +51,13 @@ pub fn run(args: &VirtualArgs) -> Result<Found> {
         let cpu = if precision == "f32" { losses("cpu", None) } else { None };
         let differ: Vec<_> = delayed.iter().filter(|(_, losses)| losses.is_none() || *losses != undelayed).collect();
         wrong.extend(differ.iter().map(|(seed, losses)| {
-            format!("{precision}: losses {losses:?} with delay seed {seed}, {undelayed:?} without")
+            format!("{precision}: losses {losses:?} with delay seed {seed}, but {undelayed:?} without delays")
         }));
         let differ: Vec<u64> = differ.into_iter().map(|(seed, _)| *seed).collect();
         let difference = undelayed.iter().flatten().zip(cpu.iter().flatten());
         let difference = difference.map(|(a, b)| (a - b).abs() / a.abs().max(b.abs())).reduce(f64::max);
         if difference.is_some_and(|difference| difference.is_nan() || difference > CPU_MAX) {
-            wrong.push(format!("losses differ from the CPU backend's by {difference:?}, allowed is {CPU_MAX}"));
+            wrong.push(format!("losses differ from the CPU backend's by {difference:?}, more than {CPU_MAX}"));
         }
         runs.push(json!({
             "precision": precision, "losses": undelayed, "seeds": args.seeds, "seeds_that_differ": differ,

@@ -35,8 +35,8 @@ const END_TIMEOUT: Duration = Duration::from_secs(5);
 /// A function that is called regularly while a call waits. It returns an error to end the wait early.
 pub(super) type CheckInterrupt<'a> = dyn FnMut() -> Result<()> + 'a;
 
-/// MPI in this process: its rank and the number of processes. MPI is started once per process and finalized when this
-/// is dropped, except after an abort: finalizing would wait for the transfers of peers that are gone.
+/// MPI in this process: the rank and the number of processes. MPI is started once per process, and finalized when this
+/// value is dropped. It is not finalized after an abort, because finalizing would wait for peers that are gone.
 pub struct MpiWorld {
     universe: Option<Universe>,
     comm: Comm,
@@ -57,7 +57,7 @@ impl MpiWorld {
     /// Starts MPI.
     ///
     /// # Errors
-    /// [`KernelError::Mpi`] when MPI was started before, or does not allow concurrent calls by several threads.
+    /// [`KernelError::Mpi`] if MPI was started before, or if it does not allow concurrent calls by several threads.
     pub fn start() -> Result<Arc<Self>> {
         let (universe, given) = mpi::initialize_with_threading(Threading::Multiple)
             .ok_or_else(|| failed("MPI_Init_thread", "MPI was started before in this process"))?;
@@ -105,8 +105,8 @@ impl MpiWorld {
         unsafe { comm.run(Transfer::Barrier, &mut late) }.inspect_err(|_| self.abort())
     }
 
-    /// Creates one communicator per group; `groups` holds each group's processes and tag. All members call this with
-    /// the groups in the same order. A separate thread waits inside MPI for the other members. This call waits for that
+    /// Creates one communicator per group; `groups` has each group's processes and tag. All members pass the groups in
+    /// the same order. A separate thread waits inside MPI for the other members, and this function waits for that
     /// thread for at most `within`.
     pub(super) fn comms(self: &Arc<Self>, groups: Vec<(Vec<c_int>, c_int)>, within: Duration) -> Result<Vec<Comm>> {
         let (sender, receiver) = bounded(1);
@@ -125,7 +125,7 @@ impl MpiWorld {
         comms.inspect_err(|_| self.abort())
     }
 
-    /// Creates the communicator of these processes. Each of them calls this for its groups in the same order.
+    /// Creates the communicator of these processes. Each process calls this function for its groups in the same order.
     fn comm(&self, processes: &[c_int], tag: c_int) -> Result<Comm> {
         let mut comm = Comm { raw: self.comm.raw };
         let mut raw_group = mem::MaybeUninit::uninit();
@@ -217,8 +217,8 @@ fn words() -> MPI_Datatype {
     unsafe { ffi::RSMPI_UINT32_T }
 }
 
-/// Addresses for empty buffers. If both buffers of a call start at one address, OpenMPI takes the call as in-place,
-/// even if one buffer is empty. It then runs a different algorithm from the other members.
+/// Addresses for empty buffers. If both buffers of a call start at the same address, OpenMPI treats the call as
+/// in-place, even if one buffer is empty. OpenMPI then runs a different algorithm here than on the other members.
 static EMPTY: [u64; 2] = [0; 2];
 
 fn start<T>(slice: &[T]) -> *const c_void {
@@ -328,7 +328,7 @@ impl Comm {
     pub(super) fn receive_post(&self, from: Option<usize>, tag: c_int) -> Result<Option<(usize, [u64; 2])>> {
         let (mut arrived, mut status) = (0, mem::MaybeUninit::<ffi::MPI_Status>::uninit());
         let mut words = [0u64; 2];
-        // SAFETY: MPI writes the status before it is read. The two words of a post fit. A longer message is an error.
+        // SAFETY: MPI writes the status before it is read. A post's two words fit; a longer message returns an error.
         unsafe {
             let source = from.map_or(ffi::RSMPI_ANY_SOURCE, |from| from as c_int);
             check("MPI_Iprobe", ffi::MPI_Iprobe(source, tag, self.raw, &mut arrived, status.as_mut_ptr()))?;

@@ -122,10 +122,10 @@ fn inconsistent_boards_groups_and_arenas_are_rejected() {
     assert!(error.contains("1 different ids for 2 groups"));
     // The board was first opened with `groups`; the next process passes other groups.
     let others = [group(1, &[0, 1]), group(2, &[0, 2])];
-    assert!(new_error(&board, &others, arenas(3, 8)).contains("those of the other processes"));
+    assert!(new_error(&board, &others, arenas(3, 8)).contains("the same groups as the other processes"));
     assert!(new_error(&board, &groups[..1], arenas(3, 8)).contains("bytes of shared memory"));
     let read_only = SharedMemory::new(mapped(&board, Access::Read), &groups, arenas(3, 8)).unwrap_err();
-    assert!(read_only.to_string().contains("writable false"));
+    assert!(read_only.to_string().contains("writable: false"));
 
     let engine = SharedMemory::new(board, &groups, arenas(3, 64)).unwrap();
     let shape = [2];
@@ -136,7 +136,7 @@ fn inconsistent_boards_groups_and_arenas_are_rejected() {
     let own = engine.arenas[&0].clone();
     assert!(run(group(3, &[0, 1]), &own).contains("a group of this node"));
     assert!(run(group(1, &[0, 2]), &own).contains("a group of this node"));
-    // Peers map only the arena that the engine knows, not another mapping of it. A read-only mapping cannot be written.
+    // Peers map only the arena that the engine knows, not other mappings of it. A read-only arena cannot be written.
     assert!(run(group(1, &[0, 1]), &mapped(&own, Access::ReadWrite)).contains("the shared arena of rank 0"));
     assert!(run(group(2, &[1, 2]), &mapped(&own, Access::Read)).contains("writable memory"));
 }

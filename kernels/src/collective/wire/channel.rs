@@ -8,9 +8,9 @@ use std::os::unix::net::UnixStream;
 
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg, sockopt};
 
-/// Size of the socket send buffer within a node, in bytes (the kernel reserves twice this size). With the default
-/// sizes, the kernel wakes the receiver too often (Unix) or buffers more data than the caches hold (TCP). Either effect
-/// costs up to half of the throughput (measured). Between nodes, the kernel adapts the buffer sizes to the network.
+/// Size in bytes of a socket's send buffer within a node; the kernel reserves twice this size. With the default sizes,
+/// the kernel wakes the receiver of a Unix socket too often, and buffers more data of a TCP socket than the caches
+/// hold. Each effect costs up to half of the throughput (measured). Between nodes, the kernel adapts the sizes.
 const NODE_BUFFER_BYTES: usize = 512 << 10;
 
 /// An authenticated connection to another member, on which no bytes are in flight yet. Members of one process use a
@@ -25,8 +25,9 @@ pub enum Channel {
     Sealed(Box<dyn SealedStream>),
 }
 
-/// A non-blocking stream. It buffers bytes that it has accepted but not yet sent, or received but not yet returned. All
-/// methods except [`SealedStream::shutdown`] fail with [`io::ErrorKind::WouldBlock`] if they cannot proceed.
+/// A non-blocking stream. It buffers bytes that it has accepted but not yet sent, and bytes that it has received but
+/// not yet returned. All methods except [`SealedStream::shutdown`] fail with [`io::ErrorKind::WouldBlock`] if they
+/// would have to wait.
 pub trait SealedStream: fmt::Debug + Send + Sync {
     /// Returns the socket, for setting its options and for waiting on it.
     fn socket(&self) -> BorrowedFd<'_>;
@@ -107,7 +108,7 @@ impl Channel {
         })
     }
 
-    /// Shuts down one or both directions and wakes threads that wait for them. Does nothing on a closed connection.
+    /// Shuts down one or both directions, and wakes threads that wait on them. Does nothing on a closed connection.
     pub(super) fn shutdown(&self, direction: Shutdown) {
         match self {
             Channel::Unix(stream) => drop(stream.shutdown(direction)),

@@ -1,12 +1,12 @@
-//! A pipeline of pieces. A member sends pieces to one peer while it receives pieces from another peer. It combines
-//! received pieces with its own values, and forwards them. Rings and pairwise exchanges are lists of pieces.
+//! A pipeline of pieces. A member sends pieces to one peer while it receives pieces from another peer. The member
+//! combines received pieces with its own values and forwards them. Rings and pairwise exchanges are lists of pieces.
 //!
-//! - FLOW-1: pieces are sent in order and received in order. Outgoing piece t may forward incoming piece t-1. If so,
-//!   only words that have been received can be sent.
+//! - FLOW-1: pieces are sent in order and received in order. Outgoing piece t may forward incoming piece t-1. In that
+//!   case, only words that have been received can be sent.
 //! - FLOW-2: data in transit alternates between two slots. Incoming piece t may use its slot once outgoing pieces
-//!   `0..t` are sent: these include the slot's previous content, since incoming piece t-2 leaves as outgoing piece t-1.
-//!   Two slots are enough to keep a ring moving: the member that has sent the least can always send. The next member in
-//!   the ring has sent at least as much, and so has a free slot.
+//!   `0..t` are sent. These include the slot's previous content, since incoming piece t-2 leaves as outgoing piece t-1.
+//!   Two slots are enough to keep a ring moving. The member that has sent the least can always send, because the next
+//!   member in the ring has sent at least as much and therefore has a free slot.
 
 use std::ops::Range;
 
@@ -25,10 +25,10 @@ pub(super) const SLOTS: usize = 3;
 
 const PACK_SLOT: usize = 2;
 
-/// While a piece is still arriving, a send call sends at least this many bytes of it.
+/// While a piece that is to be forwarded is still arriving, each send call sends at least this many bytes of it.
 const SEND_BYTES_MIN: usize = 32 << 10;
 
-/// Some elements of a box; `range` indexes the box's elements.
+/// A range of a box's elements. `range` contains indices of elements of the box.
 #[derive(Clone, Debug)]
 pub(super) struct Part {
     /// Index into [`Flow::boxes`].
@@ -45,7 +45,7 @@ pub(super) enum Source {
     Y(Range<usize>),
     /// A part that is scattered over x. Its words are packed before they are sent.
     Pack(Part),
-    /// In the slot of the previous incoming piece.
+    /// The slot of the previous incoming piece.
     Slot,
 }
 
@@ -146,7 +146,7 @@ impl Flow {
             if waits_to.is_none() && waits_from.is_none() && run.is_done(to.is_some(), from.is_some()) {
                 return Ok(());
             }
-            // If there is nothing to wait for, the next iteration skips empty pieces.
+            // Without a peer to wait for, the next iteration skips empty pieces.
             if !moved && (waits_to.is_some() || waits_from.is_some()) {
                 port.wait(waits_to, waits_from)?;
             }

@@ -1,4 +1,4 @@
-//! The header that precedes every transfer, and its encoding. Pure functions; received bytes are not trusted.
+//! The header that precedes every transfer, and its encoding. All functions are pure and do not trust received bytes.
 //!
 //! ```text
 //! offset  0  magic u32         8  group u32       16  sequence u64     32  length u64
@@ -25,10 +25,11 @@ pub(super) enum Kind {
     Data = 1,
     /// The sender has waited for a while in the call that the text describes. No bytes follow.
     Waiting = 2,
-    /// The sender has failed: the member in field `length` makes another call. The text is `expected`, newline, `got`.
+    /// The sender has failed: the member in field `length` makes a different call. The text is the expected call, a
+    /// newline, and the member's call.
     Mismatch = 3,
-    /// The sender has failed: the link from the rank in field `digest` to the rank in field `length` broke. The text is
-    /// the cause.
+    /// The sender has failed because the link from the rank in field `digest` to the rank in field `length` broke. The
+    /// text is the cause.
     LinkLost = 4,
     /// The sender has failed for the reason in the text.
     Stopped = 5,
@@ -69,7 +70,7 @@ impl Header {
     /// Decodes the header at the start of `bytes`, and its text. Returns `None` when more bytes are needed.
     pub(super) fn decode(bytes: &[u8]) -> Result<Option<(Self, &[u8])>, String> {
         let Some((fixed, rest)) = bytes.split_first_chunk::<FIXED_BYTES>() else {
-            // Reject garbage at its first bytes, without waiting for a whole header.
+            // Rejects garbage at its first bytes, without waiting for a whole header.
             let seen = bytes.len().min(4);
             return if bytes[..seen] == MAGIC.to_le_bytes()[..seen] { Ok(None) } else { Err(bad_magic(bytes)) };
         };

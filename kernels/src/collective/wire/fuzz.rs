@@ -1,4 +1,4 @@
-//! Properties of the header decoder that hold for any bytes from a peer; for fuzzing and tests.
+//! Checks properties of the header decoder that must hold for any bytes from a peer. Used by fuzzing and by tests.
 
 use super::frame::{HEADER_BYTES_MAX, Header, Kind, readable};
 
@@ -13,7 +13,7 @@ pub fn samples() -> Vec<Vec<u8>> {
     Kind::ALL.map(sample).into()
 }
 
-/// Checks that a header has one encoding of at most [`HEADER_BYTES_MAX`] bytes, and that its text can be displayed.
+/// Checks that a header has only one encoding, of at most [`HEADER_BYTES_MAX`] bytes, and that its text is displayable.
 ///
 /// # Panics
 /// When one of these properties does not hold.

@@ -2,7 +2,7 @@
 //!
 //! - LINK-1: a transfer is one header followed by `length` bytes. Both ends know the length in advance, and reject a
 //!   header with another length. So the peer never decides how much is read or allocated.
-//! - LINK-2: between transfers either end may send a header that announces no bytes (`Waiting`, or a failure's reason).
+//! - LINK-2: between transfers, either end may send a header without data: `Waiting`, or the reason for a failure.
 //! - LINK-3: a link holds bounded memory: [`INBOX_BYTES`] of read-ahead, and at most two unsent headers.
 
 use std::io;
@@ -66,7 +66,7 @@ pub(super) struct Link {
     out_left: u64,
     /// Number of calls that the two ends have completed together.
     pub(super) sequence: u64,
-    /// Whether this member has notified the peer, in the current call, that it waits.
+    /// Whether this member has notified the peer that it waits in the current call.
     announced: bool,
     /// Whether the peer has closed its side.
     ended: bool,
@@ -175,7 +175,7 @@ impl Link {
         Ok(data_sent)
     }
 
-    /// The error of a failed write: the reason that the peer sent before it closed, if any, else the I/O error.
+    /// The error of a failed write: the reason that the peer sent before it closed the channel, or else the I/O error.
     fn write_error(&mut self, context: &Context, error: &io::Error) -> KernelError {
         let peer_error = self.read_headers(context).err();
         peer_error.unwrap_or_else(|| context.link_error(self.peer, format!("cannot write: {error}")))
@@ -300,8 +300,8 @@ impl Link {
         }
     }
 
-    /// Notifies the peer, once per call and only between transfers, that this member waits in its call. Repeated calls
-    /// of this function send the bytes that the channel still holds.
+    /// Notifies the peer that this member waits in its call. Sends this header once per call, and only between
+    /// transfers. If the function is called again, it sends the bytes that the channel still holds.
     pub(super) fn announce(&mut self, context: &Context) -> Result<()> {
         if self.channel.has_unsent() {
             self.send(context, &[])?;

@@ -9,7 +9,7 @@ use crate::memory::Words;
 use crate::region::{Runs, for_each_run};
 use crate::tensor::Region;
 
-/// Largest x, in bytes, that is sent before the receiver is known to be in its call. The kernel's buffers can hold it.
+/// Largest x, in bytes, that is sent before the receiver is in its call. The kernel's buffers can hold such an x.
 const EAGER_BYTES_MAX: usize = 64 << 10;
 
 /// Member i contributes `sources[i]` and receives `targets[i]`.
@@ -79,7 +79,7 @@ pub(super) fn send(port: &mut Port, words: &Words<'_>, to: usize) -> Result<()> 
     if data.len() <= EAGER_BYTES_MAX {
         return port.exchange(Some((to, data)), Some((to, &mut [])));
     }
-    // The wait for a late receiver has no timeout. After it, a write that stalls is an error.
+    // The wait for a late receiver has no timeout. After this wait, a write that stalls is an error.
     port.exchange(None, Some((to, &mut [])))?;
     port.exchange(Some((to, data)), None)
 }

@@ -1,8 +1,8 @@
 //! All links of one member: transfers over two links at once, waits, and failure detection.
 //!
-//! A disagreement is detected even if no call exchanges data between all members. A member that has waited for
-//! [`QUIET`] sends its call to all other members of that call, and reads the headers that they sent. When two members
-//! wait in different calls, the one that entered its call first receives the other member's header.
+//! Calls that differ are detected even if they exchange no data between some members. A member that has waited for
+//! [`QUIET`] sends its call to all other members of that call, and reads the headers that they sent. If two members
+//! wait in different calls, the member that entered its call first receives the other member's header.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,8 +21,8 @@ const TICK: Duration = Duration::from_millis(50);
 /// How long a member waits without progress before it sends its call to the other members.
 const QUIET: Duration = Duration::from_millis(200);
 
-/// How long a member with a broken link waits for other members to send the cause, since they often know it earlier.
-/// This exceeds [`QUIET`], because a member that waits for another peer begins to read headers after [`QUIET`].
+/// How long a member with a broken link waits for other members to send the cause, which they often know earlier. The
+/// time exceeds [`QUIET`], because a member that waits for another peer begins to read headers after [`QUIET`].
 const CAUSE_WAIT: Duration = Duration::from_millis(500);
 
 /// State that all members of a group in this process share.
@@ -33,7 +33,7 @@ pub(super) struct GroupStatus {
     /// The failure of this group, set by any of its members in this process.
     pub(super) failed: OnceLock<KernelError>,
     group: Arc<Group>,
-    /// For each member: the member that it waits for, plus 1; 0 when it waits for none.
+    /// For each member: 1 plus the member for which it waits, or 0 if it waits for none.
     waiting: Vec<AtomicUsize>,
 }
 
@@ -199,7 +199,7 @@ impl Port {
         if since.elapsed() >= QUIET { self.exchange_announcements() } else { Ok(()) }
     }
 
-    /// The error when a peer closed its side while this member still had bytes to send to it.
+    /// The error for a peer that closed its side while this member still had bytes to send to that peer.
     fn hung_up(&mut self, peer: usize) -> KernelError {
         match self.link(peer).and_then(|(link, context)| link.read_headers(context)) {
             Err(peer_error) => peer_error,
@@ -215,10 +215,10 @@ impl Port {
         Ok(())
     }
 
-    /// Returns a cause of `error` that this process or another member already knows, else `error` itself.
+    /// Returns the cause of `error` if this process or another member already knows the cause, and otherwise `error`.
     fn root_cause(&mut self, error: KernelError) -> KernelError {
-        // An error that is not a failure of this member's own link is already the cause, for example one that a peer
-        // sent.
+        // Only a failure of this member's own link may have another cause. Any other error is the cause itself, for
+        // example an error that a peer sent.
         let own_rank = self.context.group.ranks[self.context.member];
         if !matches!(error, KernelError::Link { rank, .. } if rank == own_rank) {
             return error;

@@ -1,8 +1,8 @@
-//! Rings: each member sends to the next and receives from the previous one. Reductions and gathers take one trip around
-//! the ring, an all-reduce takes two.
+//! Rings: each member sends to the next member and receives from the previous one. Reductions and gathers take one trip
+//! around the ring, and an all-reduce takes two trips.
 //!
-//! Data that member c owns is combined on its way from member c+1 to c: each member adds its own values. This is the
-//! order of [`crate::collective::Group`]. Working in rounds keeps the data in transit within the cache and two slots.
+//! Data that member c owns is combined on its way from member c+1 to member c: each member adds its own values. This is
+//! the order of [`crate::collective::Group`]. Rounds keep the data in transit within the cache and the two slots.
 
 use super::flow::{Flow, In, Out, PIECE_WORDS, Part, Source, Target};
 use super::port::Port;

@@ -426,7 +426,7 @@ fn waits_lists_the_absent_member() {
     thread::scope(|scope| {
         let early = scope.spawn(|| run_case(&wires[0], 0, case));
         let deadline = Instant::now() + LONG_TIMEOUT;
-        // The member waits in ticks with short gaps between them. In a gap, `waits` does not list it, so the test polls.
+        // The member waits in ticks with short gaps. During a gap, `waits` does not list the member, so the test polls.
         while wires[0].waits() != [MemberWait { group: 7, rank: 10, peer: 11 }] {
             assert!(Instant::now() < deadline && !early.is_finished());
             thread::yield_now();

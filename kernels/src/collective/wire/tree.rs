@@ -1,6 +1,6 @@
-//! Trees, for small tensors and broadcasts. Positions are counted from the root. A member and its neighbour have
-//! positions that differ in one bit: for a child, one of the member's trailing 0 bits; for the parent, the member's
-//! lowest 1 bit.
+//! Binomial trees, for small tensors and broadcasts. Positions are counted from the root. The positions of a member and
+//! its neighbour differ in one bit. A child's position differs in one of the member's trailing 0 bits, and the parent's
+//! position differs in the member's lowest 1 bit.
 
 use super::flow::PIECE_WORDS;
 use super::port::Port;
@@ -32,7 +32,7 @@ impl Tree {
         (self.position != 0).then(|| self.member(self.position & (self.position - 1)))
     }
 
-    /// The children, nearest first: each child's member index, and its distance in positions.
+    /// The children, with the nearest first: each child's member index, and its distance in positions.
     fn children(&self) -> impl DoubleEndedIterator<Item = (usize, usize)> {
         let bits = if self.position == 0 { usize::BITS } else { self.position.trailing_zeros() };
         let distances = (0..bits.min(usize::BITS - 1)).map(|bit| 1usize << bit);

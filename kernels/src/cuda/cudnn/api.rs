@@ -1,4 +1,4 @@
-//! cuDNN's functions, loaded at run time. Status codes stay plain numbers: a newer library may have unknown ones.
+//! cuDNN's functions, loaded at run time. Status codes stay plain numbers, as a newer library may return unknown codes.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_char, c_void};
@@ -45,7 +45,7 @@ impl Api {
         Ok(api)
     }
 
-    /// `10000 * major + 100 * minor + patch`.
+    /// The version as `10000 * major + 100 * minor + patch`.
     pub(super) fn number(&self) -> usize {
         // SAFETY: the call has no preconditions.
         unsafe { (self.version)() }
@@ -61,7 +61,7 @@ impl Api {
             return Ok(());
         }
         let mut text = [0; TEXT_BYTES];
-        // SAFETY: `error_string` returns a static string. `last_error` leaves the last byte of `text` 0.
+        // SAFETY: `error_string` returns a static string. `last_error` keeps the 0 in the last byte of `text`.
         let (name, text) = unsafe {
             (self.last_error)(text.as_mut_ptr(), TEXT_BYTES - 1);
             (static_text((self.error_string)(code)), CStr::from_ptr(text.as_ptr()).to_string_lossy().trim().to_owned())

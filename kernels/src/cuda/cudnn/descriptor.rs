@@ -25,13 +25,13 @@ pub(super) enum Values<'a> {
     Reordering(cudnnBackendTensorReordering_t),
     Handle(Raw<cudnnHandle_t>),
     Descriptors(&'a [&'a Descriptor]),
-    /// Device addresses, or addresses of host scalars that live until the descriptor is last used.
+    /// Addresses of device memory or of host scalars. The scalars must live until the descriptor is last used.
     Pointers(&'a [u64]),
     #[cfg_attr(not(test), expect(dead_code, reason = "describes a device that the machine lacks"))]
     Text(&'a [u8]),
 }
 
-/// An owned descriptor. Its owner also keeps alive the descriptors that this one refers to.
+/// An owned descriptor. If it refers to other descriptors, its owner keeps them alive too.
 #[derive(Debug)]
 pub(super) struct Descriptor {
     raw: Raw<cudnnBackendDescriptor_t>,
@@ -119,7 +119,7 @@ impl Descriptor {
     /// Runs a plan on the handle's stream. The caller guarantees that the memory at the addresses in `pack` holds the
     /// tensors and lives until the stream has passed the call. Host scalars must live until this function returns.
     pub(super) fn execute(&self, handle: Raw<cudnnHandle_t>, pack: &Self, place: &str) -> Result<()> {
-        // SAFETY: handle and descriptors are live; the caller guarantees the rest.
+        // SAFETY: the handle and the descriptors are live. The caller guarantees that the addresses are valid.
         let code = unsafe { (self.api.execute)(handle.0, self.raw.0, pack.raw.0) };
         self.api.check(code, "cudnnBackendExecute", place)
     }

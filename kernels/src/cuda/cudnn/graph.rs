@@ -1,6 +1,6 @@
-//! Causal attention and its gradient as graphs of cuDNN operations: plain data, from which `plan` creates descriptors.
-//! cuDNN recognizes the patterns. It runs the forward pattern as one fused kernel and the backward pattern as a few.
-//! Scores are virtual tensors, so they are never stored. Dao 2023, <https://arxiv.org/abs/2307.08691>.
+//! Causal attention and its gradient as graphs of cuDNN operations, from which `plan` creates descriptors. cuDNN
+//! recognizes both graphs as patterns. It runs the forward pattern as one kernel, and the backward pattern as a few
+//! kernels. Scores are virtual tensors, so they are never stored. See Dao 2023, <https://arxiv.org/abs/2307.08691>.
 
 use cudarc::cudnn::sys::cudnnDataType_t::{self as DataType, *};
 use cudarc::cudnn::sys::cudnnPointwiseMode_t::{self as PointwiseMode, *};
@@ -16,7 +16,7 @@ pub(super) enum Storage {
     Buffer(Place),
     /// In the launch's workspace, at this byte offset.
     Workspace(usize),
-    /// On the host: one scalar, read when the graph is executed.
+    /// One scalar on the host, which cuDNN reads when it executes the graph.
     HostScalar(f32),
     /// Not stored: cuDNN never writes the tensor to memory.
     Virtual,
@@ -35,10 +35,10 @@ pub(super) type TensorId = usize;
 
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Node {
-    /// `c = a b`, over the last two dims.
+    /// The matrix product `c = a b` over the last two dims.
     Matmul { a: TensorId, b: TensorId, c: TensorId },
-    /// Applies `mode` to each element, and broadcasts dims of extent 1. An index mode returns the index along `axis`.
-    /// The select mode computes `if t { x } else { b }`.
+    /// Applies `mode` to each element, and broadcasts dims of extent 1. An index mode returns each element's index
+    /// along `axis`. The select mode computes `if t { x } else { b }`.
     Pointwise {
         mode: PointwiseMode,
         axis: Option<i64>,
@@ -58,7 +58,7 @@ pub(super) struct Graph {
     pub(super) tensors: Vec<Tensor>,
     pub(super) nodes: Vec<Node>,
     pub(super) workspace_bytes: usize,
-    /// The workspace tensor of cuDNN's partial sums, as (byte offset, floats). It must be zeroed before each run.
+    /// The workspace tensor of cuDNN's partial sums: (byte offset, number of floats). Must be zeroed before each run.
     pub(super) accumulated: Option<(usize, usize)>,
 }
 
@@ -77,7 +77,7 @@ impl Graph {
 
 struct Builder {
     graph: Graph,
-    /// Batch, heads, time, depth.
+    /// The extents of batch, heads, time and depth, in this order.
     extents: [i64; 4],
 }
 
@@ -99,7 +99,7 @@ impl Builder {
         self.tensor([b, h, d, t], [t * h * d, d, 1, h * d], BF16, Storage::Buffer(place))
     }
 
-    /// One value per row of scores, stored as `[b, h, t]`.
+    /// A tensor with one value per row of scores, stored as `[b, h, t]`.
     fn rows(&mut self, storage: Storage) -> TensorId {
         let [b, h, t, _] = self.extents;
         self.tensor([b, h, t, 1], [h * t, t, 1, 1], F32, storage)
@@ -135,7 +135,7 @@ impl Builder {
         self.pointwise(y, mode, x, b)
     }
 
-    /// Scores in bf16 with their last two dims swapped, as the matrix products take them.
+    /// Converts scores to bf16 and swaps their last two dims, as the matrix products for dk and dv require.
     fn transposed_scores(&mut self, x: TensorId) -> TensorId {
         let [b, h, t, _] = self.extents;
         let y = self.tensor([b, h, t, t], [h * t * t, t * t, 1, t], BF16, Storage::Virtual);
@@ -193,8 +193,8 @@ impl Builder {
         let [k, v] = [2, 3].map(|i| self.transposed(Place::read(i)));
         let lse = self.rows(Storage::Buffer(Place::read(5)));
         let [dq, dk, dv] = [0, 1, 2].map(|i| self.activation(Storage::Buffer(Place::write(i))));
-        // cuDNN's kernels share the row sums of do * o in memory. cuDNN's pattern scales these sums by a dropout
-        // factor.
+        // cuDNN's kernels exchange the row sums of do * o through memory. The pattern that cuDNN recognizes scales
+        // these sums by a dropout factor, which is 1 here.
         let product = self.tensor([b, h, t, d], [t * h * d, t * d, d, 1], F32, Storage::Virtual);
         self.pointwise(product, CUDNN_POINTWISE_MUL, d_o, Some(o));
         let sums = self.rows(Storage::Virtual);

@@ -1,4 +1,4 @@
-//! Turns a graph into a cuDNN execution plan: descriptors, an engine configuration, and addresses for each execution.
+//! Turns a graph into a cuDNN execution plan: descriptors and an engine configuration. Each execution passes addresses.
 
 use cudarc::cudnn::sys::{
     cudnnBackendAttributeName_t as Attribute, cudnnBackendDescriptorType_t as Kind, cudnnBackendHeurMode_t,
@@ -17,13 +17,13 @@ use crate::error::{KernelError, Result};
 /// Alignment, in bytes, that the fused kernels require of addresses.
 pub(super) const ALIGNMENT: u64 = 16;
 
-/// Maximum number of engine configurations to try; the heuristic returns fewer.
+/// Maximum number of engine configurations to try. cuDNN's heuristic returns fewer than this.
 const CONFIGURATIONS_MAX: usize = 8;
 
 #[derive(Clone, Copy)]
 pub(super) enum Target<'a> {
     Handle(Raw<cudnnHandle_t>),
-    /// A device given by its description; the machine may lack such a device.
+    /// A device that is given by its description. The machine may lack such a device.
     #[cfg_attr(not(test), expect(dead_code, reason = "for a check without a GPU"))]
     Described([&'a Descriptor; 1]),
 }
@@ -44,7 +44,7 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Uses the first engine that can run the graph with at most `bytes_max` bytes of workspace.
+    /// Creates a plan with the first engine that can run the graph with at most `bytes_max` bytes of workspace.
     pub(super) fn new(
         api: &'static Api,
         target: Target<'_>,
@@ -76,14 +76,14 @@ impl Plan {
                     return Ok(Self { plan, _parts, graph });
                 }
                 Ok((_, bytes)) => {
-                    let (expected, got) = (format!("at most {bytes_max} bytes"), graph.workspace_bytes + bytes);
-                    let error = KernelError::arguments("attention", "cuDNN's workspace", expected, got.to_string());
-                    failure = Some(error);
+                    let expected = format!("at most {bytes_max} bytes");
+                    let got = format!("{} bytes", graph.workspace_bytes + bytes);
+                    failure = Some(KernelError::arguments("attention", "cuDNN's workspace", expected, got));
                 }
                 Err(error) => failure = Some(error),
             }
         }
-        let no_engine = || KernelError::arguments("attention", place, "a cuDNN engine that can run it", "none");
+        let no_engine = || KernelError::arguments("attention", place, "a cuDNN engine that can run the shape", "none");
         Err(failure.unwrap_or_else(no_engine))
     }
 
@@ -144,7 +144,7 @@ impl Builder<'_> {
         Descriptor::finalized(self.api, kind, attributes, self.place)
     }
 
-    /// An `accumulated` tensor has the layout of NVIDIA's frontend for sums of dq. Only cuDNN's kernels read it.
+    /// An `accumulated` tensor has the layout that NVIDIA's frontend uses for sums of dq. Only cuDNN's kernels read it.
     fn tensor(&self, index: usize, tensor: &Tensor, accumulated: bool) -> Result<Descriptor> {
         let id = [id(index)];
         let mut attributes = vec![
@@ -161,7 +161,7 @@ impl Builder<'_> {
         self.finalized(Kind::CUDNN_BACKEND_TENSOR_DESCRIPTOR, &attributes)
     }
 
-    /// Creates an operation from its tensors and the descriptor of its function, if it has one.
+    /// Creates an operation from its tensors and, if the operation has a function, the function's descriptor.
     fn operation(
         &mut self,
         kind: Kind,
@@ -238,7 +238,7 @@ impl Builder<'_> {
         self.finalized(Kind::CUDNN_BACKEND_POINTWISE_DESCRIPTOR, &attributes)
     }
 
-    /// The heuristic's configurations, best first.
+    /// Returns the configurations that cuDNN's heuristic recommends, best first.
     fn configurations(&mut self, graph: &Descriptor, target: Target<'_>) -> Result<Vec<Descriptor>> {
         let graph = [graph];
         let mut attributes = vec![
@@ -294,7 +294,7 @@ impl Builder<'_> {
 }
 
 impl Target<'_> {
-    /// The target as an attribute with the name `handle` or `device`, depending on the kind of target.
+    /// Returns the target as an attribute named `handle` or `device`, depending on the kind of target.
     fn attribute(&self, handle: Option<Attribute>, device: Option<Attribute>) -> Option<(Attribute, Values<'_>)> {
         match self {
             Target::Handle(raw) => handle.map(|name| (name, Values::Handle(*raw))),

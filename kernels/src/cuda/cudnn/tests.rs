@@ -77,7 +77,7 @@ fn device_description(architecture: usize) -> String {
     )
 }
 
-/// Compiles the engines' kernels for described GPUs that the machine lacks. A stub answers every driver call.
+/// Compiles the engines' kernels for GPUs that the machine lacks. A stub of the driver answers all calls.
 #[test]
 #[ignore = "needs NVIDIA's cuDNN: run kernels/cuda/check_cudnn.py"]
 fn nvidias_library_creates_plans_for_our_graphs() {

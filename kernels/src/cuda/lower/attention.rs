@@ -1,5 +1,5 @@
-//! Causal attention and its gradient: selects the kernel for a head's depth, the shared memory of its tiles, and the
-//! shapes that cuDNN may run instead.
+//! Causal attention and its gradient: selects the kernel for a head's depth, computes the shared memory of the kernel's
+//! tiles, and selects the shapes that cuDNN may run instead.
 
 use super::args::Args;
 use super::kernel::{Steps, blocks, long, read, write};
@@ -19,7 +19,7 @@ struct Tiled {
     threads: usize,
 }
 
-/// Depths that the tiled kernels are compiled for; a head uses the smallest that is at least its depth.
+/// Depths for which the tiled kernels are compiled. A head uses the smallest of these that is at least its own depth.
 const DEPTHS: [usize; 4] = [32, 64, 96, 128];
 
 macro_rules! names {
@@ -53,7 +53,7 @@ fn tiled(dtype: DType, depth: usize) -> Option<Tiled> {
     })
 }
 
-/// Extents of `[b, t, h, d]`.
+/// Extents of an activation `[b, t, h, d]`: batch, time, heads, depth.
 #[derive(Clone, Copy)]
 struct Dims([usize; 4]);
 
@@ -71,7 +71,7 @@ impl Dims {
     ) -> Steps {
         let [batch, time, heads, depth] = self.0;
         let time_blocks = time.div_ceil(BLOCK_ROWS);
-        // Both fit in 32 bits: a tiled depth is at most 128, and no memory holds 2^31 heads.
+        // `heads` and `depth` fit in 32 bits: a tiled depth is at most 128, and no memory holds 2^31 heads.
         let [heads_arg, depth] = [heads, depth].map(|extent| Arg::I32(extent as i32));
         arguments.extend([long(time), heads_arg, depth, long(time_blocks), Arg::F32(scale)]);
         blocks(function, batch * heads * time_blocks, threads, shared_bytes, arguments)
@@ -91,7 +91,7 @@ fn result(args: &Args<'_>, i: usize) -> Vec<Arg> {
     if args.read_dtype(0) == DType::BF16 { vec![write(i), is_f32] } else { vec![write(i)] }
 }
 
-/// The forward step. The plain kernel runs if the tiled one needs more than `shared` bytes.
+/// The forward step. The plain kernel runs if the tiled kernel needs more than `shared` bytes of shared memory.
 pub(super) fn attention(args: &Args<'_>, scale: f32, shared: usize) -> Steps {
     let dims = Dims(args.launch.attention_dims()?);
     let buffers = [vec![read(0), read(1), read(2)], result(args, 0), vec![write(1)]].concat();
@@ -104,8 +104,8 @@ pub(super) fn attention(args: &Args<'_>, scale: f32, shared: usize) -> Steps {
     }
 }
 
-/// The backward steps. As in [`attention`], plain kernels replace tiled ones that do not fit: in f32, heads deeper than
-/// 96 need 116 KiB, but sm_86 and sm_89 have 99 KiB.
+/// The backward steps. As in [`attention`], plain kernels replace tiled kernels that do not fit in shared memory. For
+/// example, f32 heads deeper than 96 need 116 KiB, but sm_86 and sm_89 have 99 KiB.
 pub(super) fn attention_grad(args: &Args<'_>, scale: f32, shared: usize) -> Steps {
     let dims = Dims(args.launch.attention_dims()?);
     if dims.0.contains(&0) {
@@ -139,11 +139,11 @@ pub(super) fn workspace_floats(q: &[usize]) -> usize {
     }
 }
 
-/// On all architectures, cuDNN has engines for the multiples of `CUDNN_DEPTH_STEP` up to `CUDNN_DEPTH_MAX`.
+/// cuDNN has engines on all architectures for depths that are multiples of `CUDNN_DEPTH_STEP` up to `CUDNN_DEPTH_MAX`.
 const CUDNN_DEPTH_MAX: usize = 128;
 const CUDNN_DEPTH_STEP: usize = 8;
 
-/// For shorter sequences, cuDNN's heuristic for the gradient crashes (9.12 and 9.28, at a length of 1).
+/// For shorter sequences, cuDNN's heuristic for the gradient crashes (seen in 9.12 and 9.28, at length 1).
 const CUDNN_TIME_MIN: usize = 2;
 
 /// The attention that cuDNN may run in place of the launch's steps; `None` for other launches and shapes. The caller

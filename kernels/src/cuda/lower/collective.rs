@@ -14,7 +14,7 @@ use crate::tensor::{DType, Region, element_count, split_range};
 /// Maximum number of members whose values one kernel combines.
 pub(crate) const MEMBERS_MAX: usize = 16;
 
-/// Bytes that one step combines if members' values must be copied from other GPUs.
+/// Number of bytes that one step combines if the members' values must be copied from other GPUs.
 pub(crate) const PIECE_BYTES: usize = 256 << 10;
 
 /// Element offset of a region in a tensor of this shape, if the region is contiguous.
@@ -45,7 +45,7 @@ pub(crate) fn regions<'a>(kind: &'a CollectiveKind, y_shape: &[usize]) -> Option
 pub(crate) struct Message {
     pub(crate) peer: usize,
     pub(crate) sends: bool,
-    /// Boxes in the member's own x or y.
+    /// The regions to transfer: in this member's x if it sends, and in its y if it receives.
     pub(crate) boxes: Vec<Region>,
     /// Element offset in x or y if the data is contiguous. Data that is not contiguous is packed.
     pub(crate) direct: Option<usize>,

@@ -5,7 +5,7 @@ use super::kernel::{BF16_PACK, PACK, Steps, THREADS, blocks, long, pack_of, read
 use crate::cuda::step::{Arg, Place, Step};
 use crate::tensor::{DType, element_count};
 
-/// Packs of four elements per thread of the AdamW kernel: PACKS_PER_THREAD in optimizer.cu.
+/// Number of packs of four elements per thread of the AdamW kernel. Must equal PACKS_PER_THREAD in optimizer.cu.
 const ADAMW_PACKS: usize = 4;
 
 /// An elementwise kernel for the types of read 0 and write 0. Parameters: all reads, write 0, its length, and `more`.
@@ -21,7 +21,7 @@ pub(super) fn map(args: &Args<'_>, names: [&'static str; 3], more: &[Arg]) -> St
 pub(super) fn fill(args: &Args<'_>, value: f32) -> Steps {
     let words = args.written(0);
     if args.write_dtype(0) == DType::BF16 {
-        // Two bf16 elements fill one word, but the buffer may begin in the middle of a word.
+        // A kernel is needed: two bf16 elements fill one word, but the buffer may begin in the middle of a word.
         return threads("fill_bf16", words.div_ceil(BF16_PACK), vec![write(0), long(words), Arg::F32(value)]);
     }
     let fill = Step::Fill { to: Place::write(0), word: value.to_bits(), words };

@@ -1,5 +1,5 @@
-//! Fuses two adjacent launches into one kernel to reduce memory traffic: residual sum and layer norm, bias and GELU,
-//! row maximum and sum of exponentials. The backend finds the pairs in a program; the graph stays unchanged.
+//! Fuses two adjacent launches into one kernel to reduce memory traffic: residual sum with layer norm, bias with GELU,
+//! row maximum with sum of exponentials. The backend finds the pairs in a program; the graph stays unchanged.
 use super::kernel::{long, pack_of, read, threads, write};
 use super::loss::rows;
 use super::lower;
@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::op::{Buffer, Launch, Op};
 use crate::tensor::{DType, element_count};
 
-/// Two launches as one. Places in `steps` refer to `reads` and `writes`.
+/// Two launches fused into one. Places in `steps` refer to `reads` and `writes`.
 #[derive(Clone, Debug)]
 pub struct FusedLaunches {
     /// Buffers that the pair reads and whose content comes from outside the pair.
@@ -29,7 +29,8 @@ pub fn may_fuse(first: &Launch, second: &Launch) -> bool {
     has_kernel && !first.accumulate && !second.accumulate
 }
 
-/// Fuses two launches if possible. [`Arg::LaunchIndex`] is the index of the second. No signal may be due between them.
+/// Fuses two launches if possible. [`Arg::LaunchIndex`] is the index of the second launch. No signal may be due between
+/// the two launches.
 ///
 /// # Errors
 /// Those of [`lower`] for either launch.
@@ -56,7 +57,7 @@ pub fn fuse(first: &Launch, second: &Launch, overlap: &Overlap<'_>) -> Result<Op
 /// The reads of a fused pair and its steps, if it can be fused.
 type Fused = Result<Option<(Vec<Buffer>, Vec<Step>)>>;
 
-/// True if a fused launch could overwrite data before it is read. Separate launches would read it first.
+/// Returns true if a fused launch could overwrite data before reading it. Separate launches would read it first.
 fn conflict(reads: &[Buffer], writes: &[Buffer], overlap: &Overlap<'_>) -> bool {
     let touches = |read: &Buffer, write: &Buffer| overlap(read, write) || same_start(read, write);
     reads.iter().any(|read| writes.iter().any(|write| touches(read, write)))
@@ -66,7 +67,7 @@ fn same_start(a: &Buffer, b: &Buffer) -> bool {
     (a.base, a.offset) == (b.base, b.offset) && element_count(&a.shape).min(element_count(&b.shape)) > 0
 }
 
-/// Picks the kernel if the operands, the sum and the result all have one type.
+/// Picks the kernel for the type of the operands, the sum and the result. Returns `None` if these types differ.
 fn pick_uniform(first: &Launch, second: &Launch, f32: &'static str, bf16: &'static str) -> Option<&'static str> {
     let dtype = first.reads[0].dtype;
     let same = [&first.reads[1], &first.writes[0], &second.writes[0]].iter().all(|buffer| buffer.dtype == dtype);
@@ -75,7 +76,7 @@ fn pick_uniform(first: &Launch, second: &Launch, f32: &'static str, bf16: &'stat
 
 fn add_layer_norm(first: &Launch, second: &Launch, eps: f32, overlap: &Overlap<'_>) -> Fused {
     let weight = &second.reads[1..2];
-    // A separate norm may overwrite the summands, which only the sum reads. A fused norm may not.
+    // A separate norm may overwrite the summands, because only the earlier sum reads them. A fused norm may not.
     if conflict(&first.reads, &second.writes, overlap) || conflict(weight, &first.writes, overlap) {
         return Ok(None);
     }
@@ -98,7 +99,7 @@ fn bias_gelu(first: &Launch, second: &Launch, overlap: &Overlap<'_>) -> Fused {
     let n = element_count(&first.writes[0].shape);
     let width = element_count(&first.reads[1].shape);
     let pack = pack_of(first.reads[0].dtype);
-    // If GELU overwrites the sums, nothing reads them.
+    // If GELU overwrites the sums, nothing else reads them, so the kernel does not store them.
     let sums = if in_place { Arg::Null } else { write(0) };
     let arguments = vec![read(0), read(1), sums, write(1), long(n), long(width)];
     Ok(Some((first.reads.clone(), threads(name, n.div_ceil(pack), arguments)?)))

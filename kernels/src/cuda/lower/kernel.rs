@@ -8,13 +8,13 @@ pub(super) type Steps = Result<Vec<Step>>;
 
 pub(super) const THREADS: usize = 256;
 
-/// Elements per thread of an elementwise kernel on f32, which are 16 bytes.
+/// Number of elements per thread of an elementwise kernel on f32. They fill 16 bytes.
 pub(super) const PACK: usize = 4;
 
-/// Elements per thread of an elementwise kernel on bf16.
+/// Number of elements per thread of an elementwise kernel on bf16. They fill 16 bytes.
 pub(super) const BF16_PACK: usize = 8;
 
-/// Elements per thread for this type, which are 16 bytes.
+/// Returns the number of elements per thread for this type. They fill 16 bytes.
 pub(super) fn pack_of(dtype: DType) -> usize {
     if dtype == DType::BF16 { BF16_PACK } else { PACK }
 }
@@ -27,7 +27,7 @@ macro_rules! variants {
 }
 pub(super) use variants;
 
-/// One kernel step; no step if there are no blocks.
+/// Creates one kernel step, or no step if there are no blocks.
 pub(super) fn blocks(
     function: &'static str,
     blocks: usize,
@@ -48,7 +48,7 @@ pub(super) fn blocks(
     Ok(vec![Step::Kernel(Kernel { function, grid, block, shared_bytes, args })])
 }
 
-/// A kernel with `threads` threads, in blocks of [`THREADS`].
+/// Creates a step for a kernel with `threads` threads, in blocks of [`THREADS`] threads.
 pub(super) fn threads(function: &'static str, threads: usize, args: Vec<Arg>) -> Steps {
     blocks(function, threads.div_ceil(THREADS), THREADS, 0, args)
 }

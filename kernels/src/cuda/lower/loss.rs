@@ -5,14 +5,14 @@ use super::kernel::{PACK, Steps, THREADS, blocks, long, read, threads, variants,
 use crate::cuda::step::{Arg, Place, Step};
 use crate::tensor::{DType, element_count};
 
-/// Maximum threads of a block that processes a row, and the target number of four-element packs per thread.
+/// Maximum number of threads of a block that processes a row, and the target number of four-element packs per thread.
 const ROW_THREADS_MAX: usize = 512;
 const ROW_PACKS: usize = 4;
 
-/// Maximum threads of the single block that sums the token losses.
+/// Maximum number of threads of the single block that sums the token losses.
 const TOKEN_THREADS_MAX: usize = 1024;
 
-/// A power-of-two number of threads for `work`, at least one warp.
+/// Returns a number of threads for `work` work items: a power of two, and at least one warp.
 fn threads_for(work: usize, max: usize) -> usize {
     work.clamp(32, max).next_power_of_two()
 }

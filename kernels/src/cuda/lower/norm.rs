@@ -6,7 +6,7 @@ use super::reduce::{ColumnSum, sum_columns};
 use crate::cuda::step::{Arg, Place};
 use crate::tensor::element_count;
 
-/// Threads per block; each warp processes one row.
+/// Number of threads per block. Each warp processes one row.
 const ROW_THREADS: usize = 128;
 
 pub(super) fn warps(function: &'static str, rows: usize, args: Vec<Arg>) -> Steps {

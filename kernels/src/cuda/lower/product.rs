@@ -14,7 +14,7 @@ fn stored(place: Place, dtype: DType, rows: usize, columns: usize, transposed: b
     Matrix { place, dtype, rows: fast as u64, columns: slow as u64, leading: fast as i64 }
 }
 
-/// `out[m, n] = A[m, k] B[k, n]`, computed as `out' = B' A'` unless `out` is stored transposed.
+/// `out[m, n] = A[m, k] B[k, n]`, computed as transposes (`out' = B' A'`) unless `out` is stored transposed.
 pub(super) fn product(dims: GemmDims, operands: DType, result: DType, beta: f32) -> Product {
     let GemmDims { m, n, k, a_transposed, b_transposed, out_transposed } = dims;
     let a = stored(Place::read(0), operands, m, k, a_transposed);
@@ -35,7 +35,7 @@ pub(super) fn product(dims: GemmDims, operands: DType, result: DType, beta: f32)
     if out_transposed {
         return direct;
     }
-    // The first operand is then B', the column-major view of an untransposed B.
+    // Otherwise, the first operand is B', which is the column-major view of an untransposed B.
     Product { m: n as u64, n: m as u64, a: b, b: a, a_transposed: b_transposed, b_transposed: a_transposed, ..direct }
 }
 

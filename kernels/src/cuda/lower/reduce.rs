@@ -14,10 +14,10 @@ const COLUMN_THREADS: usize = 32;
 /// A sum is not split further if a thread would then have fewer rows than this.
 const ROWS_PER_THREAD: usize = 4;
 
-/// Minimum elements per block of a sum of squares: a 768 x 768 weight then occupies a GPU of 132 multiprocessors.
+/// Minimum elements per block of a sum of squares, so that a 768 x 768 weight occupies a GPU of 132 multiprocessors.
 const SQUARES_PER_BLOCK: usize = 8 * THREADS;
 
-/// Maximum parts of a sum of squares. One block can sum this many parts at once.
+/// Maximum number of parts of a sum of squares. One block can add up the sums of this many parts at once.
 const SQUARES_PARTS_MAX: usize = 4 * THREADS;
 
 /// How a sum over `rows` rows of `width` columns is split.
@@ -45,8 +45,8 @@ impl ColumnSum {
         if self.parts > 1 { self.parts * width } else { 0 }
     }
 
-    /// Creates one pass. Kernel arguments: `arguments`, output, rows, width, rows per part, whether to add to the
-    /// output.
+    /// Creates the steps of one pass. The arguments of the kernel are `arguments`, the output, the number of rows, the
+    /// width, the number of rows per part, and whether to add to the output.
     fn pass(
         &self,
         function: &'static str,
@@ -111,7 +111,7 @@ pub(super) fn sum_leading(args: &Args<'_>) -> Steps {
     sum_columns([only, first, second], vec![read(0)], Place::write(0), [rows, width], args.accumulate)
 }
 
-/// The number of parts of a sum of squares, and elements per part.
+/// Returns the number of parts of a sum of squares, and the number of elements per part.
 fn squares_parts(n: usize) -> (usize, usize) {
     let parts = n.div_ceil(SQUARES_PER_BLOCK).clamp(1, SQUARES_PARTS_MAX);
     // Each part is a multiple of 16 bytes.

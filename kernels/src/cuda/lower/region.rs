@@ -26,7 +26,7 @@ fn place(shape: &[usize], index: &[usize]) -> usize {
     steps(shape).iter().zip(index).map(|(step, index)| step * index).sum()
 }
 
-/// Dims of a region, merged where contiguous in both tensors. There is at least one; the last has adjacent elements.
+/// Returns at least one dim. Merges dims that are contiguous in both tensors. The last dim's elements are adjacent.
 fn join_dims(size: &[usize], shapes: [&[usize]; 2]) -> Vec<Dim> {
     let [a, b] = shapes.map(steps);
     let mut dims: Vec<Dim> = Vec::new();
@@ -46,7 +46,7 @@ fn join_dims(size: &[usize], shapes: [&[usize]; 2]) -> Vec<Dim> {
     dims
 }
 
-/// Calls `run(offsets in both tensors, dims)` with the innermost four dims, for each index of the outer dims.
+/// For each index of the outer dims, calls `run` with the offsets in both tensors and the innermost four dims.
 fn for_each_region(dims: &[Dim], mut run: impl FnMut([usize; 2], [Dim; DIMS]) -> Result<()>) -> Result<()> {
     let (outer, inner) = dims.split_at(dims.len().saturating_sub(DIMS));
     let mut last = [Dim { size: 1, steps: [0, 0] }; DIMS];
@@ -63,7 +63,7 @@ fn for_each_region(dims: &[Dim], mut run: impl FnMut([usize; 2], [Dim; DIMS]) ->
     Ok(())
 }
 
-/// Element count and sizes of dims 1 to 3 of a region as the kernels take them, in units of `unit` elements.
+/// Returns a region's element count and the sizes of dims 1 to 3, as kernels take them, in units of `unit` elements.
 fn sizes(dims: &[Dim; DIMS], unit: usize) -> [usize; DIMS] {
     let count: usize = dims.iter().map(|dim| dim.size).product();
     [count / unit, dims[1].size, dims[2].size, dims[3].size / unit]
@@ -109,7 +109,7 @@ pub(super) fn copy_region(args: &Args<'_>, src: &Region, dst: &Region) -> Steps 
             (false, false, true) => "copy_region_packs",
             (false, true, false) => "copy_region_halves",
             (false, true, true) => "copy_region_half_packs",
-            // Sums are f32.
+            // Additions are always in f32.
             (true, _, false) => "add_region_words",
             (true, _, true) => "add_region_packs",
         };

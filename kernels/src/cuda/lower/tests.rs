@@ -1,4 +1,4 @@
-//! Checks all lowered launches: kernels exist and get the arguments that they declare; the driver accepts the grids.
+//! Checks all lowered launches: kernels exist, they get the arguments that they declare, and grids have valid sizes.
 
 use super::*;
 use crate::cuda::source::MODULES;
@@ -118,7 +118,7 @@ fn is_writable(operand: Operand) -> bool {
     !matches!(operand, Operand::Read(_))
 }
 
-/// The launch, and its variants with bf16 in all reads that allow it and in each subset of the writes that allow it.
+/// Returns the launch and its variants with bf16 in all reads, and in each subset of the writes, that allow bf16.
 fn dtype_variants(launch: Launch) -> Vec<Launch> {
     let bf16_writes: Vec<usize> = (0..launch.writes.len()).filter(|&i| launch.op.writes_bf16(i)).collect();
     let mut half = launch.clone();

@@ -1,5 +1,5 @@
-//! NCCL's functions, loaded at run time: cudarc never tries `libnccl.so.2`, the only name in NVIDIA's packages. Types
-//! come from cudarc; status codes stay plain numbers, since a newer library may have codes that no list contains.
+//! NCCL's functions, loaded at run time. cudarc never tries `libnccl.so.2`, the only file name in NVIDIA's packages.
+//! Types come from cudarc. Status codes stay plain numbers, as a newer library may return unknown codes.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_int, c_void};
@@ -12,12 +12,12 @@ use crate::cuda::status::static_text;
 use crate::error::{KernelError, Result};
 
 /// The oldest supported version: `10000 * major + 100 * minor + patch`. Before 2.24, members in one process may read
-/// each other's buffers directly without having access. Before 2.18, a non-blocking communicator may read its
-/// configuration after the caller has freed it.
+/// each other's buffers directly, even if their GPUs have no access to these buffers. Before 2.18, a non-blocking
+/// communicator may read its configuration after the caller has freed the configuration.
 const VERSION_MIN: usize = 22_400;
 
 pub(crate) const SUCCESS: u32 = 0;
-/// A CUDA call of NCCL failed; the device's streams report which error.
+/// A CUDA call inside NCCL failed. The device's streams report the CUDA error itself.
 pub(super) const UNHANDLED_CUDA_ERROR: u32 = 1;
 /// Another member failed or its process ended.
 pub(super) const REMOTE_ERROR: u32 = 6;
@@ -26,7 +26,7 @@ pub(crate) const IN_PROGRESS: u32 = 7;
 
 type Stream = *mut c_void;
 
-/// The first fields of `ncclConfig_t`, as of version 2.17. Later versions detect by `size` that other fields are
+/// The first fields of `ncclConfig_t`, as of version 2.17. Later versions detect by `size` that the later fields are
 /// missing.
 #[repr(C)]
 pub(crate) struct Config {

@@ -22,7 +22,7 @@ use crate::tensor::DType;
 /// Poll interval while a communicator is created or finalized.
 const POLL_INTERVAL: Duration = Duration::from_micros(200);
 
-/// The `ncclUniqueId` of a group: created by one member, distributed to all.
+/// The `ncclUniqueId` of a group. One member creates it, and all members receive it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UniqueId(pub [u8; 128]);
 
@@ -30,7 +30,7 @@ impl UniqueId {
     /// Creates a new id.
     ///
     /// # Errors
-    /// [`KernelError::Unavailable`] if NCCL is missing; [`KernelError::Cuda`] if it finds no network interface.
+    /// [`KernelError::Unavailable`] if NCCL is missing; [`KernelError::Cuda`] if NCCL finds no network interface.
     pub fn new() -> Result<Self> {
         let api = Api::get()?;
         let mut id = ncclUniqueId { internal: [0; 128] };
@@ -59,7 +59,7 @@ pub(super) struct Comm {
     api: &'static Api,
     /// `None` after the communicator has ended. Locked during NCCL calls (NCCL-1).
     handle: Mutex<Option<Raw<ncclComm_t>>>,
-    /// Not the `Gpu`, because the poller of the GPU may hold the last reference to the communicator.
+    /// This is not the `Gpu`, because the GPU's poller may hold the last reference to the communicator.
     context: Arc<Context>,
     place: String,
     call_log: Mutex<CallLog>,
@@ -69,7 +69,7 @@ pub(super) struct Comm {
 #[derive(Debug, Default)]
 struct CallLog {
     calls: u64,
-    /// Calls that may not have ended.
+    /// Calls that may still be in progress.
     open: VecDeque<Open>,
 }
 
@@ -113,7 +113,7 @@ fn reduction(op: ReduceOp) -> ncclRedOp_t {
     }
 }
 
-/// Creates the communicators of this process's members of one group, in one NCCL group call.
+/// Creates the communicators of those members of one group that belong to this process, in one NCCL group call.
 pub(super) fn join(memberships: &[&GroupMember], deadline: Instant, within: Duration) -> Result<Vec<Comm>> {
     let api = Api::get()?;
     let mut comms = Vec::new();
@@ -125,7 +125,7 @@ pub(super) fn join(memberships: &[&GroupMember], deadline: Instant, within: Dura
             membership.gpu.context.bind()?;
             let id = ncclUniqueId { internal: membership.id.0.map(|byte| byte as _) };
             let (mut config, mut handle) = (Config::non_blocking(), Box::new(std::ptr::null_mut()));
-            // SAFETY: the box for the handle outlives the NCCL group. NCCL has written the handle when the group ends.
+            // SAFETY: the box for the handle outlives the NCCL group. NCCL writes the handle before the group ends.
             let code = unsafe { (api.init)(&mut *handle, n, id, member, &mut config) };
             api.check(code, "ncclCommInitRankConfig", &place)?;
             let (context, call_log) = (membership.gpu.context.clone(), Mutex::default());
@@ -173,8 +173,8 @@ impl Comm {
 
     pub(super) fn timeout_error(&self, call: &'static str, within: Duration) -> KernelError {
         let text = format!(
-            "not all members joined within {} s: check that every process of the launch is alive and reaches the others; \
-             set NCCL_DEBUG=INFO for details",
+            "not all members joined within {} s: check that all processes of the launch are alive and can reach \
+             each other; set NCCL_DEBUG=INFO for details",
             within.as_secs()
         );
         let (place, name) = (self.place.clone(), "timeout".to_owned());
@@ -208,15 +208,15 @@ impl Comm {
         self.call_log.lock().open.iter().find(is_pending).map(|open| open.call)
     }
 
-    /// Whether the stream has reached the call. Without progress words (PROGRESS-1): whether the member has made the
-    /// call.
+    /// Returns whether the stream has reached the call. If the stream has no progress words (PROGRESS-1), returns
+    /// whether the member has made the call.
     pub(super) fn has_reached(&self, call: u64) -> bool {
         let call_log = self.call_log.lock();
         let is_ahead = |open: &Open| open.call == call && !open.stream.has_reached(open.number);
         call <= call_log.calls && !call_log.open.iter().any(is_ahead)
     }
 
-    /// Enqueues an NCCL collective on the stream. `elements` is the size of one member's part.
+    /// Enqueues an NCCL collective on the stream. `elements` is the number of elements in one member's part.
     pub(super) fn call(
         &self,
         kind: NcclCall,
@@ -249,8 +249,8 @@ impl Comm {
         self.check(code, name)
     }
 
-    /// Enqueues messages as one NCCL group, so that order matters only within a pair of members. Elements without a
-    /// dtype are bytes.
+    /// Enqueues messages as one NCCL group, so that the order of messages matters only within a pair of members. If
+    /// `dtype` is `None`, the elements are bytes.
     pub(super) fn transfer(&self, transfers: &[Transfer], dtype: Option<DType>, stream: &RawStream) -> Result<()> {
         let locked = self.handle.lock();
         let Some(comm) = locked.map(|comm| comm.0) else { return Ok(()) };

@@ -1,14 +1,14 @@
 //! Collectives between GPUs by NCCL: non-blocking communicators, created within a deadline from a unique id that the
-//! caller distributes. Calls are enqueued on streams; pollers detect errors. A failed communicator aborts all others.
+//! caller distributes. Calls are enqueued on streams; pollers detect errors. If one communicator fails, all abort.
 //!
 //! - NCCL-1: one thread at a time makes the calls of a communicator, in the order that the plan fixes for all members.
 //!   Over all communicators of a device, calls are in the order of the submissions (ORDER-1).
 //! - NCCL-2: nothing is put on a stream after a call until NCCL reports that the call is on the stream.
 //! - NCCL-3: after an abort no call is made, and work that looks complete on a stream is not treated as complete.
 //!
-//! NCCL's summation order differs from that of [`crate::collective::Group`]: results are correct up to rounding, with
-//! the same bits on all members. NCCL does not compare calls, so members that call different collectives get no error;
-//! the plan is checked before it runs.
+//! NCCL's summation order differs from that of [`crate::collective::Group`]: results are correct up to rounding, and
+//! all members get the same bits. NCCL does not compare the members' calls, so members that call different collectives
+//! get no error. Instead, the plan is checked before it runs.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -53,7 +53,7 @@ pub struct Nccl(pub(super) Arc<Inner>);
 pub(super) struct Inner {
     /// Groups of several members, by id.
     groups: BTreeMap<u32, Arc<Group>>,
-    /// By group id and member. A group of one member has none.
+    /// Communicators, by group id and member. A group of one member has no communicator.
     pub(super) comms: HashMap<(u32, usize), Arc<Comm>>,
     received: ReceivedBytes,
     orders: Mutex<HashMap<usize, Arc<IssueOrder>>>,
@@ -66,8 +66,8 @@ impl Nccl {
     /// Joins the groups, in the order of their ids. Each process passes all memberships of its own devices.
     ///
     /// # Errors
-    /// [`KernelError::Unavailable`] without NCCL; [`KernelError::Cuda`] if not all members join within the time, and
-    /// for NCCL's own errors.
+    /// [`KernelError::Unavailable`] if NCCL is missing; [`KernelError::Cuda`] if not all members join before the time
+    /// `within` has passed, and for NCCL's own errors.
     pub fn join(memberships: &[GroupMember], within: Duration) -> Result<Self> {
         Api::get()?;
         let deadline = Instant::now() + within;
@@ -121,7 +121,7 @@ impl Inner {
         error
     }
 
-    /// Waits until NCCL has put a call on its stream (NCCL-2); `None` after the timeout.
+    /// Waits until NCCL has put a call on its stream (NCCL-2). Returns `None` after the timeout.
     pub(super) fn settle(&self, comm: &Comm, within: Option<Duration>) -> Option<Result<()>> {
         let began = Instant::now();
         loop {
@@ -165,7 +165,7 @@ impl ErrorCheck for Inner {
     }
 }
 
-/// `Inner` has no such `drop`: a poller may hold the last reference to it, and a poller must not block here.
+/// `Inner` must not block in a `drop`, because a poller may hold the last reference to it. So `Nccl` does this work.
 impl Drop for Nccl {
     fn drop(&mut self) {
         if self.0.abort_status.aborted().is_none() {
@@ -182,7 +182,7 @@ impl Drop for Nccl {
 
 struct MemberCall<'a> {
     of: &'a GpuCall<'a>,
-    /// `None` in a group of one.
+    /// `None` in a group of one member.
     comm: Option<&'a Comm>,
 }
 
@@ -215,7 +215,7 @@ impl MemberCall<'_> {
         self.call_or_copy(kind, x, y, elements).map(|()| Vec::new())
     }
 
-    /// Makes an NCCL call, or a copy in a group of one. `elements` is the size of one member's part.
+    /// Makes an NCCL call, or a copy in a group of one member. One member's part has `elements` elements.
     fn call_or_copy(&self, kind: NcclCall, x: u64, y: u64, elements: usize) -> Result<()> {
         match self.comm {
             _ if elements == 0 => Ok(()),
@@ -233,7 +233,8 @@ impl MemberCall<'_> {
         }
     }
 
-    /// Reduce-scatters uneven or non-contiguous parts, after copying each to its own slot. Ignores the reduced padding.
+    /// Reduce-scatters parts that are uneven or not contiguous. First copies each part to a slot of the workspace. All
+    /// slots have the size of the longest part. The results for their padding are ignored.
     fn reduce_parts(&self, op: ReduceOp, parts: &[Region]) -> Result<Vec<Unpack>> {
         let longest = parts.iter().map(Region::element_count).max().unwrap_or(0);
         let slot = longest * self.of.dtype.bytes();
@@ -251,7 +252,7 @@ impl MemberCall<'_> {
         Ok(vec![(StridedRegion::whole(out, self.of.y_shape), StridedRegion::whole(self.of.y, self.of.y_shape))])
     }
 
-    /// Exchanges regions between all members: one message per pair, packed if it is not contiguous.
+    /// Exchanges regions, with one message from each member to each other one. Packs messages that are not contiguous.
     fn exchange_regions(&self, sources: &[Region], targets: &[Region]) -> Result<Vec<Unpack>> {
         let (me, dtype) = (self.of.call.member, self.of.dtype);
         let (source, target) = (&sources[me], &targets[me]);
@@ -294,7 +295,7 @@ impl Enqueue for Nccl {
     fn enqueue(&self, call: &CollectiveCall, bound: &Bound<'_>, stream: BackendObject) -> Result<Enqueued> {
         check_members(call)?;
         self.0.abort_status.check()?;
-        // Abort, or the other members would wait forever.
+        // If the check fails, abort: the other members would otherwise wait forever.
         check_call(call, &bound.reads, &bound.writes).map_err(|error| self.0.abort_on_error(error))?;
         let comm = self.0.comms.get(&(call.group.id, call.member)).cloned();
         if comm.is_none() && call.group.ranks.len() > 1 {

@@ -3,10 +3,11 @@
 //!
 //! - PIPE-1: both ends make their calls in the order in which the sender announces its sends. A thread that waits for
 //!   nothing else makes each receive call when the matching send is announced.
-//! - PIPE-2: a send is announced after NCCL's send call and before any wait for it: NCCL may need the other end's call.
-//! - PIPE-3: the data is written before the send is called, and nobody reads the destination. The register protocol
-//!   guarantees both, so neither stream waits for another. The memory stays allocated until the stream has used it.
-//! - PIPE-4: the stream writes its progress around each call, as around collectives, to identify a hanging pipe.
+//! - PIPE-2: a send is announced after NCCL's send call and before any wait, as NCCL may wait for the other end's call.
+//! - PIPE-3: the data is written before the send is called, and nobody reads the destination during the transfer. The
+//!   register protocol guarantees both, so neither stream waits for another. The memory stays allocated until the
+//!   stream has used it.
+//! - PIPE-4: the stream writes its progress before and after each call, as for collectives, to identify a hanging pipe.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,9 +23,9 @@ use crate::error::{KernelError, Result};
 use crate::event::Event;
 use crate::memory::Arena;
 
-/// Poll interval of a wait for bytes to arrive, after a spin.
+/// Poll interval while an end waits for bytes to arrive, after a short spin.
 const POLL_INTERVAL: Duration = Duration::from_micros(20);
-/// How long pending work may take at shutdown before the pipe is aborted, and again after the abort.
+/// Maximum wait for pending work at shutdown before the pipe is aborted. After the abort, the same limit applies.
 const DRAIN_WITHIN: Duration = Duration::from_secs(2);
 
 /// One end of a pipe, used by one thread.
@@ -34,7 +35,7 @@ pub struct Pipe {
     comm: Arc<Comm>,
     peer: usize,
     stream: RawStream,
-    /// Memory of a call that NCCL has not put on its stream; kept until NCCL has done so, or until an abort.
+    /// Memory of a call that NCCL has not put on the stream. It is kept until NCCL does so, or until an abort.
     pending: Mutex<Option<Arena>>,
 }
 
@@ -43,8 +44,8 @@ pub struct Pipe {
 pub struct Sent(Event);
 
 impl Nccl {
-    /// Opens a member's end of a pipe over a group of two. Its calls follow the order of its own stream, not the
-    /// device's issue order (ORDER-1). The pipe ends with this engine. See [`Pipe::connect`].
+    /// Opens a member's end of a pipe over a group of two. The pipe's calls follow the order of its own stream, not the
+    /// device's issue order (ORDER-1). The pipe cannot be used after this engine is dropped. See [`Pipe::connect`].
     ///
     /// # Errors
     /// [`KernelError::Arguments`] for a membership that was not joined; [`KernelError::Cuda`].
@@ -97,7 +98,7 @@ impl Pipe {
         self.call(true, arena, ranges)
     }
 
-    /// Waits until the last send, which read this arena, is on the stream. This requires the other end's call.
+    /// Waits until the last send, which reads `arena`, is on the stream. NCCL may need the other end's call for this.
     ///
     /// # Errors
     /// [`KernelError::Cuda`]; [`KernelError::Aborted`].
@@ -138,7 +139,7 @@ impl Pipe {
     fn has_finished(&self, sent: &Sent, deadline: Option<Instant>) -> Result<bool> {
         let began = Instant::now();
         loop {
-            // Query first: an aborted call looks complete on its stream, but its bytes have not arrived (NCCL-3).
+            // Query before `check`: an aborted call looks complete on its stream, but its bytes are missing (NCCL-3).
             let is_done = sent.0.query();
             self.inner.abort_status.check()?;
             self.stream.gpu.context.check_alive()?;
@@ -158,7 +159,8 @@ impl Pipe {
         let context = &self.stream.gpu.context;
         let memory = arena.device_memory().filter(|memory: &&DeviceMemory| Arc::ptr_eq(&memory.gpu.context, context));
         let Some(memory) = memory else {
-            return Err(KernelError::arguments("pipe", "memory", context.place(), "memory of another device"));
+            let (expected, got) = (format!("memory of {}", context.place()), "memory of another device");
+            return Err(KernelError::arguments("pipe", "memory", expected, got));
         };
         let mut transfers = Vec::new();
         for (offset, bytes) in ranges {

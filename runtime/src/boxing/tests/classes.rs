@@ -101,8 +101,8 @@ proptest! {
     }
 }
 
-/// For the layout changes in a GPT layer and of its gradients, the search evaluates no more edges if two more axes
-/// besides `data` and `tensor` have several devices.
+/// The test searches the layout changes of a GPT layer and of its gradients. If two axes besides `data` and `tensor`
+/// have several devices, the search evaluates no additional edges.
 #[test]
 fn more_axes_take_no_more_work() {
     let edges = |axes: &[(&str, usize)], layouts: &[(&str, &str)]| {
@@ -123,7 +123,7 @@ fn more_axes_take_no_more_work() {
         [("S0,S0,S1,P", "S0,S0,S1,B"), ("P,P,P,B", "B,B,B,B"), ("P,P,P,S1", "B,B,B,S1"), ("S0,S0,S1,B", "S0,S0,S1,S2")];
     let four = four.into_iter().chain([("P,P,P,P", "B,B,B,B")]).collect::<Vec<_>>();
     let four = edges(&[("pod", 2), ("data", 8), ("context", 4), ("tensor", 8)], &four);
-    assert!(four <= two, "{four} edges with four axes on a placement, {two} with two");
+    assert!(four <= two, "the search evaluated {four} edges with four axes, but only {two} with two axes");
 }
 
 /// On more than two axes, the search omits layouts. Without a reduction, the plan is still the cheapest. With a
@@ -135,7 +135,7 @@ fn plans_on_three_axes_are_close_to_the_cheapest() {
     let is_usual = |layout: &&NdSbp| layout.partial() != Some(ReduceOp::Max);
     let all: Vec<NdSbp> = all_layouts(2, 3).iter().filter(is_usual).cloned().collect();
     let pairs = all.iter().flat_map(|from| all.iter().map(move |to| (from, to)));
-    // Only some of the pairs, to save time.
+    // Test only some of the pairs, to save time.
     for (from, to) in pairs.step_by(23) {
         for target in [&here, &there] {
             let from = PlacedLayout { placement: here.clone(), sbp: from.clone() };

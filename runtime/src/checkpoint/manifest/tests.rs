@@ -107,7 +107,7 @@ fn texts_of_other_formats_or_versions_are_refused() {
     let text = String::from_utf8(good().encode().unwrap()).unwrap();
     for version in [0, 4] {
         let why = decode(&text.replace("\"version\":3", &format!("\"version\":{version}")));
-        assert!(why.starts_with(&format!("version {version} of the format")), "{why}");
+        assert!(why.starts_with(&format!("format version {version}, but")), "{why}");
     }
     let other = seal("shardflow-shard", &good()).unwrap();
     assert!(Manifest::decode(&other).unwrap_err().contains("expected shardflow-checkpoint"));

@@ -1,16 +1,17 @@
 //! Minimises a sum of tables over discrete variables by eliminating one variable at a time.
 //!
-//! To eliminate a variable, one table replaces all tables that contain the variable. The new table is over the
-//! variable's neighbours, and has the least sum for each combination of their values. This is nonserial dynamic
-//! programming (Bertelè and Brioschi 1972). While the tables stay small, as in programs made of layers, the result is
-//! exact and the time is linear in the number of variables. Beyond [`ENTRIES_MAX`], a variable is fixed.
+//! To eliminate a variable, one table replaces all tables that contain the variable. The new table covers the
+//! variable's neighbours, which are the other variables of the replaced tables. For each combination of the neighbours'
+//! values, the new table has the least sum over the eliminated variable's values. This is nonserial dynamic programming
+//! (Bertelè and Brioschi 1972). While the tables stay small, as in programs made of layers, the result is exact and the
+//! time is linear in the number of variables. If every elimination needs more than [`ENTRIES_MAX`] sums, a variable is
+//! fixed at one value.
 
 use std::collections::BTreeSet;
 use std::ops::AddAssign;
 use std::rc::Rc;
 
-/// Maximum number of sums computed to eliminate one variable. If every variable needs more, a neighbour of one is
-/// fixed.
+/// Maximum number of sums to eliminate one variable. If every variable needs more sums, a neighbour of one is fixed.
 pub(super) const ENTRIES_MAX: usize = 1 << 16;
 
 /// Two sums count as equal if they differ by less than this fraction of the total of the tables' largest costs, because

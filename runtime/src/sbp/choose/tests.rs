@@ -244,7 +244,7 @@ fn malformed_problems_are_refused() {
     assert!(why(|p| p.nodes.clear()).contains("y: no node produces it, and it has no pinned layout"));
     assert!(why(|p| p.nodes[0].candidates.clear()).contains("no candidates"));
     assert!(why(|p| p.nodes[0].inputs = vec![9]).contains("no tensor 9"));
-    assert!(why(|p| p.nodes[0].inputs.clear()).contains("does not have as many inputs and outputs as the node"));
+    assert!(why(|p| p.nodes[0].inputs.clear()).contains("and the node differ in their numbers of inputs or outputs"));
     assert!(why(|p| p.nodes.push(p.nodes[0].clone())).contains("an earlier node produces or reads"));
     // No boxing makes integers partial.
     let partial = |p: &mut Problem| {
@@ -256,7 +256,7 @@ fn malformed_problems_are_refused() {
     assert!(why(partial).contains("no candidate's layouts"));
 }
 
-/// Where tables would be too large, variables are fixed; the sum over the other variables is still minimised.
+/// If tables would be too large, variables are fixed. The sum over the other variables is still minimised.
 #[test]
 fn wide_problems_are_eliminated_within_bounds() {
     let size = 6;

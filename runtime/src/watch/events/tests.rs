@@ -52,7 +52,7 @@ fn a_client_receives_each_change_once() {
     let mut session = session();
     let observer = Arc::clone(session.observer().expect("it runs"));
     let spec = &observer.plan().spec;
-    let per_step: u32 = spec.actors.iter().flat_map(|a| &a.actions).map(|a| a.per_step).sum();
+    let per_step: u32 = spec.actors.values().flat_map(|a| &a.actions).map(|a| a.per_step).sum();
     let losses: Vec<f32> = (0..3).map(|_| step(&mut session)).collect();
     let mut client = Cursor::default();
     let first = client.next_event(&observer);
@@ -125,7 +125,7 @@ fn too_many_firings_are_limited_to_one_ended_step() {
     );
     // A larger step loses its oldest firings.
     let mut long = pipeline();
-    long.actors[0].actions[0].per_step = 20_000;
+    long.actors[ActorId(0)].actions[0].per_step = 20_000;
     kept = (0..20_000).map(|firing| (ActorId(0), fired(firing, firing))).collect();
     limit_firings(&long, &mut kept);
     assert_eq!((kept.len(), kept[0].1.firing), (FIRINGS_MAX, 19_999));
@@ -151,7 +151,7 @@ fn waits(actor: u32, firings: [u64; 2], idle_now_ns: u64, missing: Vec<(u32, Mis
 #[test]
 fn an_edge_is_blocked_only_if_the_running_step_needs_it() {
     let spec = pipeline();
-    let register = |name: &str| spec.registers.iter().position(|r| r.name.contains(name)).expect("a register") as u32;
+    let register = |name: &str| spec.registers.values().position(|r| r.name.contains(name)).expect("a register") as u32;
     let (activation, stash) = (register("stage0"), register("stash"));
     let reader = |actor, action| ActionRef { actor: ActorId(actor), action };
     let piece = |piece| Missing::Piece { register: RegisterId(activation), piece, writer: reader(0, 0) };

@@ -1,4 +1,4 @@
-// The time of each actor in the last seconds, as a bar.
+// One bar per actor, which shows how the actor spent the last ten seconds.
 
 import { at, key, make } from './format.js';
 

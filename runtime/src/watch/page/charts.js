@@ -7,7 +7,7 @@ const HEIGHT = 160;
 const charts = new Map();
 const dark = matchMedia('(prefers-color-scheme: dark)');
 
-// The width of the longest label. uPlot repeats the layout a few times until sizes no longer change.
+// The width of the longest label. uPlot repeats the layout a few times, until the sizes no longer change.
 function axisWidth(self, labels, index, cycle) {
   const axis = self.axes[index];
   if (cycle > 1) return axis._size;

@@ -1,12 +1,13 @@
-// Actors as boxes, with one column per device, and registers as edges between them. Opening an edge shows its register's slots
-// and pieces.
+// Actors as boxes, with one column per device, and registers as edges between the boxes. Opening an edge shows the
+// slots and pieces of its register.
 
 import { draw, forget } from './charts.js';
 import { at, bytes, make, setText } from './format.js';
 
 const SVG = 'http://www.w3.org/2000/svg';
 const [BOX_WIDTH, BOX_HEIGHT, COLUMN, LINE] = [190, 26, 300, 56];
-// More edges would be unreadable: of larger plans, the largest edges and the blocked ones are shown.
+// A picture with more edges would be unreadable. The picture of a larger plan shows only the largest and the blocked
+// edges.
 const EDGES_MAX = 400;
 
 let model = null;
@@ -45,7 +46,7 @@ function layout(blocked) {
   const key = kept.map((edge) => edge.id).join();
   if (key === shown) return;
   shown = key;
-  setText('graph-note', kept.length < all.length ? `${kept.length} of ${all.length} edges: the largest ones, and the blocked ones` : '');
+  setText('graph-note', kept.length < all.length ? `The graph shows ${kept.length} of ${all.length} edges: the largest and the blocked ones.` : '');
   const used = new Set(kept.flatMap((edge) => [edge.from, edge.to]));
   const columns = new Map();
   const places = new Map();
@@ -77,7 +78,8 @@ function drawNode(actor, { x, y }) {
   return node;
 }
 
-// From the producer's right side to the reader's left side; edges within a column, or to the left, bend around the boxes.
+// An edge runs from the producer's right side to the reader's left side. An edge within a column or to the left bends
+// around the boxes.
 function drawEdge(edge, places, maxBytes) {
   const [from, to] = [places.get(edge.from), places.get(edge.to)];
   const [y1, y2] = [from.y + BOX_HEIGHT / 2, to.y + BOX_HEIGHT / 2];
@@ -135,7 +137,7 @@ function fill() {
   setText('register-name', register.name);
   const facts = [
     ['written by', model.plan.actors[register.producer].name],
-    ['slots', held === undefined ? `${register.slots}, of another process` : `${held} held of ${register.slots}`],
+    ['slots', held === undefined ? `${register.slots}, in another process` : `${held} held of ${register.slots}`],
     ['slot size', bytes(register.slot_bytes)],
     ['pieces published', `${published ?? '-'}`],
     ...register.readers.map((reader, i) => [

@@ -18,7 +18,7 @@ let model = null;
 function onPlan(plan) {
   model = new Model(plan);
   header.showPlan(plan);
-  breakdown.showPlan(plan);
+  breakdown.showPlan(model.plan);
   graph.showPlan(model);
   processes.showPlan(plan);
   timeline.showPlan(model);

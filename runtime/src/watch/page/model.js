@@ -6,20 +6,27 @@ const SAMPLES_KEPT = 300;
 const WINDOW_US = 10e6;
 const FIRING_FIELDS = 7;
 
+// The entries of a list at their ids. A process knows only a part of the plan, so some ids are empty.
+function byId(entries) {
+  const all = [];
+  for (const entry of entries) all[entry.id] = entry;
+  return all;
+}
+
 export class Model {
   constructor(plan) {
-    this.plan = plan;
+    this.plan = { ...plan, actors: byId(plan.actors), registers: byId(plan.registers) };
     this.event = null;
     this.points = [];
-    // By step: firings {actor, action, firing, from, took, cause, register} in microseconds.
+    // The firings of each step: {actor, action, firing, from, took, cause, register}; `from` and `took` are in us.
     this.steps = new Map();
-    // By register: [held, published, ...released]; and samples of the slots held, by time.
+    // The state of each register, [held, published, ...released], and samples of the slots held over time.
     this.registers = new Map();
     this.slots = [];
-    // By actor: samples {at, sums} of the last seconds.
+    // The samples {at, sums} of each actor in the last seconds.
     this.busy = new Map();
     this.prediction = null;
-    this.firingsPerStep = plan.actors
+    this.firingsPerStep = this.plan.actors
       .filter((actor) => actor.is_here)
       .reduce((sum, actor) => sum + actor.actions.reduce((s, action) => s + action.per_step, 0), 0);
   }
@@ -55,7 +62,7 @@ export class Model {
     for (const step of newest.slice(STEPS_KEPT)) this.steps.delete(step);
   }
 
-  // Steps of which all firings are known, the oldest first.
+  // The steps whose firings are all known, oldest first.
   completeSteps() {
     const complete = [...this.steps].filter(([, firings]) => firings.length >= this.firingsPerStep);
     return complete.map(([step]) => step).sort((a, b) => a - b);
@@ -67,7 +74,8 @@ export class Model {
     return mark[1] + (pass - mark[0]) + 1;
   }
 
-  // Shares of the last seconds: computing, in collectives, input, credit, host, own; the rest to 1 is a wait that has not ended.
+  // Shares of the last seconds: computing, in collectives, waiting for input, for a credit and for the host, and own
+  // time between firings. If the sum is below 1, the remainder is a wait that has not ended.
   shares(actor) {
     const samples = this.busy.get(actor) ?? [];
     if (samples.length === 0) return [0, 0, 0, 0, 0, 0];

@@ -11,7 +11,7 @@ const devices = ([first, count]) => (count === 1 ? `${first}` : `${first} to ${f
 // The session knows the hosts of the processes to which it connects.
 const machineOf = (peer) => (peer.is_on_this_node ? 'the same machine' : peer.host ?? 'another machine');
 
-// The page of another process, whose port with `gpt --listen` follows from this page's port.
+// The page of another process. If the job runs `gpt --listen`, this page's port determines the port of the other page.
 function pageOf(plan, peer) {
   const port = Number(location.port || 80) + peer.process - plan.process;
   if (!peer.is_on_this_node) return `${machineOf(peer)}, port ${port}`;

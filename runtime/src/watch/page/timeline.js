@@ -9,7 +9,7 @@ const CATEGORIES = ['forward', 'backward', 'update', 'communication', 'host'];
 const CAUSES = ['a piece of', 'a slot of', 'the host', 'itself'];
 
 let model = null;
-// The selected step; null follows the newest.
+// The selected step. If it is null, the page shows the newest step.
 let selected = null;
 let actors = [];
 
@@ -17,7 +17,7 @@ export function showPlan(shown) {
   model = shown;
   selected = null;
   actors = model.plan.actors.map((actor, index) => ({ ...actor, index })).filter((actor) => actor.is_here);
-  // In the order of devices, with the compute actor first.
+  // The actors in the order of their devices, with each device's compute actor first.
   actors.sort((a, b) => a.device - b.device || b.is_compute - a.is_compute || a.index - b.index);
   at('legend').replaceChildren(...CATEGORIES.map((name) => key(name, name)));
   at('rows').replaceChildren(...actors.map((actor, row) => {

@@ -13,7 +13,7 @@ fn lost(by: u32, about: u32, follows: bool) -> Report {
     Report { by, about, kind: Kind::Lost, follows, cause: "connection lost".into(), exit: 69 }
 }
 
-/// Returns the decision of process `own` of 6, and its time, for timed reports. The arbiter checks every 50 ms.
+/// Returns when and how process `own` of 6 decides. Each report has an arrival time. The arbiter checks every 50 ms.
 fn decide(own: u32, reports: &[(u64, Report)]) -> Option<(u64, FirstCause)> {
     let mut arbiter = Arbiter::new(own, 6, GRACE);
     let mut found = None;
@@ -126,7 +126,7 @@ fn permutations<T: Clone>(items: &[T]) -> Vec<Vec<T>> {
     (0..items.len()).flat_map(with_first).collect()
 }
 
-/// For every set of up to four of these reports, the order of arrival within the window does not change the decision.
+/// For every set of up to four of these reports, the decision does not depend on their order within the window.
 #[test]
 fn every_order_of_arrival_leads_to_the_same_decision() {
     let all = [
@@ -146,7 +146,7 @@ fn every_order_of_arrival_leads_to_the_same_decision() {
         }
         let chosen: Vec<_> =
             all.iter().enumerate().filter(|(i, _)| set >> i & 1 == 1).map(|(_, r)| r.clone()).collect();
-        // Process 5 reports no own failure here.
+        // Process 5 decides. It reports no failure of its own.
         let decisions = permutations(&chosen).into_iter().map(|order| {
             let timed: Vec<_> = order.into_iter().enumerate().map(|(i, r)| (i as u64 * 100, r)).collect();
             decide(5, &timed).expect("a cause")
@@ -159,7 +159,7 @@ fn every_order_of_arrival_leads_to_the_same_decision() {
 /// Processes with one arbiter each, and the reports in transit between them.
 struct World {
     arbiters: Vec<Option<Arbiter>>,
-    /// (arrival time, receiver, report)
+    /// For each report in transit: its arrival time, its receiver, and the report.
     in_transit: Vec<(u64, u32, Report)>,
     decided: Vec<Option<u32>>,
 }
@@ -173,7 +173,8 @@ impl World {
 }
 
 proptest::proptest! {
-    /// One process fails, with or without a report. Peers detect this at different times, and look lost when they stop.
+    /// One process fails, with or without a report. Its peers detect the failure at different times. Then they stop, so
+    /// other peers report them as lost too.
     #[test]
     fn survivors_agree_on_the_process_that_failed_first(
         processes in 2u32..7,
@@ -189,7 +190,7 @@ proptest::proptest! {
             in_transit: vec![],
             decided: vec![None; processes as usize],
         };
-        // (time, observer, lost process)
+        // For each loss: its time, the observer, and the lost process.
         let mut losses: Vec<(u64, u32, u32)> =
             (0..processes).filter(|p| *p != victim).map(|p| (1000 + delay(), p, victim)).collect();
         if reports_itself {

@@ -15,7 +15,7 @@ const TICK: u64 = 50;
 /// Maximum latency of a message between neighbours, in ms.
 const HOP: u64 = 20;
 
-/// What travels between neighbours.
+/// The content of a message that one neighbour sends to another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Travelling {
     Joined,
@@ -24,7 +24,7 @@ enum Travelling {
     Closed,
 }
 
-/// (time, order of sending, sender, receiver). The order of sending is also the key of the content.
+/// Arrival time, number in the order of sending, sender, and receiver. The number is also the key in `World::contents`.
 type Arrival = Reverse<(u64, u64, u32, u32)>;
 
 struct World {
@@ -42,7 +42,7 @@ struct World {
     /// For each process: the events that the application received, with their times.
     notices: Vec<Vec<(u64, MembershipEvent)>>,
     results: Vec<Vec<(u16, Reduced)>>,
-    /// For each process: datagrams sent, and control messages sent.
+    /// For each process: how many datagrams and how many control messages it has sent.
     datagrams: Vec<u64>,
     messages: Vec<u64>,
 }
@@ -353,7 +353,7 @@ fn a_process_that_left_before_a_round_is_the_missing_one() {
 
 #[test]
 fn messages_that_cannot_come_from_a_neighbour_are_refused() {
-    // 0 and 1 are leaders; 2 is below 0, and 3 below 1.
+    // Processes 0 and 1 are leaders. Process 2 is below 0, and process 3 is below 1.
     let mut world = World::new(&["a", "b", "a", "b"], &[1]);
     world.run(500);
     let failed = |by| Report { by, about: by, kind: Kind::Failed, follows: false, cause: "x".into(), exit: 70 };
@@ -372,7 +372,7 @@ fn messages_that_cannot_come_from_a_neighbour_are_refused() {
     forged.into_iter().for_each(|body| world.act(0, |core, now| core.receive(2, body.into(), now)));
     let core = world.cores[0].as_ref().expect("it runs");
     assert_eq!((core.garbled, &core.first, world.notices[0].len()), (count, &None, 0));
-    // Numbers out of turn end the session, because the processes do not run the same program.
+    // Numbers that arrive out of turn end the session, because the processes do not run the same program.
     let round = ControlMessage { body: Body::Round { topic: 0, round: 7 }, payload: Vec::new() };
     world.act(0, |core, now| core.receive(2, round, now));
     world.run(1000);
@@ -386,7 +386,7 @@ fn worlds() -> impl Strategy<Value = (Vec<u32>, Vec<u64>)> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
-    /// CM-1: messages between any two processes arrive once, in order, whatever the delays.
+    /// CM-1: messages between any two processes arrive once and in order, for any delays.
     #[test]
     fn messages_between_any_two_processes_keep_their_order(
         (nodes, delays) in worlds(),
@@ -422,7 +422,7 @@ proptest! {
         prop_assert_eq!(found, expected);
     }
 
-    /// CM-4: whichever process dies or freezes, all others end because of this process, in time.
+    /// CM-4: if any process dies or freezes, all others end in time and name that process as the cause.
     #[test]
     fn the_loss_of_any_process_is_known_to_all(
         (nodes, delays) in worlds(), lost in any::<prop::sample::Index>(), freezes: bool,
@@ -436,7 +436,7 @@ proptest! {
         world.assert_all_blame(lost, begin, detection + GRACE + TICK + world.longest_way() + HOP);
     }
 
-    /// A failure anywhere is the cause everywhere, although other processes stop because of it.
+    /// If any process fails, all processes name this failure as the cause, although other processes stop because of it.
     #[test]
     fn all_agree_on_the_process_that_failed_first(
         (nodes, delays) in worlds(), failed in any::<prop::sample::Index>(), later in any::<prop::sample::Index>(),

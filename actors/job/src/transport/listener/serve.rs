@@ -19,7 +19,7 @@ use crate::transport::sealed::Seal;
 
 /// Maximum number of connections accepted from one socket per iteration.
 const ACCEPTS_MAX: usize = 64;
-/// How long all sockets pause after an accept fails, for example because no descriptors are left.
+/// How long the thread accepts no connections after an accept fails, for example because no descriptors are left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 pub(super) struct Server {
@@ -165,7 +165,7 @@ impl Server {
     fn greet(&self, pending: &mut PendingConnection, message: &[u8]) -> Result<(), Step> {
         let (acceptor, answer) = Acceptor::new(&self.secret, message).map_err(|cause| {
             if matches!(cause, HandshakeError::Version { .. } | HandshakeError::Proof) {
-                // The peer may be in this job, with another version or secret. This answer lets it report that.
+                // The peer may be in this job, with another version or secret. This answer lets the peer report that.
                 let _ = pending.send(&head());
             }
             rejected(&cause)
@@ -215,7 +215,8 @@ impl Server {
         }
         let Hello { from, purpose, .. } = hello;
         if purpose != Purpose::Rendezvous {
-            // The new connection replaces that of a dialler that retried. At rendezvous, both are kept and reported.
+            // A dialler that retried has a new connection, which replaces its old one. At the rendezvous, both are
+            // kept, because two processes may claim one rank.
             state.unclaimed.retain(|u| (u.from, u.purpose) != (from, purpose));
         }
         state.unclaimed.push_back(Unclaimed { from, purpose, connection });

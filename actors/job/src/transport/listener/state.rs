@@ -30,14 +30,14 @@ impl Default for ListenerOptions {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the names explain the other fields")]
 pub struct Refusals {
-    /// Dropped in favour of a newer connection, because too many were unauthenticated.
+    /// Connections that a newer connection replaced, because too many were unauthenticated.
     pub evicted: u64,
     pub timed_out: u64,
     pub disconnected: u64,
-    /// Not this protocol: the magic or the message length is wrong.
+    /// The peer does not speak this protocol: the magic or the message length is wrong.
     pub malformed: u64,
     pub version: u64,
-    /// Cannot be decrypted: the peer has another secret, or replayed or modified a message.
+    /// A message cannot be decrypted: the peer has another secret, or it has replayed or modified a message.
     pub proof: u64,
     pub session: u64,
     /// The peer has an older epoch, or is too late for the running world.
@@ -46,7 +46,7 @@ pub struct Refusals {
     /// The peer's process number does not exist, or the connection is meant for another process.
     pub process: u64,
     pub unreadable: u64,
-    /// Temporary: the listener's world has not started, or too many connections are unclaimed.
+    /// The refusal is temporary: the listener's world has not started, or too many connections are unclaimed.
     pub retry: u64,
 }
 

@@ -189,7 +189,7 @@ fn an_invalid_message_closes_the_connection_at_once() {
     newer[6] += 1;
     forged[20] ^= 1;
     let (answer_bytes, head_bytes) = (2 + GREETING_BYTES, 2 + head().len());
-    // The sent bytes, the length of the answer (0 if the listener only closes the connection), and the counter.
+    // Each case: the sent bytes, the length of the answer (0 if the connection is only closed), and the counter.
     type Case<'a> = (&'a [u8], usize, fn(&Refusals) -> u64);
     let cases: [Case; 7] = [
         (b"GET / HTTP/1.1\r\n\r\n", 0, |r| r.malformed),
