@@ -337,10 +337,10 @@ mod tests {
 
     #[test]
     fn a_roster_for_another_world_or_process_is_rejected() {
-        let (own, wanted) = (member(3, 1), [5..6]);
+        let (own, wanted) = (member(3, 1), [0..1, 5..6]);
         let roster = directory(&[0, 0, 1, 1, 2, 2]).roster(3, &wanted);
         assert!(roster.is_for(&own, 6, &wanted));
-        assert!(!roster.is_for(&own, 7, &wanted) && !roster.is_for(&own, 6, &[4..5]));
+        assert!(!roster.is_for(&own, 7, &wanted) && !roster.is_for(&own, 6, &[0..1, 4..5]));
         assert!(!roster.is_for(&member(4, 2), 6, &wanted));
         assert!(!roster.is_for(&Member { pid: 1, ..own.clone() }, 6, &wanted));
         type Change = fn(&mut Roster);

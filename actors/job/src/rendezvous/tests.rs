@@ -396,6 +396,19 @@ fn oversized_facts_and_invalid_ranks_are_refused() {
 }
 
 #[test]
+fn a_process_may_want_any_ranks_of_the_largest_world() {
+    let (_folder, address) = unix();
+    let info = |wanted| join_info(&RendezvousConfig { wanted, ..config(&address, 0, 1) }, vec![]);
+    let all = info((0..4096).collect()).unwrap();
+    assert_eq!(all.wanted, vec![0..4096]);
+    let scattered = info((0..4096).step_by(2).collect()).unwrap();
+    assert_eq!((scattered.wanted.len(), scattered.wanted[1].clone()), (2048, 2..3));
+    assert!(wire::encode(&Request::Join(scattered)).unwrap().len() < REQUEST_BYTES_MAX / 2);
+    let error = info((0..4097).collect()).unwrap_err();
+    assert!(matches!(error, RendezvousError::TooLong { length: 4097, .. }), "{error}");
+}
+
+#[test]
 fn identity_and_local_address_of_this_process_are_found() {
     let identity = Identity::of_this_process().unwrap();
     assert_eq!(identity, Identity::of_this_process().unwrap());
