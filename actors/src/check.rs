@@ -23,7 +23,7 @@ pub fn check(spec: &Spec) -> Result<(), SpecError> {
         return Err(SpecError::Period { steps });
     }
     // A part of a plan does not show what bounds the actors of other processes.
-    if spec.actors.is_whole() { check_bounded(spec) } else { Ok(()) }
+    if spec.is_whole() { check_bounded(spec) } else { Ok(()) }
 }
 
 fn check_register(spec: &Spec, id: RegisterId) -> Result<(), SpecError> {

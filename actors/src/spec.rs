@@ -239,6 +239,11 @@ pub(crate) fn slot_in(slots: u32, table: &[u32], piece: u64) -> u32 {
 }
 
 impl Spec {
+    /// True if this is the whole plan, not a part.
+    pub fn is_whole(&self) -> bool {
+        self.actors.is_whole() && self.registers.is_whole()
+    }
+
     /// An actor of this plan.
     pub fn actor(&self, id: ActorId) -> &ActorSpec {
         &self.actors[id]

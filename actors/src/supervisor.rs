@@ -226,7 +226,7 @@ impl Session {
     }
 
     pub(crate) fn has_peers(&self) -> bool {
-        !self.spec.actors.is_whole() || self.streams.len() < self.spec.actors.len()
+        !self.spec.is_whole() || self.streams.len() < self.spec.actors.len()
     }
 
     fn panicked(&self, child: ractor::ActorId, message: String) {

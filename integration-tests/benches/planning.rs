@@ -1,7 +1,9 @@
-//! Measures the time and memory of planning large meshes, deep models, and a program whose layers all differ.
+//! Measures the time and memory of planning large meshes, deep models, and a program whose layers all differ. For each
+//! plan, also measures how long one rank takes to make its part.
 //!
 //! Command: `cargo bench -p shardflow-integration-tests --bench planning [PART OF A NAME]`
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use shardflow::nn::{self, GptConfig};
@@ -60,6 +62,12 @@ const CASES: &[Case] = &[
         build: |g| gpt(g, &config(96, 12_288, 96, 1536)),
     },
     Case {
+        name: "96 layers on 64 ranks without stages",
+        mesh: "data=8,tensor=8",
+        micro_batches: 1,
+        build: |g| gpt(g, &config(96, 12_288, 96, 1536)),
+    },
+    Case {
         name: "96 layers on 3072 ranks without stages",
         mesh: "data=384,tensor=8",
         micro_batches: 1,
@@ -98,6 +106,9 @@ const CASES: &[Case] = &[
     Case { name: "unlike layers on 8 ranks", mesh: "data=2,stage=2,tensor=2", micro_batches: 1, build: unlike_layers },
 ];
 
+/// Number of times that each case makes the part of one rank. The result is the median.
+const INSTANCES: usize = 9;
+
 /// Returns the peak memory of this process so far in MiB, or 0 if the system does not report it.
 fn peak_mib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -115,6 +126,19 @@ fn main() {
         let plan = compile(g, &options).unwrap_or_else(|e| panic!("{}: {e}", case.name));
         let seconds = begin.elapsed().as_secs_f64();
         let (nodes, classes) = (plan.graph.nodes().len(), plan.classes.devices.len());
+        let devices = plan.device_count();
         println!("{}: {nodes} nodes, {classes} classes, {seconds:.2} s, at most {} MiB so far", case.name, peak_mib());
+        let (plan, last) = (Arc::new(plan), devices - 1);
+        let mut times: Vec<f64> = (0..INSTANCES)
+            .map(|_| {
+                let begin = Instant::now();
+                std::hint::black_box(plan.clone().instance_of(last..devices));
+                begin.elapsed().as_secs_f64() * 1e3
+            })
+            .collect();
+        times.sort_by(f64::total_cmp);
+        let spec = plan.instance_of(last..devices).spec;
+        let (actors, registers) = (spec.actors.len(), spec.registers.len());
+        println!("  one rank: {:.2} ms, {actors} actors, {registers} registers", times[INSTANCES / 2]);
     }
 }

@@ -171,9 +171,9 @@ impl GptConfig {
     }
 }
 
-/// A GPT without biases. If the mesh has these axes, layers are split evenly over `stage`, the batch over `data`, and
-/// heads, hidden features and the vocabulary over `tensor`. Returns the logits `[b, t, vocabulary]`, which stay on the
-/// last stage. The host feeds `ids`, i32 `[batch, context]`.
+/// A GPT without biases. If the mesh has these axes, layers are split evenly over `stage`, the batch over `pod` and
+/// `data`, and heads, hidden features and the vocabulary over `tensor`. Returns the logits `[b, t, vocabulary]`, which
+/// stay on the last stage. The host feeds `ids`, i32 `[batch, context]`.
 #[track_caller]
 pub fn gpt(g: &mut Graph, config: &GptConfig) -> Var {
     g.layer(Location::caller(), |g| build_gpt(g, config))
@@ -221,9 +221,10 @@ fn build_gpt(g: &mut Graph, config: &GptConfig) -> Var {
     linear(g, "head", normed, config.vocabulary, column)
 }
 
-/// The layout of a batch: split over `data` if the mesh has that axis.
+/// The layout of a batch: split over those of the axes `pod` and `data` that the mesh has.
 pub fn batch_layout(g: &Graph) -> Layout {
-    if g.mesh().axis("data").is_ok() { Layout::split("data", 0) } else { Layout::broadcast() }
+    let axes = ["pod", "data"].into_iter().filter(|axis| g.mesh().axis(axis).is_ok());
+    axes.fold(Layout::broadcast(), |layout, axis| layout.and_split(axis, 0))
 }
 
 /// Places all nodes that are added after this call on the stage `stage`, if the mesh has the axis `stage`.

@@ -134,7 +134,7 @@ impl TraceFile {
     /// If this process hosts all actors, writes the step time that the simulator computes from mean firing times.
     fn write_prediction(&mut self) -> Result<(), TraceError> {
         let Some(spec) =
-            self.spec.clone().filter(|spec| spec.actors.is_whole() && spec.actors.len() == self.firings_read.len())
+            self.spec.clone().filter(|spec| spec.is_whole() && spec.actors.len() == self.firings_read.len())
         else {
             return Ok(());
         };

@@ -500,3 +500,6 @@ impl<'a> Builder<'a> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;
