@@ -282,6 +282,33 @@ fn parameters_without_space_for_the_optimizer_state_are_refused_before_training(
     assert!(run.text().contains(refusal) && !run.text().contains("loss"), "{}", run.text());
 }
 
+/// Each rank receives the addresses of the ranks to which it connects. Most of these ranks run on other nodes.
+#[test]
+fn ranks_of_several_nodes_reach_the_ranks_that_they_need() {
+    if !can_unshare("nodes") {
+        return;
+    }
+    let folder = Folder::new("machine-nodes");
+    let program = |log: &str| gpt(&format!("--mesh data=2,stage=2,tensor=2 --log-json {log}"));
+    assert_eq!(start(&folder, &program("one"), &[]).end(TIMEOUT), Some(0));
+    let losses = |log: &str| folder.records(log).iter().filter_map(|r| r["loss"].as_f64()).collect::<Vec<_>>();
+    assert_eq!(losses("one").len(), 2);
+    for (nodes, processes) in [(4, 2), (8, 1)] {
+        let port = free_port();
+        let nodes = (0..nodes).map(|node| {
+            let flags = format!("--nnodes {nodes} --node-rank {node} --nproc-per-node {processes}");
+            let flags = format!("{flags} --rdzv-endpoint 127.0.0.1:{port} --rdzv-id nodes{nodes}");
+            let command = after(&format!("hostname node{node}"), &launch_of(&flags, &program("many")));
+            let command: Vec<String> = ["unshare", "--uts"].into_iter().map(str::to_owned).chain(command).collect();
+            start(&folder, &command, &[SECRET])
+        });
+        for mut node in nodes.collect::<Vec<_>>() {
+            assert_eq!(node.end(TIMEOUT), Some(0), "{}", node.text());
+        }
+        assert_eq!(losses("many"), losses("one"), "{processes} processes on each node");
+    }
+}
+
 /// Two containers of one host have equal host names and boot ids, but separate `/tmp` folders.
 #[test]
 fn containers_with_separate_tmp_folders_use_tcp() {

@@ -2,15 +2,15 @@
 //!
 //! ```text
 //! process 0                     process p
-//!    ◄── (authenticated) Join ── rank, addresses, restarts, and facts: version, mesh, plan, ..
+//!    ◄── (authenticated) Join ── rank, addresses, restarts, wanted ranks, and facts: version, mesh, plan, ..
 //!    ... until all have joined, or the deadline
-//!    ── Roster: session, epoch, members ──►   p accepts connections of the members
+//!    ── Roster: session, epoch, nodes, some members ──►   p accepts connections of all members
 //!    ◄────────────── Ready ──
 //!    ... from all
 //!    ── Start ──►
 //! ```
 //!
-//! - **RV-1**: no process starts before all are ready. So a member that has started can dial every other member.
+//! - **RV-1**: no process starts before all are ready. So a member that has started can dial every member of its roster.
 //! - **RV-2**: a refusal is sent to all processes. If two processes differ, the refusal names them and both values.
 //! - **RV-3**: a process may join again while others wait. The new connection replaces the old one if the old one is
 //!   dead, if the new restart count is higher, or if the same process opened both connections.
@@ -35,15 +35,15 @@ pub mod facts;
 pub mod fuzz;
 mod join;
 mod messages;
+mod roster;
 
 use messages::Outcome;
-pub use messages::{
-    Conflict, Fact, Identity, JoinInfo, Member, ProcessLabel, RendezvousError, RendezvousRefusal, Roster, ranks,
-};
+pub use messages::{Conflict, Fact, Identity, JoinInfo, RendezvousError, RendezvousRefusal, ranks};
+pub use roster::{Apart, Member, NodeRun, ProcessLabel, Roster};
 
 /// Joins the other processes. Usually takes at most a few seconds longer than `timeout`. If process 0 freezes after all
-/// have joined, `timeout` applies a second time. Returns the roster, which is the same for all processes, and this
-/// process's listener. Calls `on_waiting` every `report_every` with a line that names the missing ranks.
+/// have joined, `timeout` applies a second time. Returns this process's roster and its listener. Calls `on_waiting`
+/// every `report_every` with a line that names the missing ranks.
 pub fn rendezvous(config: &RendezvousConfig, mut on_waiting: impl FnMut(&str)) -> Outcome {
     let deadline = Instant::now() + config.timeout;
     let (process, processes) = (config.process, config.processes);

@@ -14,7 +14,7 @@ use shardflow_actors::spec::RegisterId;
 use shardflow_job::env::{INTERFACE, TRANSPORT};
 use shardflow_job::membership::ControlTree;
 use shardflow_job::options::{ClusterOptions, Collectives, Transport};
-use shardflow_job::rendezvous::{Member, Roster};
+use shardflow_job::rendezvous::{Apart, Member, Roster};
 use shardflow_job::secret::Secret;
 use shardflow_job::transport::{
     self, Address, Connection, Hello, Listener, Purpose, Socket, TransportError, with_zone_of,
@@ -31,6 +31,7 @@ use shardflow_kernels::memory::{Access, Arena, Base};
 use super::by_mpi::ByMpi;
 use super::error::ClusterError;
 use crate::devices::Pipes;
+use crate::plan::Plan;
 use crate::plan::instance::Instance;
 use crate::process_map::{ProcessMap, groups};
 
@@ -72,13 +73,17 @@ pub(crate) struct Connector {
 }
 
 impl Connector {
-    pub(super) fn member(&self, process: u32) -> &Member {
-        &self.roster.members[process as usize]
+    /// A process of this node, or another process to which this one connects.
+    pub(super) fn member(&self, process: u32) -> Result<&Member, ClusterError> {
+        self.roster.member(process).ok_or(ClusterError::NotListed { process })
     }
 
+    /// True if the processes share memory. At least one of them runs on this node.
     pub(crate) fn shares_memory(&self, a: u32, b: u32) -> bool {
         let is_enabled = matches!(self.options.transport, Transport::Auto | Transport::SharedMemory);
-        is_enabled && self.device == DeviceKind::Cpu && self.member(a).is_near(self.member(b))
+        // The roster lists all processes of this node, so a process that it does not list is on another node.
+        let both = self.roster.member(a).zip(self.roster.member(b));
+        is_enabled && self.device == DeviceKind::Cpu && both.is_some_and(|(a, b)| a.is_near(b))
     }
 
     /// Opens the connection to a peer for a purpose. The process with the higher rank dials, and the other one accepts.
@@ -98,10 +103,9 @@ impl Connector {
     }
 
     fn address(&self, peer: u32) -> Result<Address, ClusterError> {
-        let member = self.member(peer);
+        let (member, own) = (self.member(peer)?, self.member(self.process_map.process)?);
         let is_tcp = self.options.transport == Transport::Tcp;
-        let chosen =
-            if self.member(self.process_map.process).is_near(member) && !is_tcp { member.unix() } else { member.tcp() };
+        let chosen = if own.is_near(member) && !is_tcp { member.unix() } else { member.tcp() };
         let host = &member.host;
         let no_address =
             format!("rank {peer} on {host} listens on no address that this rank can reach; set {INTERFACE} on {host}");
@@ -121,14 +125,9 @@ impl Connector {
         let own = self.process_map.process;
         let near: BTreeSet<u32> =
             (0..self.process_map.processes).filter(|p| *p == own || self.shares_memory(own, *p)).collect();
-        let is_mpi_selected = self.options.collectives == Collectives::Mpi;
-        let hosts = |group: &Arc<Group>| self.process_map.processes_of(group).len();
-        // MPI runs the groups whose members are all in different processes.
-        let uses_mpi = |group: &Arc<Group>| is_mpi_selected && hosts(group) == group.ranks.len();
         let near_devices = near.iter().flat_map(|process| self.process_map.devices_of(*process));
-        let mut crossing = groups(plan, near_devices);
-        crossing.retain(|group| self.device == DeviceKind::Cpu && hosts(group) > 1);
-        let (mpi_groups, own_groups): (Vec<_>, Vec<_>) = crossing.into_iter().partition(uses_mpi);
+        let crossing = crossing_groups(plan, near_devices, &self.process_map, self.options.collectives);
+        let (mpi_groups, own_groups) = crossing;
         let is_near = |group: &Arc<Group>| self.process_map.processes_of(group).is_subset(&near);
         let (board_groups, mut wire_groups): (Vec<_>, Vec<_>) = own_groups.into_iter().partition(is_near);
         wire_groups.retain(|group| self.process_map.processes_of(group).contains(&self.process_map.process));
@@ -160,34 +159,55 @@ impl Connector {
     }
 }
 
+/// Of the groups of some devices, those of several processes: those that MPI runs, and those that this crate's engines
+/// run.
+fn crossing_groups(
+    plan: &Plan,
+    devices: impl Iterator<Item = usize>,
+    process_map: &ProcessMap,
+    collectives: Collectives,
+) -> (Vec<Arc<Group>>, Vec<Arc<Group>>) {
+    let hosts = |group: &Arc<Group>| process_map.processes_of(group).len();
+    // MPI runs the groups whose members are all in different processes.
+    let uses_mpi = |group: &Arc<Group>| collectives == Collectives::Mpi && hosts(group) == group.ranks.len();
+    let mut crossing = groups(plan, devices);
+    crossing.retain(|group| plan.device == DeviceKind::Cpu && hosts(group) > 1);
+    crossing.into_iter().partition(uses_mpi)
+}
+
+/// The processes with which this one exchanges registers or collectives over connections.
+pub(super) fn partners(plan: &Instance, process_map: &ProcessMap, collectives: Collectives) -> BTreeSet<u32> {
+    let own = process_map.process;
+    let crossings = process_map.crossings(plan).into_iter();
+    let registers = crossings.flat_map(|crossing| [(crossing.from, crossing.to), (crossing.to, crossing.from)]);
+    let mut partners: BTreeSet<u32> =
+        registers.filter(|(process, _)| *process == own).map(|(_, other)| other).collect();
+    for group in crossing_groups(plan, process_map.own(), process_map, collectives).1 {
+        let is_own = |member: &usize| process_map.process_of(group.ranks[*member]) == own;
+        let peers = (0..group.ranks.len()).filter(is_own).flat_map(|member| wire::peers(&group, member));
+        partners.extend(peers.map(|peer| process_map.process_of(group.ranks[peer])));
+    }
+    partners.remove(&own);
+    partners
+}
+
 /// Refuses a transport that needs Unix sockets if processes of one node cannot open each other's sockets, as in
 /// containers with separate `/tmp`. If TCP can replace the sockets, returns a log line about the lowest affected rank.
 pub(super) fn check_near(roster: &Roster, own: u32, transport: Transport) -> Result<Option<String>, ClusterError> {
-    // If all processes are near the first process of their node, they are near each other.
-    let mut first_of: BTreeMap<&str, &Member> = BTreeMap::new();
-    let mut apart: Option<(&Member, &Member)> = None;
-    for member in &roster.members {
-        let first = *first_of.entry(&member.node).or_insert(member);
-        if first.process != member.process
-            && !first.is_near(member)
-            && apart.is_none_or(|(a, _)| first.process < a.process)
-        {
-            apart = Some((first, member));
-        }
-    }
-    let Some((a, b)) = apart.filter(|_| transport != Transport::Tcp) else { return Ok(None) };
-    let reason = match [a, b].into_iter().find(|member| member.unix().is_none()) {
-        Some(member) => format!("rank {} could not create a Unix socket in its TMPDIR", member.process),
+    let apart = roster.apart.as_ref().filter(|_| transport != Transport::Tcp);
+    let Some(Apart { ranks: (a, b), host, without_socket }) = apart else { return Ok(None) };
+    let reason = match without_socket {
+        Some(rank) => format!("rank {rank} could not create a Unix socket in its TMPDIR"),
         None => "they do not see the same folder at TMPDIR, as in containers with separate /tmp".into(),
     };
-    let apart = format!("ranks {} and {} on {}: {reason}", a.process, b.process, a.host);
+    let apart = format!("ranks {a} and {b} on {host}: {reason}");
     if transport != Transport::Auto {
         let message = format!(
             "{apart}; {TRANSPORT}=shared-memory and {TRANSPORT}=unix need a common folder: share one, or set {TRANSPORT}=auto"
         );
         return Err(ClusterError::Refused(message));
     }
-    Ok((own == a.process).then(|| format!("{apart}; TCP is used between such ranks")))
+    Ok((own == *a).then(|| format!("{apart}; TCP is used between such ranks")))
 }
 
 /// Mapped memory of peers on this node, by device; and the board of the groups on this node, with the groups.
@@ -370,7 +390,8 @@ mod tests {
             let memory = MemoryClaim::default();
             Member { process, node, sockets, cores: vec![], memory, host, pid: 1, restart: 0, addresses, heartbeat }
         };
-        Roster { session: SessionId::default(), epoch: 0, members: (0..).zip(places).map(member).collect() }
+        let members: Vec<Member> = (0..).zip(places).map(member).collect();
+        Roster { session: SessionId::default(), epoch: 0, nodes: Vec::new(), apart: Apart::find(&members), members }
     }
 
     #[test]

@@ -29,6 +29,9 @@ pub enum ClusterError {
     Membership(#[from] MembershipError),
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// A bug: this process connects to a process that it did not want at the rendezvous.
+    #[error("the rendezvous did not return the address of rank {process}")]
+    NotListed { process: u32 },
     #[error("cannot {action}: {cause}")]
     System { action: &'static str, cause: io::Error },
 }
@@ -54,7 +57,7 @@ impl ClusterError {
             Self::Kernel(KernelError::Thread { .. }) => Exit::Refused,
             // The system cannot start a thread.
             Self::System { cause, .. } if cause.kind() == io::ErrorKind::WouldBlock => Exit::Refused,
-            Self::Kernel(_) | Self::System { .. } => Exit::Internal,
+            Self::Kernel(_) | Self::NotListed { .. } | Self::System { .. } => Exit::Internal,
         }
     }
 }

@@ -31,7 +31,6 @@ use super::nccl_ids;
 use super::save_agreement::{self, ClusterAgreement, Received};
 use crate::checkpoint::agreement::{ProcessRank, SaveAgreement};
 use crate::devices::Pipes;
-use crate::plan::Plan;
 use crate::plan::error::PlanError;
 use crate::plan::instance::Instance;
 use crate::process_map::ProcessMap;
@@ -51,12 +50,13 @@ pub(crate) struct World {
     ids: Receiver<Received>,
 }
 
-/// Another process of the session.
+/// Another process of the session. Its host and pid are known if it runs on this machine, or if this process connects
+/// to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerState {
     pub process: u32,
-    pub host: String,
-    pub pid: u32,
+    pub host: Option<String>,
+    pub pid: Option<u32>,
     /// True if it runs on the same machine as this process.
     pub is_on_this_node: bool,
     /// Time since the last heartbeat of the process; `None` if the process has ended normally.
@@ -244,7 +244,7 @@ impl World {
     /// Joins the other processes; `None` for a single process. `facts` are the values besides the build that must be
     /// equal on all processes. `memory` may differ. Later waits for live processes last up to `wait_max`.
     pub(crate) fn join(
-        plan: &Plan,
+        plan: &Instance,
         cluster: &Cluster,
         process_map: ProcessMap,
         (memory, facts): (&MemoryClaim, impl FnOnce() -> Result<Vec<Fact>, ClusterError>),
@@ -256,9 +256,9 @@ impl World {
         }
         exit::mark_joining();
         let (options, secret) = (cluster.options.clone().with_finite_times(), world.secret.read()?);
-        let (roster, listener, heartbeat) = meet(world, &options, &secret, (memory, facts))?;
-        let nodes: Vec<&str> = roster.members.iter().map(|member| member.node.as_str()).collect();
-        let tree = Arc::new(ControlTree::new(&nodes));
+        let wanted = connector::partners(plan, &process_map, options.collectives);
+        let (roster, listener, heartbeat) = meet(world, &options, &secret, wanted, (memory, facts))?;
+        let tree = Arc::new(ControlTree::new(&roster.nodes()));
         let mut connector = Connector {
             device: plan.device,
             process_map,
@@ -299,23 +299,23 @@ impl World {
         self.membership.has_left(process)
     }
 
+    fn members_here(&self) -> impl Iterator<Item = &Member> {
+        self.connector.roster.on_node_of(self.process_map.process)
+    }
+
     /// The processes of this node, in order.
     pub(crate) fn here(&self) -> Vec<u32> {
-        let node = |process: u32| &self.member(process).node;
-        (0..self.process_map.processes).filter(|process| node(*process) == node(self.process_map.process)).collect()
+        self.members_here().map(|member| member.process).collect()
     }
 
+    /// The cores of a process of this node.
     pub(crate) fn cores(&self, process: u32) -> &[u64] {
-        &self.member(process).cores
+        self.connector.roster.member(process).map_or(&[], |member| &member.cores)
     }
 
-    /// The memory claim of each process, by rank.
-    pub(crate) fn memory_claims(&self) -> Vec<MemoryClaim> {
-        (0..self.process_map.processes).map(|process| self.member(process).memory.clone()).collect()
-    }
-
-    fn member(&self, process: u32) -> &Member {
-        self.connector.member(process)
+    /// The memory claim of each process of this node, by rank.
+    pub(crate) fn memory_claims(&self) -> BTreeMap<u32, MemoryClaim> {
+        self.members_here().map(|member| (member.process, member.memory.clone())).collect()
     }
 
     pub(crate) fn connector(&self) -> Connector {
@@ -326,7 +326,7 @@ impl World {
     /// True if the devices' memory is shared with other processes.
     pub(crate) fn shares_memory(&self) -> bool {
         let own = self.process_map.process;
-        self.process_map.peers().any(|process| self.connector.shares_memory(own, process))
+        self.here().into_iter().any(|process| process != own && self.connector.shares_memory(own, process))
     }
 
     /// Adds the mirrors of this node's processes to the memory of the plan, and checks the plan's budget.
@@ -402,11 +402,11 @@ impl World {
     }
 
     pub(crate) fn peers(&self) -> Vec<PeerState> {
-        let own = self.member(self.process_map.process);
+        let here: BTreeSet<u32> = self.here().into_iter().collect();
         let peer = |(process, silent)| {
-            let Member { process, node, host, pid, .. } = self.member(process);
-            let (process, host, pid, is_on_this_node) = (*process, host.clone(), *pid, *node == own.node);
-            PeerState { process, host, pid, is_on_this_node, silent }
+            let member = self.connector.roster.member(process);
+            let (host, pid) = member.map(|member| (member.host.clone(), member.pid)).unzip();
+            PeerState { process, host, pid, is_on_this_node: here.contains(&process), silent }
         };
         self.membership.silent_times().into_iter().map(peer).collect()
     }
@@ -417,6 +417,7 @@ fn meet(
     world: &Launched,
     options: &ClusterOptions,
     secret: &Secret,
+    wanted: BTreeSet<u32>,
     (memory, facts): (&MemoryClaim, impl FnOnce() -> Result<Vec<Fact>, ClusterError>),
 ) -> Result<(Roster, Listener, UdpSocket), ClusterError> {
     let coordinator = world.endpoint.address();
@@ -446,6 +447,7 @@ fn meet(
         restart: world.restart,
         memory: memory.clone(),
         facts: facts()?,
+        wanted,
         heartbeat: published.map_err(|e| ClusterError::Refused(format!("cannot publish an address: {e}")))?,
         spans_nodes,
         ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?, options)
@@ -474,7 +476,7 @@ fn start_membership(
     config.tree = connector.tree.clone();
     for process in config.tree.neighbours(own) {
         config.connections.insert(process, connector.connect(process, Purpose::Control)?);
-        config.addresses.insert(process, with_zone_of(roster.members[process as usize].heartbeat, bound));
+        config.addresses.insert(process, with_zone_of(connector.member(process)?.heartbeat, bound));
     }
     Ok(Membership::start(config)?)
 }

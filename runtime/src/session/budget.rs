@@ -2,6 +2,8 @@
 //!
 //! All processes share the machine's memory. Cgroup limits differ by container, so each process checks its own bounds.
 
+use std::collections::BTreeMap;
+
 use shardflow_kernels::device::DeviceKind;
 
 use crate::graph::Var;
@@ -26,8 +28,8 @@ pub(crate) struct Budget {
     /// Free memory of this process's cgroups and of the machine (`None`), with the tightest bound first. It is measured
     /// before any process of the job allocates for the plan. Empty if it is unknown or not applicable.
     bounds: Vec<(Option<CgroupId>, FreeMemory)>,
-    /// The claims of all processes, by rank.
-    claims: Vec<MemoryClaim>,
+    /// The claims of the node's processes, by rank.
+    claims: BTreeMap<u32, MemoryClaim>,
 }
 
 impl Budget {
@@ -35,7 +37,7 @@ impl Budget {
     /// GPUs, because their memory is not the host's. The devices' budget (`CompileOptions::memory_bytes`) also applies.
     pub(crate) fn measure(plan: &Plan) -> Self {
         let bounds = if plan.device == DeviceKind::Cpu { memory_bounds() } else { Vec::new() };
-        Self { bounds: bounds.into_iter().map(|free| (free.bound.cgroup(), free)).collect(), claims: Vec::new() }
+        Self { bounds: bounds.into_iter().map(|free| (free.bound.cgroup(), free)).collect(), claims: BTreeMap::new() }
     }
 
     /// This process's cgroups, and the bytes that it allocates besides the plan.
@@ -44,8 +46,8 @@ impl Budget {
         MemoryClaim { cgroups, extra_bytes }
     }
 
-    /// Adds the claims of all processes, by rank.
-    pub(crate) fn with_claims(self, claims: Vec<MemoryClaim>) -> Self {
+    /// Adds the claims of the node's processes, by rank.
+    pub(crate) fn with_claims(self, claims: BTreeMap<u32, MemoryClaim>) -> Self {
         Self { claims, ..self }
     }
 
@@ -59,7 +61,7 @@ impl Budget {
         snapshots: usize,
     ) -> Result<(), PlanError> {
         for (cgroup, FreeMemory { bytes, bound }) in &self.bounds {
-            let shares = |process: &u32| match (cgroup, self.claims.get(*process as usize)) {
+            let shares = |process: &u32| match (cgroup, self.claims.get(process)) {
                 (Some(cgroup), Some(claim)) => *process == process_map.process || claim.cgroups.contains(cgroup),
                 _ => true,
             };
@@ -83,7 +85,7 @@ impl Budget {
     }
 
     fn extra_bytes(&self, process: u32) -> u64 {
-        self.claims.get(process as usize).map_or(0, |claim| claim.extra_bytes)
+        self.claims.get(&process).map_or(0, |claim| claim.extra_bytes)
     }
 }
 
@@ -158,7 +160,7 @@ mod tests {
         snapshots: usize,
     ) -> Result<(), String> {
         let bounds = vec![(None, FreeMemory { bytes: budget, bound: MemoryBound::Machine })];
-        let budget = Budget { bounds, claims: Vec::new() };
+        let budget = Budget { bounds, claims: BTreeMap::new() };
         let process_map = ProcessMap { process: node_processes[0], processes, devices: plan.device_count() };
         budget.check(plan, &process_map, node_processes, snapshots).map_err(|error| error.to_string())
     }
@@ -200,7 +202,7 @@ mod tests {
             let machine = FreeMemory { bytes: machine_bytes, bound: MemoryBound::Machine };
             let bounds = vec![(Some(first), cgroup(first_bytes)), (Some(outer), cgroup(outer_bytes)), (None, machine)];
             let claims = [claim(&[first, outer], extra_bytes), claim(&[second, outer], 5), claim(&[second], 0)];
-            let budget = Budget { bounds, claims: claims.to_vec() };
+            let budget = Budget { bounds, claims: (0..).zip(claims).collect() };
             budget.check(&plan, &process_map, &[0, 1, 2], 0).map_err(|error| error.to_string())
         };
         assert_eq!(check(one, 2 * one + 5, 3 * one + 5, 0), Ok(()));

@@ -93,7 +93,7 @@ impl Session {
         let facts = || facts(&plan, options);
         let joined = World::join(&plan, &options.cluster, process_map, (&claim, facts), wait_max);
         let world = joined.map_err(failed_join)?.map(Arc::new);
-        let claims = world.as_ref().map_or_else(|| vec![claim], |world| world.memory_claims());
+        let claims = world.as_ref().map_or_else(|| [(0, claim)].into(), |world| world.memory_claims());
         let budget = budget.with_claims(claims);
         Self::start_in_world(plan, process_map, options, budget, world.clone()).map_err(|error| match world {
             Some(world) => cannot_start(&world, error),

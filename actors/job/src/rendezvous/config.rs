@@ -1,12 +1,15 @@
 //! The configuration of a rendezvous, and the values that a process publishes for it.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::facts::{EXECUTABLE, PROCESSES, VERSION};
-use super::messages::{Fact, Identity, JoinInfo, Member, RendezvousError};
+use super::messages::{Fact, Identity, JoinInfo, RendezvousError};
+use super::roster::Member;
 use crate::machine::{MemoryClaim, address_towards};
 use crate::options::{Advertise, ClusterOptions};
 use crate::secret::Secret;
@@ -31,6 +34,8 @@ pub struct RendezvousConfig {
     pub memory: MemoryClaim,
     /// Additional values that must be equal on all processes. A value comes before any value that depends on it.
     pub facts: Vec<Fact>,
+    /// The ranks to which this process connects, besides those of its node and its neighbours in the control tree.
+    pub wanted: BTreeSet<u32>,
     /// UDP address that receives heartbeats. [`local_address`] returns the local address to bind.
     pub heartbeat: SocketAddr,
     /// True if the world also has processes on other nodes.
@@ -64,6 +69,7 @@ impl RendezvousConfig {
             identity,
             memory: MemoryClaim::default(),
             facts: Vec::new(),
+            wanted: BTreeSet::new(),
             heartbeat: (Ipv4Addr::LOCALHOST, 0).into(),
             spans_nodes: false,
             interface: options.interface,
@@ -109,9 +115,20 @@ pub(super) fn join_info(config: &RendezvousConfig, addresses: Vec<Address>) -> R
         Fact::new(PROCESSES, config.processes),
     ];
     facts.extend_from_slice(&config.facts);
-    let info = JoinInfo { member, facts };
+    let info = JoinInfo { member, facts, wanted: ranges(&config.wanted) };
     info.check()?;
     Ok(info)
+}
+
+fn ranges(ranks: &BTreeSet<u32>) -> Vec<Range<u32>> {
+    let mut out: Vec<Range<u32>> = Vec::new();
+    for rank in ranks.iter().copied() {
+        match out.last_mut() {
+            Some(last) if last.end == rank => last.end += 1,
+            _ => out.push(rank..rank + 1),
+        }
+    }
+    out
 }
 
 /// Returns the address without its IPv6 zone, because a zone is valid only on this node.

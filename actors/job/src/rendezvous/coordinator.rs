@@ -14,9 +14,10 @@ use crate::transport::{
 use super::config::{RETRY, RendezvousConfig, advertised, is_in_use, join_info};
 use super::join::join;
 use super::messages::{
-    Answer, Conflict, JoinInfo, Outcome, ProcessLabel, REQUEST_BYTES_MAX, Ready, RendezvousError, RendezvousRefusal,
-    Request, Roster, joined, ranks,
+    Answer, Conflict, JoinInfo, Outcome, REQUEST_BYTES_MAX, Ready, RendezvousError, RendezvousRefusal, Request, joined,
+    ranks,
 };
+use super::roster::{Directory, ProcessLabel};
 use crate::exit::Report;
 use crate::machine::Targets;
 
@@ -69,9 +70,10 @@ pub(super) fn run(config: &RendezvousConfig, deadline: Instant, on_waiting: &mut
         let refused = listener.refused().total();
         return Err(state.refuse(RendezvousRefusal::Missing { missing, processes, waited_ms, refused }));
     }
-    let roster = state.roster()?;
+    let directory = state.directory()?;
+    let roster = directory.roster(0, &state.own.wanted);
     listener.begin(roster.world());
-    match state.start(&roster) {
+    match state.start(&directory, roster.session) {
         Ok(()) => Ok((roster, listener)),
         Err(lost) => Err(state.refuse(RendezvousRefusal::Lost(lost))),
     }
@@ -109,7 +111,7 @@ fn read_request(connection: &Connection) -> Result<Request, WireError> {
     wire::read_message(&mut connection.until(Instant::now() + REPLY_TIMEOUT), REQUEST_BYTES_MAX)
 }
 
-/// Listens on the coordinator's address, and on a second address that only the roster contains.
+/// Listens on the coordinator's address, and on a second address that only rosters contain.
 fn listen(config: &RendezvousConfig, until: Instant, note: &mut dyn FnMut(&str)) -> Result<Listener, RendezvousError> {
     let (begin, mut wait, mut failed) = (Instant::now(), Duration::ZERO, None);
     loop {
@@ -281,25 +283,26 @@ impl JoinState {
         }
     }
 
-    fn roster(&self) -> Result<Roster, RendezvousError> {
+    fn directory(&self) -> Result<Directory, RendezvousError> {
         let others = self.joined.iter().flatten().map(|joined| joined.info.member.clone());
-        let members: Vec<_> = std::iter::once(self.own.member.clone()).chain(others).collect();
-        let epoch = members.iter().map(|m| m.restart).max().unwrap_or(0);
-        Ok(Roster { session: SessionId::random().map_err(TransportError::from)?, epoch, members })
+        let members = std::iter::once(self.own.member.clone()).chain(others).collect();
+        Ok(Directory::new(SessionId::random().map_err(TransportError::from)?, members))
     }
 
     /// RV-1: starts all processes. If one was lost, returns that process as the error.
-    fn start(&self, roster: &Roster) -> Result<(), ProcessLabel> {
+    fn start(&self, directory: &Directory, session: SessionId) -> Result<(), ProcessLabel> {
         let all = || self.joined.iter().flatten();
-        let send = |answer: Answer| all().find(move |joined| !send_answer(&joined.connection, &answer));
+        let roster = |info: &JoinInfo| Answer::Roster(directory.roster(info.member.process, &info.wanted));
+        let unreached = all().find(|joined| !send_answer(&joined.connection, &roster(&joined.info)));
         let not_ready = || {
             let deadline = Instant::now() + REPLY_TIMEOUT;
             all().find(|joined| {
                 let ready = wire::read_message(&mut joined.connection.until(deadline), REQUEST_BYTES_MAX);
-                !ready.is_ok_and(|Ready { session }| session == roster.session)
+                !ready.is_ok_and(|ready: Ready| ready.session == session)
             })
         };
-        let lost = send(Answer::Roster(roster.clone())).or_else(not_ready).or_else(|| send(Answer::Start));
+        let not_started = || all().find(|joined| !send_answer(&joined.connection, &Answer::Start));
+        let lost = unreached.or_else(not_ready).or_else(not_started);
         lost.map_or(Ok(()), |joined| Err(joined.info.member.label()))
     }
 

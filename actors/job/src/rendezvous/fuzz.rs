@@ -3,11 +3,12 @@
 use std::fmt::Debug;
 use std::net::{Ipv4Addr, SocketAddr};
 
-use crate::transport::{Address, SessionId, wire};
+use crate::transport::{Address, PROCESSES_MAX, SessionId, wire};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::messages::{Answer, Fact, JoinInfo, Member, REQUEST_BYTES_MAX, Ready, RendezvousRefusal, Request, Roster};
+use super::messages::{Answer, Fact, JoinInfo, REQUEST_BYTES_MAX, Ready, RendezvousRefusal, Request};
+use super::roster::{Directory, Member, Roster};
 use crate::exit::Report;
 use crate::machine::MemoryClaim;
 
@@ -21,11 +22,11 @@ pub fn samples() -> Vec<Vec<u8>> {
     let session = SessionId([5; 16]);
     let other = Member { process: 1, ..member.clone() };
     let facts = |plan: &str| vec![Fact::new("version", "0.1.0"), Fact::new("mesh", "data=2"), Fact::new("plan", plan)];
-    let info = JoinInfo { member: member.clone(), facts: facts("1") };
-    let other_info = JoinInfo { facts: facts("2"), member: other.clone() };
+    let info = JoinInfo { member: member.clone(), facts: facts("1"), wanted: vec![1..2, 5..90] };
+    let other_info = JoinInfo { facts: facts("2"), member: other.clone(), wanted: vec![] };
     let conflicts = info.conflict(&other_info).into_iter().collect();
     let answers = [
-        Answer::Roster(Roster { session, epoch: 1, members: vec![member.clone(), other] }),
+        Answer::Roster(Directory::new(session, vec![member.clone(), other]).roster(1, &info.wanted)),
         Answer::Start,
         Answer::Refused(RendezvousRefusal::Conflicts(conflicts)),
         Answer::Refused(RendezvousRefusal::Missing { missing: vec![1, 3], processes: 4, waited_ms: 300, refused: 2 }),
@@ -53,12 +54,24 @@ pub fn check(bytes: &[u8]) {
         assert_eq!(info.conflict(&info), None);
     }
     match check_round_trip::<Answer>(bytes) {
-        Some(Answer::Roster(roster)) => assert_eq!(roster.world().processes as usize, roster.members.len()),
+        Some(Answer::Roster(roster)) => check_roster(&roster),
         Some(Answer::Refused(refusal)) => assert!(!refusal.to_string().is_empty()),
         Some(Answer::Start) | None => {}
     }
     check_round_trip::<Ready>(bytes);
     check_round_trip::<Request>(bytes);
+}
+
+/// Checks that a roster which a process accepts has a node for each rank, and all members of the process's node.
+fn check_roster(roster: &Roster) {
+    let processes = roster.world().processes.min(PROCESSES_MAX);
+    for own in &roster.members {
+        if roster.is_for(own, processes, &[]) {
+            let nodes = roster.nodes();
+            let here = nodes.iter().filter(|node| **node == nodes[own.process as usize]).count();
+            assert_eq!((nodes.len(), roster.on_node_of(own.process).count()), (processes as usize, here));
+        }
+    }
 }
 
 fn check_round_trip<T: Serialize + DeserializeOwned + PartialEq + Debug>(bytes: &[u8]) -> Option<T> {

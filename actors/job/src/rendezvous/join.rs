@@ -11,8 +11,9 @@ use crate::transport::{
 
 use super::config::{RETRY, RendezvousConfig, advertised, hello, join_info, local_address};
 use super::messages::{
-    Answer, JoinInfo, Outcome, REQUEST_BYTES_MAX, Ready, RendezvousError, RendezvousRefusal, Request, Roster,
+    Answer, JoinInfo, Outcome, REQUEST_BYTES_MAX, Ready, RendezvousError, RendezvousRefusal, Request,
 };
+use super::roster::Roster;
 use crate::exit::Report;
 
 /// Extra time after the deadline, so that process 0's report of the missing ranks can still arrive.
@@ -137,12 +138,11 @@ fn request_join(
         }
         Err(error) => return Err(error),
     };
-    let in_order = (0u32..).zip(&roster.members).all(|(rank, member)| member.process == rank);
-    let listed = roster.members.get(config.process as usize);
-    if !in_order || roster.members.len() != config.processes as usize || listed != Some(&own.member) {
+    if !roster.is_for(&own.member, config.processes, &own.wanted) {
         return Err(unexpected("sent a roster of another world"));
     }
-    // Rank 0 may publish an unspecified address (`0.0.0.0`). It is replaced by the name by which rank 0 was reached.
+    // RO-1: the first member is rank 0. It may publish an unspecified address (`0.0.0.0`), which is replaced by the name
+    // by which rank 0 was reached.
     let is_unspecified = |text: &str| text.parse().is_ok_and(|address: SocketAddr| address.ip().is_unspecified());
     for address in &mut roster.members[0].addresses {
         if matches!(address, Address::Tcp(text) if is_unspecified(text)) {

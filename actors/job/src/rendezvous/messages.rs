@@ -1,20 +1,19 @@
 //! Messages of the rendezvous, and the reasons for refusing a start.
 
-use std::fmt;
 use std::fs::File;
 use std::io;
-use std::net::SocketAddr;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 
-use crate::transport::{Address, Listener, SessionId, SettledWorld, TransportError};
+use crate::transport::{Address, Listener, PROCESSES_MAX, SessionId, TransportError};
 use serde::{Deserialize, Serialize};
 
 use super::facts::{VALUE_BYTES_MAX, advice};
+use super::roster::{Member, ProcessLabel, Roster};
 use crate::exit::{Exit, Report};
-use crate::machine::{CGROUPS_MAX, MemoryClaim, affinity};
+use crate::machine::{CGROUPS_MAX, affinity};
 
-pub(super) const REQUEST_BYTES_MAX: usize = 16 << 10;
+pub(super) const REQUEST_BYTES_MAX: usize = 32 << 10;
 const NAME_BYTES_MAX: usize = 256;
 const FACTS_MAX: usize = 96;
 /// Maximum total length of the names and values of all facts, in bytes.
@@ -23,6 +22,8 @@ const ADDRESSES_MAX: usize = 8;
 const ADDRESS_BYTES_MAX: usize = 512;
 /// Number of 64-bit words for 1024 cores, the size of the kernel's affinity mask.
 const CORES_WORDS_MAX: usize = 16;
+/// Number of ranges for every second rank.
+const WANTED_MAX: usize = PROCESSES_MAX as usize / 2;
 /// Maximum number of ranks or conflicts that a message lists. Further ones are only counted.
 const LISTED_MAX: usize = 16;
 
@@ -67,45 +68,6 @@ impl Identity {
     }
 }
 
-/// What one process of a world publishes to the others.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "`Identity` and `RendezvousConfig` explain the fields")]
-pub struct Member {
-    pub process: u32,
-    pub node: String,
-    pub sockets: [u8; 32],
-    pub cores: Vec<u64>,
-    pub memory: MemoryClaim,
-    pub host: String,
-    pub pid: u32,
-    pub restart: u64,
-    pub addresses: Vec<Address>,
-    pub heartbeat: SocketAddr,
-}
-
-impl Member {
-    /// The process's label for messages.
-    pub fn label(&self) -> ProcessLabel {
-        ProcessLabel { process: self.process, host: self.host.clone(), pid: self.pid }
-    }
-
-    /// True if both processes run on one node and can open each other's Unix sockets.
-    pub fn is_near(&self, other: &Self) -> bool {
-        let can_open = self.sockets == other.sockets && self.unix().is_some() && other.unix().is_some();
-        self.node == other.node && can_open
-    }
-
-    /// The address for dialling this process from another node.
-    pub fn tcp(&self) -> Option<&Address> {
-        self.addresses.iter().find(|a| matches!(a, Address::Tcp(_)))
-    }
-
-    /// The address for dialling this process from its own node.
-    pub fn unix(&self) -> Option<&Address> {
-        self.addresses.iter().find(|a| matches!(a, Address::Unix(_)))
-    }
-}
-
 /// A value that must be equal on all processes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the names explain the fields")]
@@ -128,6 +90,8 @@ pub struct JoinInfo {
     pub member: Member,
     /// Values that must be equal on all processes. A value comes before any value that depends on it.
     pub facts: Vec<Fact>,
+    /// The ranks whose members the process needs in its [`Roster`], besides those that each roster lists.
+    pub wanted: Vec<Range<u32>>,
 }
 
 impl JoinInfo {
@@ -136,6 +100,7 @@ impl JoinInfo {
         let member = &self.member;
         let longest = member.addresses.iter().map(|a| a.to_string().len()).max().unwrap_or(0);
         let all_bytes = self.facts.iter().map(|fact| fact.name.len() + fact.value.len()).sum();
+        let wanted = self.wanted.iter().map(Range::len).sum();
         let fixed = [
             ("node", member.node.len(), NAME_BYTES_MAX),
             ("host name", member.host.len(), NAME_BYTES_MAX),
@@ -144,6 +109,8 @@ impl JoinInfo {
             ("list of addresses", member.addresses.len(), ADDRESSES_MAX),
             ("address", longest, ADDRESS_BYTES_MAX),
             ("list of facts", self.facts.len(), FACTS_MAX),
+            ("list of wanted ranks", self.wanted.len(), WANTED_MAX),
+            ("number of wanted ranks", wanted, PROCESSES_MAX as usize),
         ];
         // Checks each fact before the total, because the name of a long fact is the more helpful error.
         let facts = self.facts.iter().map(|fact| (fact.name.as_str(), fact.value.len(), VALUE_BYTES_MAX));
@@ -172,24 +139,6 @@ impl JoinInfo {
     }
 }
 
-/// The members of a world.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Roster {
-    /// Random id of the session, the same for all members.
-    pub session: SessionId,
-    /// The largest restart count of all members.
-    pub epoch: u64,
-    /// The members, sorted by rank.
-    pub members: Vec<Member>,
-}
-
-impl Roster {
-    /// The values that the listener needs.
-    pub fn world(&self) -> SettledWorld {
-        SettledWorld { session: self.session, epoch: self.epoch, processes: self.members.len() as u32 }
-    }
-}
-
 /// The first message that a process sends to process 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Request {
@@ -203,7 +152,7 @@ pub(super) enum Request {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Answer {
-    /// All processes have joined. The receiver starts to accept connections from the members, and sends [`Ready`].
+    /// All processes have joined. The receiver starts to accept their connections, and sends [`Ready`].
     Roster(Roster),
     /// All processes are ready.
     Start,
@@ -214,21 +163,6 @@ pub(super) enum Answer {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Ready {
     pub session: SessionId,
-}
-
-/// A process's rank, host and process id, for use in messages.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "the names explain the fields")]
-pub struct ProcessLabel {
-    pub process: u32,
-    pub host: String,
-    pub pid: u32,
-}
-
-impl fmt::Display for ProcessLabel {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "rank {} (host {}, pid {})", self.process, self.host, self.pid)
-    }
 }
 
 /// Two processes that cannot be in the same world.

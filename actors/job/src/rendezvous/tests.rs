@@ -145,6 +145,23 @@ fn all_get_the_same_roster_and_can_dial_each_other() {
     }
 }
 
+/// The ranks in the roster of each process.
+fn listed(outcomes: Vec<Outcome>) -> Vec<Vec<u32>> {
+    let ranks = |roster: Roster| roster.members.iter().map(|member| member.process).collect();
+    outcomes.into_iter().map(|outcome| ranks(outcome.unwrap().0)).collect()
+}
+
+#[test]
+fn a_process_receives_the_members_that_it_needs() {
+    let (_folder, address) = unix();
+    let outcomes = run_all(&address, 6, |config| {
+        config.identity.node = format!("node{}", config.process / 2);
+        config.wanted = (config.process == 3).then_some([4, 5]).into_iter().flatten().collect();
+    });
+    let expected: [&[u32]; 6] = [&[0, 1, 2, 4], &[0, 1], &[0, 2, 3], &[0, 2, 3, 4, 5], &[0, 4, 5], &[0, 4, 5]];
+    assert_eq!(listed(outcomes), expected);
+}
+
 #[test]
 fn missing_ranks_are_named_during_the_wait_and_at_the_deadline() {
     let (_folder, address) = unix();
@@ -376,6 +393,19 @@ fn oversized_facts_and_invalid_ranks_are_refused() {
         let error = rendezvous(&config(&address, process, processes), |_| {}).unwrap_err();
         assert!(matches!(error, RendezvousError::Rank { .. }), "{error}");
     }
+}
+
+#[test]
+fn a_process_may_want_any_ranks_of_the_largest_world() {
+    let (_folder, address) = unix();
+    let info = |wanted| join_info(&RendezvousConfig { wanted, ..config(&address, 0, 1) }, vec![]);
+    let all = info((0..4096).collect()).unwrap();
+    assert_eq!(all.wanted, vec![0..4096]);
+    let scattered = info((0..4096).step_by(2).collect()).unwrap();
+    assert_eq!((scattered.wanted.len(), scattered.wanted[1].clone()), (2048, 2..3));
+    assert!(wire::encode(&Request::Join(scattered)).unwrap().len() < REQUEST_BYTES_MAX / 2);
+    let error = info((0..4097).collect()).unwrap_err();
+    assert!(matches!(error, RendezvousError::TooLong { length: 4097, .. }), "{error}");
 }
 
 #[test]

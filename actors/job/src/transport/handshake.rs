@@ -27,7 +27,7 @@ use super::wire::{self, WireError};
 use crate::secret::Secret;
 
 /// Version of all messages between processes. Increment it with any change to a message.
-pub const PROTOCOL_VERSION: u16 = 4;
+pub const PROTOCOL_VERSION: u16 = 5;
 /// Maximum size of a handshake message in bytes.
 pub const HANDSHAKE_BYTES_MAX: usize = 1024;
 /// Size of a greeting in bytes: magic, version, a public key and a tag.

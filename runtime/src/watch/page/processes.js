@@ -8,10 +8,13 @@ let heartbeatCells = new Map();
 
 const devices = ([first, count]) => (count === 1 ? `${first}` : `${first} to ${first + count - 1}`);
 
+// The session knows the hosts of the processes to which it connects.
+const machineOf = (peer) => (peer.is_on_this_node ? 'the same machine' : peer.host ?? 'another machine');
+
 // The page of another process. If the job runs `gpt --listen`, this page's port determines the port of the other page.
 function pageOf(plan, peer) {
   const port = Number(location.port || 80) + peer.process - plan.process;
-  if (!peer.is_on_this_node) return `${peer.host}, port ${port}`;
+  if (!peer.is_on_this_node) return `${machineOf(peer)}, port ${port}`;
   const link = make('a', '', `port ${port}`);
   link.href = `http://${location.hostname}:${port}/`;
   return link;
@@ -27,7 +30,8 @@ export function showPlan(plan) {
     page.append(process === own ? 'this page' : pageOf(plan, process));
     last.textContent = process === own ? '' : '-';
     if (process !== own) heartbeatCells.set(process.process, last);
-    const on = process === own ? '' : `${process.is_on_this_node ? 'the same machine' : process.host}, process ${process.pid}`;
+    const pid = process.pid == null ? '' : `, process ${process.pid}`;
+    const on = process === own ? '' : `${machineOf(process)}${pid}`;
     row.append(make('td', '', `${process.process}`), make('td', '', devices(process.devices)), make('td', '', on), page, last);
     return row;
   }));
