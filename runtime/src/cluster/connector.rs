@@ -183,9 +183,9 @@ pub(super) fn partners(plan: &Instance, process_map: &ProcessMap, collectives: C
     let mut partners: BTreeSet<u32> =
         registers.filter(|(process, _)| *process == own).map(|(_, other)| other).collect();
     for group in crossing_groups(plan, process_map.own(), process_map, collectives).1 {
-        let is_own = |member: &usize| process_map.process_of(group.ranks[*member]) == own;
+        let is_own = |member: &usize| process_map.process_of(group.ranks.rank(*member)) == own;
         let peers = (0..group.ranks.len()).filter(is_own).flat_map(|member| wire::peers(&group, member));
-        partners.extend(peers.map(|peer| process_map.process_of(group.ranks[peer])));
+        partners.extend(peers.map(|peer| process_map.process_of(group.ranks.rank(peer))));
     }
     partners.remove(&own);
     partners
