@@ -109,7 +109,7 @@ fn enqueue_all(posts: &[Post<Memory>]) -> Result<()> {
                 post.memory.stream.copy_from(post.memory.y, root.memory.context(), root.memory.x, bytes)?;
             }
             kind => {
-                if let Some((sources, targets)) = regions(kind, &post.y_shape) {
+                if let Some([sources, targets]) = regions(kind, &post.y_shape) {
                     gather(posts, i, &sources, &targets[i])?;
                 }
             }

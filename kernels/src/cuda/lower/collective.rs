@@ -11,7 +11,8 @@ use crate::collective::{CollectiveCall, CollectiveKind};
 use crate::memory::ALIGNMENT;
 use crate::op::Launch;
 use crate::region::Runs;
-use crate::tensor::{DType, Region, Regions, element_count, split_range};
+use crate::tensor::regions::Regions;
+use crate::tensor::{DType, Region, element_count, split_range};
 
 /// Maximum number of members whose values one kernel combines.
 pub(crate) const MEMBERS_MAX: usize = 16;
@@ -39,13 +40,10 @@ pub(crate) fn are_rows(parts: &Regions, whole: &[usize]) -> bool {
 }
 
 /// Each member's source and target regions, for kinds that have both; `y_shape` is the shape of the gathered tensor.
-pub(crate) fn regions<'a>(
-    kind: &'a CollectiveKind,
-    y_shape: &[usize],
-) -> Option<(Cow<'a, [Region]>, Cow<'a, [Region]>)> {
+pub(crate) fn regions<'a>(kind: &'a CollectiveKind, y_shape: &[usize]) -> Option<[Cow<'a, [Region]>; 2]> {
     match kind {
-        CollectiveKind::AllGather { parts } => Some((parts.list(), vec![Region::whole(y_shape); parts.len()].into())),
-        CollectiveKind::AllToAll { sources, targets } => Some((sources.list(), targets.list())),
+        CollectiveKind::AllGather { parts } => Some([parts.list(), vec![Region::whole(y_shape); parts.len()].into()]),
+        CollectiveKind::AllToAll { sources, targets } => Some([sources.list(), targets.list()]),
         _ => None,
     }
 }
@@ -108,7 +106,7 @@ pub(super) fn workspace_bytes(call: &CollectiveCall, launch: &Launch) -> usize {
         CollectiveKind::AllGather { parts } if are_rows(parts, &y.shape) => 0,
         kind => match regions(kind, &y.shape) {
             // The engine reports inconsistent arguments when it runs the call.
-            Some((sources, targets)) if [sources.len(), targets.len()] == [members; 2] && call.member < members => {
+            Some([sources, targets]) if [sources.len(), targets.len()] == [members; 2] && call.member < members => {
                 messages(call.member, &sources, &targets).iter().map(|message| message.packed_bytes(x.dtype)).sum()
             }
             _ => 0,

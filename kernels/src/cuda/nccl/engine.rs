@@ -208,7 +208,7 @@ impl MemberCall<'_> {
                 return self.transfers(&[Transfer { sends, peer: *peer, address, elements }]).map(|()| Vec::new());
             }
             kind => {
-                let Some((sources, targets)) = regions(kind, y_shape) else { return Ok(Vec::new()) };
+                let Some([sources, targets]) = regions(kind, y_shape) else { return Ok(Vec::new()) };
                 return self.exchange_regions(&sources, &targets);
             }
         };
