@@ -116,7 +116,7 @@ fn running() -> (RunningSession, Connection, [Arena; 2]) {
         pipes: BTreeMap::new(),
     };
     let routes = [PEER, 0].map(|process| HostRoute { process, to: None, tensors: vec![(vec![2], DType::F32)] }).into();
-    let directory = Arc::new(Listed { processes: [(PEERS, PEER)].into(), routes });
+    let directory = Arc::new(Listed { processes: [(PEERS, PEER)].into(), routes, ..Listed::default() });
     let peers = Peers { peers: vec![peer], directory, ..Peers::default() };
     peer_end.write_all(&Frame::Ready { round: 1 }.encode()).unwrap();
     let loaded = LoadedPlan { spec: Arc::new(spec()), hosted: hosted.into(), memory: memory.into(), engine, peers };

@@ -4,9 +4,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-mod regions;
-
-pub use regions::{Regions, SplitAxis};
+pub mod regions;
 
 /// Element type. Every kernel computes in f32, whatever the storage type of its operands. `I32` holds indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use crate::collective::ranks::Ranks;
 use crate::error::KernelError;
-use crate::tensor::{Regions, element_count, split_range};
+use crate::tensor::regions::Regions;
+use crate::tensor::{element_count, split_range};
 
 /// How a reduction combines the members' values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -9,7 +9,8 @@ use crate::cpu::simd::{dispatch, inlined, map, update};
 use crate::error::{KernelError, Result};
 use crate::memory::{Arena, View};
 use crate::region::{Runs, check_inside, for_each_run, subtract};
-use crate::tensor::{DType, Region, Regions, split_range};
+use crate::tensor::regions::Regions;
+use crate::tensor::{DType, Region, split_range};
 
 /// Number of elements per block. A reduction keeps one block in the L1 cache.
 const BLOCK: usize = 1024;

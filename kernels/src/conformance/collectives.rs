@@ -11,7 +11,8 @@ use crate::error::{KernelError, Result};
 use crate::memory::Arena;
 use crate::op::{Buffer, Launch, Op, Program};
 use crate::stream::Stream;
-use crate::tensor::{DType, HostTensor, Region, Regions, SplitAxis, element_count, split_range};
+use crate::tensor::regions::{Regions, SplitAxis};
+use crate::tensor::{DType, HostTensor, Region, element_count, split_range};
 
 /// One device with a stream and an arena. The arena contains x (at offset 0), y and a workspace.
 struct Member {

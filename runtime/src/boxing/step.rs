@@ -3,7 +3,8 @@
 use std::fmt;
 
 use shardflow_kernels::collective::{CollectiveKind, Ranks, ReduceOp};
-use shardflow_kernels::tensor::{DType, Region, Regions, SplitAxis, split_range};
+use shardflow_kernels::tensor::regions::{Regions, SplitAxis};
+use shardflow_kernels::tensor::{DType, Region, split_range};
 
 use crate::sbp::{NdSbp, PlacedLayout, Sbp, for_each_class, local_region};
 

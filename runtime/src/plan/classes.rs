@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use shardflow_kernels::collective::CollectiveKind;
-use shardflow_kernels::tensor::{Region, Regions};
+use shardflow_kernels::tensor::Region;
+use shardflow_kernels::tensor::regions::Regions;
 
 use crate::boxing::step::{BoxingStep, LocalStep, StepKind};
 use crate::graph::{Graph, Node, NodeId, NodeOp};

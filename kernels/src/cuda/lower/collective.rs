@@ -11,7 +11,8 @@ use crate::collective::{CollectiveCall, CollectiveKind};
 use crate::memory::ALIGNMENT;
 use crate::op::Launch;
 use crate::region::Runs;
-use crate::tensor::{DType, Region, Regions, element_count, split_range};
+use crate::tensor::regions::Regions;
+use crate::tensor::{DType, Region, element_count, split_range};
 
 /// Maximum number of members whose values one kernel combines.
 pub(crate) const MEMBERS_MAX: usize = 16;
