@@ -90,7 +90,7 @@ pub(super) fn launch(op: Op, reads: Vec<Buffer>, writes: Vec<Buffer>, accumulate
 fn program(op: Op) -> ActionProgram {
     let launches = vec![launch(op, vec![], vec![], false)];
     let program = Program { name: "work".into(), launches, signals: vec![] };
-    ActionProgram { program: Arc::new(program), bases: vec![] }
+    ActionProgram { program: Arc::new(program), bases: vec![], ends: None }
 }
 
 pub(super) fn launch_first(loaded: &mut LoadedPlan, at: ActionRef, op: Op) {
@@ -173,7 +173,7 @@ fn mix_program(spec: &Spec, a: usize, x: usize, history: Base) -> ActionProgram 
     let op = Op::Custom(Arc::new(Mix { seed: seed(a, x, 99), keep: true }));
     let inputs = (0..action.inputs.len()).map(cell).collect();
     program.launches.push(launch(op, inputs, vec![cell(own)], false));
-    ActionProgram { program: Arc::new(program), bases }
+    ActionProgram { program: Arc::new(program), bases, ends: None }
 }
 
 pub(super) fn add_steps(running: &RunningSession, spec: &Spec, steps: u32) {
@@ -329,7 +329,7 @@ fn collective(kinds: [CollectiveKind; 2]) -> LoadedPlan {
         let launches = vec![collective_launch(&group, member, kind, 0)];
         let program = Arc::new(Program { name: "reduce".into(), launches, signals: vec![] });
         let bases = vec![BaseRef::Fixed(Base { arena: histories[member].clone(), offset: 0 })];
-        *programs(&mut loaded, member as u32) = vec![ActionProgram { program, bases }];
+        *programs(&mut loaded, member as u32) = vec![ActionProgram { program, bases, ends: None }];
     }
     loaded
 }

@@ -372,6 +372,11 @@ impl Issuer {
         {
             return self.copy_from_peer(launch, read, &bound.writes[0], [src, dst]).map(|()| None);
         }
+        if let (Op::Copy, [read], [write]) = (&launch.op, &bound.reads[..], &bound.writes[..])
+            && (read.arena().is_pinned() || write.arena().is_pinned())
+        {
+            return self.copy_staged(launch, read, write).map(|()| None);
+        }
         bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
         match &launch.op {
             Op::Collective(call) => self.issue_collective(call, &bound),
@@ -420,6 +425,22 @@ impl Issuer {
         let from = StridedRegion::new(device_address(read)?, read.shape(), src.clone());
         let to = StridedRegion::new(device_address(write)?, write.shape(), dst.clone());
         copy_region_from(&self.stream, &source, &from, &to, read.dtype())
+    }
+
+    /// Copies from or to pinned memory of the host. The host does not access the memory during the submission
+    /// (PINNED-1).
+    fn copy_staged(&self, launch: &Launch, read: &View<'_>, write: &View<'_>) -> Result<()> {
+        launch.check_buffers(false)?;
+        if launch.accumulate {
+            return Err(launch.refused("accumulate", "a copy between host and GPU, which overwrites", "true"));
+        }
+        self.stream.issue_test_delay()?;
+        if read.arena().is_pinned() {
+            self.check_on_this_gpu(launch.op.name(), write)?;
+            return self.stream.copy_in(device_address(write)?, read.start(), read.bytes());
+        }
+        self.check_on_this_gpu(launch.op.name(), read)?;
+        self.stream.copy_out(write.start(), device_address(read)?, read.bytes())
     }
 
     fn issue_step(&mut self, step: &PreparedStep, bound: &Bound<'_>, index: usize) -> Result<()> {

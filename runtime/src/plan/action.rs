@@ -17,16 +17,18 @@ pub enum BaseKey {
     Input(usize),
     /// The current slot of an output port.
     Output(usize),
+    /// The firing's slot in the staging memory of an action of the host.
+    Staging,
 }
 
-/// The host's transfer in an action. The session supplies the transfer's kernel.
+/// The host's transfer in an action, whose launches copy between a slot of staging memory and the device.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostPort {
     /// What the host does.
     pub transfer: HostTransfer,
     /// The tensors, in the order of `buffers`.
     pub vars: Vec<Var>,
-    /// The memory of each tensor.
+    /// The staging memory of each tensor.
     pub buffers: Vec<Buffer>,
 }
 
@@ -62,7 +64,7 @@ pub struct DeviceRegister {
     pub register: usize,
 }
 
-/// An action's launches, registers, scratch and groups.
+/// An action's launches, registers, scratch and staging memory.
 #[derive(Clone, Debug)]
 pub struct EmittedAction {
     pub plan: ActionPlan,
@@ -71,4 +73,6 @@ pub struct EmittedAction {
     /// Registers written, in port order.
     pub outputs: Vec<usize>,
     pub scratch_bytes: usize,
+    /// Size of a slot of staging memory.
+    pub staging_bytes: usize,
 }

@@ -12,8 +12,8 @@ use crate::plan::Plan;
 use crate::plan::action::{ActionPlan, BaseKey, DeviceRegister, EmittedAction, HostPort};
 use crate::plan::assign::Storage;
 use crate::plan::groups::collective_axes;
-use crate::plan::memory::{Interval, local_part, local_shape, pack};
-use crate::plan::segments::{Segment, SegmentId, Segments};
+use crate::plan::memory::{Interval, align, local_part, local_shape, pack};
+use crate::plan::segments::{HostTransfer, Segment, SegmentId, Segments};
 use crate::sbp::Sbp;
 
 /// Finds the accumulations to fuse. The value must be made by a kernel of the same action that can add to its output,
@@ -48,6 +48,7 @@ pub fn emit(plan: &Plan, device: usize, segment: SegmentId) -> EmittedAction {
     let mut bases = vec![BaseKey::Fixed, BaseKey::Scratch];
     bases.extend((0..inputs.len()).map(BaseKey::Input));
     bases.extend((0..outputs.len()).map(BaseKey::Output));
+    bases.extend(plan.segments.get(segment).host.map(|_| BaseKey::Staging));
     let mut emitter = Emitter {
         plan,
         device,
@@ -57,6 +58,7 @@ pub fn emit(plan: &Plan, device: usize, segment: SegmentId) -> EmittedAction {
         launches: Vec::new(),
         nodes: Vec::new(),
         host: None,
+        staging_bytes: 0,
         current: NodeId(0),
         scratch: Vec::new(),
         scratch_of: BTreeMap::new(),
@@ -69,9 +71,9 @@ pub fn emit(plan: &Plan, device: usize, segment: SegmentId) -> EmittedAction {
     }
     let scratch_bytes = emitter.place_scratch();
     let signals = emitter.signals();
-    let Emitter { launches, nodes, host, .. } = emitter;
+    let Emitter { launches, nodes, host, staging_bytes, .. } = emitter;
     let plan = ActionPlan { segment, name: name.clone(), launches, nodes, signals, bases, host };
-    EmittedAction { plan, inputs, outputs, scratch_bytes }
+    EmittedAction { plan, inputs, outputs, scratch_bytes, staging_bytes }
 }
 
 /// The registers that a transfer reads on other devices.
@@ -101,6 +103,7 @@ struct Emitter<'a> {
     launches: Vec<Launch>,
     nodes: Vec<NodeId>,
     host: Option<HostPort>,
+    staging_bytes: usize,
     current: NodeId,
     /// Lifetimes of scratch buffers. Until [`Emitter::place_scratch`], a buffer's offset is its index in this list.
     scratch: Vec<Interval>,
@@ -178,7 +181,8 @@ impl Emitter<'_> {
             }
         }
         for write in writes {
-            if let Some(port) = write.base.checked_sub(2 + self.inputs.len()) {
+            let port = write.base.checked_sub(2 + self.inputs.len());
+            if let Some(port) = port.filter(|port| *port < self.outputs.len()) {
                 self.written.insert(port, index + 1);
             }
         }
@@ -214,8 +218,8 @@ impl Emitter<'_> {
             NodeOp::ClipScale { max_norm } => {
                 self.launch_node(node, Op::ClipScale { max_norm: *max_norm }, false);
             }
-            NodeOp::Input => self.add_host_tensors(&node.outputs),
-            NodeOp::Fetch => self.add_host_tensors(&node.inputs),
+            NodeOp::Input => self.emit_host_copies(&node.outputs),
+            NodeOp::Fetch => self.emit_host_copies(&node.inputs),
             NodeOp::Relayout | NodeOp::Parameter { .. } | NodeOp::State | NodeOp::Bf16Copy { .. } => {}
         }
     }
@@ -316,32 +320,39 @@ impl Emitter<'_> {
         self.collective(node, CollectiveKind::AllReduce { op: ReduceOp::Sum }, sum, total);
     }
 
-    fn add_host_tensors(&mut self, vars: &[Var]) {
-        let buffers: Vec<Buffer> = vars.iter().map(|v| self.buffer(*v)).collect();
+    /// Emits a copy of each tensor between the host's staging slot and the device.
+    fn emit_host_copies(&mut self, vars: &[Var]) {
         let Some(transfer) = self.plan.segments.get(self.segment).host else { return };
-        let port = self.host.get_or_insert_with(|| HostPort { transfer, vars: Vec::new(), buffers: Vec::new() });
-        port.vars.extend(vars);
-        port.buffers.extend(buffers);
+        let base = 2 + self.inputs.len() + self.outputs.len();
+        for var in vars {
+            let own = self.buffer(*var);
+            let staged = Buffer { base, offset: self.staging_bytes, ..own.clone() };
+            self.staging_bytes = align(staged.offset + element_count(&own.shape) * own.dtype.bytes());
+            let port = self.host.get_or_insert_with(|| HostPort { transfer, vars: Vec::new(), buffers: Vec::new() });
+            port.vars.push(*var);
+            port.buffers.push(staged.clone());
+            let (read, write) = if transfer == HostTransfer::Fetch { (own, staged) } else { (staged, own) };
+            self.launch(Op::Copy, vec![read], vec![write], false);
+        }
     }
 
-    /// Assigns offsets to scratch buffers. The host's buffers are included: some hold inputs that no action reads.
+    /// Assigns offsets to scratch buffers.
     fn place_scratch(&mut self) -> usize {
         let (offsets, bytes) = pack(&self.scratch);
-        let launch_buffers = self.launches.iter_mut().flat_map(|launch| {
-            let Launch { reads, writes, workspace, .. } = launch;
-            reads.iter_mut().chain(writes).chain(workspace)
-        });
-        let host_buffers = self.host.iter_mut().flat_map(|host| &mut host.buffers);
-        for buffer in launch_buffers.chain(host_buffers).filter(|buffer| buffer.base == SCRATCH) {
-            buffer.offset = offsets[buffer.offset];
+        for Launch { reads, writes, workspace, .. } in &mut self.launches {
+            let buffers = reads.iter_mut().chain(writes).chain(workspace);
+            buffers.filter(|buffer| buffer.base == SCRATCH).for_each(|buffer| buffer.offset = offsets[buffer.offset]);
         }
         bytes
     }
 
     /// An early signal for each output port that is complete before the last launch, if another stream waits for the
-    /// port.
+    /// port. Actions of the host have none, because a signal would take as long as the copies that follow it.
     fn signals(&self) -> Vec<(usize, u32)> {
-        let Self { plan, written, launches, .. } = self;
+        let Self { plan, written, launches, host, .. } = self;
+        if host.is_some() {
+            return Vec::new();
+        }
         let stream = plan.segments.get(self.segment).stream;
         let registers = &plan.class_plan(self.device).storage.registers;
         let has_waiting_stream = |port: usize| {

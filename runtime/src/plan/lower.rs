@@ -11,7 +11,7 @@ use crate::plan::assign::assign;
 use crate::plan::classes::classify;
 use crate::plan::emit::{emit, fuse_accumulation};
 use crate::plan::groups::Patterns;
-use crate::plan::memory::{ArenaMap, align, lay_out};
+use crate::plan::memory::{ArenaMap, StagingPlace, align, lay_out};
 use crate::plan::schedule::Schedule;
 use crate::plan::schedule::list::{Entry, StepPlan};
 use crate::plan::schedule::work::{WorkGraph, work_graph};
@@ -78,7 +78,7 @@ fn schedule_step(plan: &mut Plan, work: &WorkGraph, saves_memory: bool) {
     plan.set_threads(plan.threads_per_device);
 }
 
-/// Emits the actions of each class's representative, and places their scratch after the registers.
+/// Emits the actions of each class's representative. Places their scratch after the registers, and their staging slots.
 fn emit_classes(plan: &mut Plan) {
     for class in plan.classes.ids() {
         let device = plan.classes.representative(class);
@@ -91,6 +91,15 @@ fn emit_classes(plan: &mut Plan) {
             memory.scratch.insert(stream, (memory.arena_bytes, bytes));
             memory.arena_bytes += align(bytes);
         }
+        let memory = &mut own.arena.memory;
+        for EmittedAction { plan: action, staging_bytes, .. } in &actions {
+            if action.host.is_some() {
+                let slots = plan.segments.get(action.segment).rate.per_step(plan.micro_batches);
+                let place = StagingPlace { offset: memory.staging_end(), stride: *staging_bytes, slots };
+                memory.staging.insert(action.segment, place);
+            }
+        }
+        memory.staging_bytes = if plan.device == DeviceKind::Cpu { memory.staging_end() } else { 0 };
         own.actions = actions;
     }
 }

@@ -1,14 +1,20 @@
-//! The tensors of a step: the whole batch, or this data rank's part of it.
+//! The tensors of a step: the whole batch, or this data rank's part of it; what they must satisfy, and each device's part.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use shardflow_kernels::tensor::{HostTensor, Region};
+use shardflow_job::membership::MergeRule;
+use shardflow_kernels::tensor::{HostTensor, Region, element_count};
 
-use crate::graph::builder::RNG_INPUT;
-use crate::graph::{Graph, Var};
+use super::agreement::{SharedInput, digest, rules_of_step};
+use super::error::SessionError;
+use super::tokens::{check_ids, vocabularies};
+use crate::graph::builder::{HYPER_INPUT, RNG_INPUT};
+use crate::graph::{Graph, Node, NodeOp, TensorInfo, Var};
 use crate::plan::HostTransfer;
 use crate::plan::instance::Instance;
 use crate::process_map::ProcessMap;
+use crate::sbp::region::{concat, slice_region};
 use crate::sbp::{NdSbp, Sbp, local_region};
 
 /// The mesh axis along which ranks have their own samples.
@@ -64,6 +70,149 @@ impl<'a> From<Batch<'a>> for Inputs<'a> {
     }
 }
 
+/// What a plan requires of a batch, and which part of the batch each device gets.
+pub(super) struct BatchRules {
+    plan: Arc<Instance>,
+    /// Inputs that hold token ids, with the size of the vocabulary.
+    vocabularies: BTreeMap<String, usize>,
+    /// Inputs that several processes feed; the same list on all processes.
+    pub(super) shared_inputs: Vec<SharedInput>,
+    /// The part of a micro-batch that a local batch holds, by input name.
+    local_parts: BTreeMap<String, Region>,
+    /// How the processes combine the numbers of a step, which include digests of the shared inputs.
+    pub(super) agreement: Arc<[MergeRule]>,
+}
+
+impl BatchRules {
+    pub(super) fn new(plan: &Arc<Instance>, process_map: &ProcessMap, shared_inputs: Vec<SharedInput>) -> Self {
+        Self {
+            plan: plan.clone(),
+            vocabularies: vocabularies(&plan.graph),
+            local_parts: local_parts(plan, process_map),
+            agreement: rules_of_step(plan, &shared_inputs),
+            shared_inputs,
+        }
+    }
+
+    /// Checks the tensors of a step.
+    ///
+    /// # Errors
+    /// [`SessionError::Input`]: a missing or unknown input, a wrong shape or type, or a token outside the vocabulary.
+    pub(super) fn check(&self, batch: Batch<'_>) -> Result<(), SessionError> {
+        let (graph, inputs, is_local) = (&self.plan.graph, batch.tensors(), matches!(batch, Batch::Local(_)));
+        let is_fed = |n: &&Node| matches!(n.op, NodeOp::Input) && n.name != RNG_INPUT && n.name != HYPER_INPUT;
+        let inputs_of_graph = graph.nodes().iter().filter(is_fed);
+        let expected: BTreeMap<&str, Var> = inputs_of_graph.map(|n| (n.name.as_str(), n.outputs[0])).collect();
+        let wrong =
+            |name: &str, expected: String, got: String| SessionError::Input { name: name.into(), expected, got };
+        for (index, (name, tensor)) in inputs.iter().enumerate() {
+            if inputs[..index].iter().any(|other| other.0 == *name) {
+                return Err(wrong(name, "one tensor".into(), "two".into()));
+            }
+            let (elements, held) = (element_count(&tensor.shape), tensor.elements_held());
+            if elements != held {
+                return Err(wrong(name, format!("{elements} elements for {:?}", tensor.shape), held.to_string()));
+            }
+            if !expected.contains_key(name) {
+                let known: Vec<&str> = expected.keys().copied().collect();
+                return Err(wrong(name, format!("one of {known:?}"), "an unknown name".into()));
+            }
+        }
+        for (name, var) in expected {
+            let info = graph.tensor(var);
+            let part = self.local_parts.get(name).filter(|_| is_local);
+            let found = inputs.iter().find(|i| i.0 == name);
+            if is_local && part.is_none() {
+                if found.is_none() {
+                    continue;
+                }
+                return Err(wrong(name, "nothing, as no device of this rank reads it".into(), "a tensor".into()));
+            }
+            let mut shape = part.map_or_else(|| info.shape.clone(), |part| part.size.clone());
+            if let Some(rows) = batch_dim(info).and_then(|dim| shape.get_mut(dim)) {
+                *rows *= self.plan.micro_batches;
+            }
+            let place = part.map_or("", |_| " on this rank, with a local batch");
+            let wanted = format!("{:?} {shape:?}{place}", info.dtype);
+            match found {
+                None => return Err(wrong(name, wanted, "nothing".into())),
+                Some((_, t)) if t.shape != shape || t.dtype() != info.dtype => {
+                    return Err(wrong(name, wanted, format!("{:?} {:?}", t.dtype(), t.shape)));
+                }
+                Some((_, t)) => {
+                    if let Some(tokens) = self.vocabularies.get(name) {
+                        check_ids(name, t, *tokens)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The place of a region of an input: the tensor that holds it, and its part of this tensor. `region` is relative to
+    /// the start of the micro-batch.
+    pub(super) fn place<'a>(
+        &self,
+        var: Var,
+        mut region: Region,
+        micro_batch: usize,
+        inputs: &Inputs<'a>,
+    ) -> (&'a HostTensor, Region) {
+        let (info, name) = (self.plan.graph.tensor(var), self.plan.graph.producer(var).name.as_str());
+        let part = self.local_parts.get(name).filter(|_| inputs.is_local);
+        let held = part.map_or(&info.shape, |part| &part.size);
+        if let Some(part) = part {
+            region.start.iter_mut().zip(&part.start).for_each(|(start, first)| *start -= first);
+        }
+        if let Some(dim) = batch_dim(info).filter(|dim| *dim < info.shape.len()) {
+            region.start[dim] += micro_batch * held[dim];
+        }
+        (inputs.tensors[name], region)
+    }
+
+    fn region(&self, var: Var, region: Region, micro_batch: usize, inputs: &Inputs<'_>) -> HostTensor {
+        let (tensor, region) = self.place(var, region, micro_batch, inputs);
+        slice_region(tensor, &region)
+    }
+
+    /// A digest of each shared input that this process feeds, for the comparison with other processes.
+    pub(super) fn digests(&self, process: u32, inputs: &Inputs<'_>) -> Vec<Vec<u64>> {
+        let digest = |input: &SharedInput| {
+            if input.processes.binary_search(&process).is_err() {
+                return Vec::new();
+            }
+            let mut hasher = blake3::Hasher::new();
+            let firings = self.plan.graph.tensor(input.var).rate.per_step(self.plan.micro_batches);
+            for micro_batch in 0..firings {
+                for region in &input.regions {
+                    hasher.update(self.region(input.var, region.clone(), micro_batch, inputs).as_bytes());
+                }
+            }
+            vec![digest(&hasher)]
+        };
+        self.shared_inputs.iter().map(digest).collect()
+    }
+
+    /// This rank's part of a whole batch that is valid.
+    pub(super) fn local_batch<'a>(&self, whole: &[(&'a str, HostTensor)]) -> Vec<(&'a str, HostTensor)> {
+        let inputs = Inputs::from(Batch::Whole(whole));
+        let nodes = self.plan.graph.nodes().iter().filter(|node| matches!(node.op, NodeOp::Input));
+        let vars: BTreeMap<&str, Var> = nodes.map(|node| (node.name.as_str(), node.outputs[0])).collect();
+        let part = |name: &'a str| {
+            let (region, var) = (self.local_parts.get(name)?, *vars.get(name)?);
+            let dim = batch_dim(self.plan.graph.tensor(var));
+            let micro_batches = if dim.is_some() { self.plan.micro_batches } else { 1 };
+            let parts = (0..micro_batches).map(|index| self.region(var, region.clone(), index, &inputs));
+            let mut parts: Vec<HostTensor> = parts.collect();
+            Some((
+                name,
+                if let (Some(dim), 2..) = (dim, parts.len()) { concat(&parts, dim) } else { parts.swap_remove(0) },
+            ))
+        };
+        whole.iter().filter_map(|(name, _)| part(name)).collect()
+    }
+}
+
 /// The part of a micro-batch that [`Batch::Local`] holds on this process, by input name. A part contains the elements
 /// of all devices of this process. Inputs that this process does not feed have no entry.
 pub(super) fn local_parts(plan: &Instance, process_map: &ProcessMap) -> BTreeMap<String, Region> {
@@ -99,6 +248,11 @@ fn hull(a: &Region, b: &Region) -> Region {
     let ends = (0..start.len()).map(|dim| (a.start[dim] + a.size[dim]).max(b.start[dim] + b.size[dim]));
     let size = ends.zip(&start).map(|(end, start)| end - start).collect();
     Region { start, size }
+}
+
+/// The dim along which micro-batches split an input.
+fn batch_dim(input: &TensorInfo) -> Option<usize> {
+    if let Some(Sbp::Split(dim)) = input.loop_sbp { Some(dim) } else { None }
 }
 
 #[cfg(test)]

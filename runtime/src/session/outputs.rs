@@ -37,13 +37,13 @@ impl Session {
         rules: &Arc<[MergeRule]>,
         numbers: Vec<Vec<u64>>,
     ) -> Result<Reduced, SessionError> {
-        self.observer.iter().for_each(|observer| observer.passes.lock().begin(self.steps));
+        self.observer.iter().for_each(|observer| observer.passes.lock().begin(self.progress.steps));
         self.start_step(inputs).map_err(|failure| self.fail(failure))?;
         let wanted = self.fetched_pieces(|device| self.process_map.own().contains(&device));
         self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
         if self.process_map.process != 0 {
             // These pieces were sent to process 0, so this process drops them.
-            let mut inbox = self.inbox.lock();
+            let mut inbox = self.host_io.inbox.lock();
             wanted.iter().for_each(|(port, count)| drop(inbox.take(*port, *count)));
         }
         // The numbers are supplied after the results. Missing numbers then mean that the devices of their process are
@@ -54,7 +54,7 @@ impl Session {
 
     /// The port of each fetch of these devices, with its number of pieces in a step.
     fn fetched_pieces(&self, is_wanted: impl Fn(usize) -> bool) -> Vec<(u32, usize)> {
-        let fetches = self.ports.fetches.iter().filter(|((device, _), _)| is_wanted(*device));
+        let fetches = self.host_io.ports.fetches.iter().filter(|((device, _), _)| is_wanted(*device));
         let firings = |segment: SegmentId| self.plan.segments.get(segment).rate.per_step(self.plan.micro_batches);
         fetches.map(|((_, segment), (port, _))| (*port, firings(*segment))).collect()
     }
@@ -66,8 +66,8 @@ impl Session {
         }
         let wanted = self.fetched_pieces(|_| true);
         self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
-        let mut inbox = self.inbox.lock();
-        let fetches = self.ports.fetches.keys().zip(wanted);
+        let mut inbox = self.host_io.inbox.lock();
+        let fetches = self.host_io.ports.fetches.keys().zip(wanted);
         Ok(Some(fetches.map(|(key, (port, count))| (*key, inbox.take(port, count))).collect()))
     }
 
@@ -77,12 +77,12 @@ impl Session {
             self.send_outputs(&results)?;
         }
         let mut wanted = Vec::new();
-        for (output, port) in self.plan.graph.outputs.iter().zip(&self.ports.outputs) {
-            let is_sent_here = self.process_map.process == 0 || self.ports.ports[*port as usize].to.is_none();
+        for (output, port) in self.plan.graph.outputs.iter().zip(&self.host_io.ports.outputs) {
+            let is_sent_here = self.process_map.process == 0 || self.host_io.ports.ports[*port as usize].to.is_none();
             wanted.push((*port, if is_sent_here { self.firings(output) } else { 0 }));
         }
         self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
-        let mut inbox = self.inbox.lock();
+        let mut inbox = self.host_io.inbox.lock();
         Ok(wanted.into_iter().map(|(port, count)| inbox.take(port, count).into_iter().flatten().collect()).collect())
     }
 
@@ -93,10 +93,10 @@ impl Session {
     /// Assembles the outputs on process 0 and sends them.
     fn send_outputs(&mut self, results: &Results) -> Result<(), SessionError> {
         let plan = self.plan.clone();
-        for (output, port) in plan.graph.outputs.iter().zip(self.ports.clone().outputs.iter().copied()) {
+        for (output, port) in plan.graph.outputs.iter().zip(self.host_io.ports.clone().outputs.iter().copied()) {
             for firing in 0..self.firings(output) {
                 match self.whole_output(output, results, firing) {
-                    Ok(whole) => self.send(&mut self.inbox.lock(), HostPiece { port, tensors: vec![whole] }),
+                    Ok(whole) => self.host_io.send(self.running()?, HostPiece { port, tensors: vec![whole] }),
                     Err(error) => {
                         // The other processes wait for this output.
                         if self.process_map.processes > 1 {
@@ -117,7 +117,7 @@ impl Session {
         let fetch = self.plan.segments.fetch_of(graph, output.tensor);
         let shard = |device: &usize| {
             let key = (*device, fetch);
-            let port = self.ports.fetches[&key].1.iter().position(|v| *v == output.tensor);
+            let port = self.host_io.ports.fetches[&key].1.iter().position(|v| *v == output.tensor);
             results[&key][firing][port.expect("a device fetches the outputs that it holds")].clone()
         };
         let shards: Vec<HostTensor> = placement.devices().iter().map(shard).collect();
@@ -142,7 +142,7 @@ impl Session {
         }
         let loss = outputs.get(LOSS_OUTPUT).and_then(|t| t.as_f32()).and_then(|v| v.first().copied());
         let grad_norm = (!squares.is_empty()).then(|| norm_of_squares(squares));
-        StepReport { step: self.steps, loss, grad_norm, outputs, request: Request::Nothing, non_finite: None }
+        StepReport { step: self.progress.steps, loss, grad_norm, outputs, request: Request::Nothing, non_finite: None }
     }
 }
 
