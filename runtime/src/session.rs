@@ -45,6 +45,7 @@ pub(crate) mod snapshot;
 mod start;
 mod step;
 mod tokens;
+mod update_guard;
 
 pub use batch::Batch;
 use batch::BatchRules;
@@ -54,11 +55,11 @@ pub use error::SessionError;
 use error::stopped;
 use host_io::HostIo;
 use metrics::{Metrics, MetricsSource, StepMetrics};
-use non_finite::UpdateGuard;
 use observer::Observer;
 pub use options::{Outputs, SessionOptions, Threads};
 pub use report::StepReport;
 pub use shardflow_kernels::error::THREADS_HINT;
+use update_guard::UpdateGuard;
 
 /// A running plan, or this process's part of it. Dropping the session shuts it down.
 pub struct Session {

@@ -2,18 +2,16 @@
 
 use shardflow_actors::snapshot::NotFinite;
 use shardflow_job::membership::MergeRule;
-use shardflow_kernels::tensor::HostTensor;
 
 use super::Session;
 use super::batch::Inputs;
 use super::error::SessionError;
 use super::numbers::Topic;
-use super::numerics::{FirstNonFinite, NonFinite, OnNonFinite};
+use super::numerics::{FirstNonFinite, NonFinite};
 use super::outcome::array;
 use super::report::StepReport;
-use crate::graph::builder::STATE_PREFIX;
 use crate::graph::optimizer::Bounds;
-use crate::graph::{Graph, Node, NodeOp, Rate, Var};
+use crate::graph::{Node, NodeOp, Rate, Var};
 use crate::plan::HostTransfer;
 
 /// Where a non-finite tensor was computed. Origins are ordered by their fields, and the smallest origin is the cause of
@@ -51,46 +49,6 @@ impl Origin {
 
 /// The pair of a process that has found no non-finite tensor.
 const NOT_FOUND: [u64; 2] = [u64::MAX; 2];
-
-/// Decides whether the parameters may be updated.
-#[derive(Debug)]
-pub(super) struct UpdateGuard {
-    pub(super) on_non_finite: OnNonFinite,
-    pub(super) skipped_in_a_row: u32,
-    /// Bounds of parameters and moments; equal on all processes.
-    pub(super) bounds: Bounds,
-}
-
-impl UpdateGuard {
-    /// Bounds after the update of this step; default bounds for a program without an objective.
-    pub(super) fn bounds_after(&self, graph: &Graph, report: &StepReport, learning_rate: f32) -> Bounds {
-        match (graph.objective, report.grad_norm) {
-            (Some(objective), Some(norm)) => objective.optimizer.bounds_after(self.bounds, norm, learning_rate),
-            _ => Bounds::default(),
-        }
-    }
-
-    /// Raises the bound of parameters or of a moment to the largest absolute value in a newly written part of the
-    /// tensor `name`.
-    pub(super) fn raise_bound(&mut self, name: &str, part: &HostTensor) {
-        let largest = part.as_f32().unwrap_or_default().iter().fold(0f32, |largest, value| largest.max(value.abs()));
-        let bound = match name.strip_prefix(STATE_PREFIX).and_then(|name| name.split_once('/')) {
-            None => &mut self.bounds.parameter,
-            Some(("m", _)) => &mut self.bounds.first,
-            Some(_) => &mut self.bounds.second,
-        };
-        *bound = bound.max(f64::from(largest));
-    }
-
-    /// Counts a step without an update. Accepts it, or returns an error, as [`OnNonFinite`] requires.
-    pub(super) fn accept(&mut self, found: &NonFinite) -> Result<(), SessionError> {
-        self.skipped_in_a_row += 1;
-        match self.on_non_finite {
-            OnNonFinite::Skip { in_a_row_max } if self.skipped_in_a_row <= in_a_row_max => Ok(()),
-            _ => Err(SessionError::NonFinite(Box::new(found.clone()))),
-        }
-    }
-}
 
 impl Session {
     /// Sets each bound to its largest value on any process. All processes call it after writing their own parts.
