@@ -2,8 +2,9 @@
 //! completions as events that the poller reports. The caller specifies whether issuing may block. If it may not block,
 //! the issuer returns the part that would block.
 //!
-//! - ISSUE-1: the memory that a step uses is in bounds and on the stream's own GPU. `bound` has checked the bounds;
-//!   this module checks that each buffer is on the GPU. A submission keeps its arenas until its final notification.
+//! - ISSUE-1: the memory that a step uses is in bounds and on the stream's own GPU, except pinned memory that a copy
+//!   uses. `bound` has checked the bounds; this module checks that each buffer is on the GPU or pinned. A submission
+//!   keeps its arenas until its final notification.
 //! - ISSUE-2: issuing a prepared program loads, compiles and allocates nothing. The driver may delay such work until
 //!   the GPU's queues are empty, and a collective in one of the queues may wait for the calling thread.
 

@@ -1,7 +1,8 @@
 //! Pinned host memory, and synchronous copies between host and device through a pinned buffer on a dedicated stream.
 //!
 //! - PINNED-1: nobody accesses the part of a pinned buffer that a copy in progress uses. [`HostTransfer`] waits for
-//!   each piece before the next. Streams wait for the event recorded after a copy before they reuse a buffer.
+//!   each piece before the next. Streams wait for the event recorded after a copy before they reuse a buffer. Users of
+//!   staging memory ([`crate::device::Device::staging`]) access it only before a submission or after its end.
 #![allow(unsafe_code)]
 
 use std::ptr::NonNull;

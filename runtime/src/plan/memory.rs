@@ -51,13 +51,6 @@ pub struct StagingPlace {
     pub slots: usize,
 }
 
-impl StagingPlace {
-    /// Offset of the end of the last slot.
-    pub fn end(&self) -> usize {
-        self.offset + self.stride * self.slots
-    }
-}
-
 /// One device's memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceMemory {
@@ -89,7 +82,7 @@ impl DeviceMemory {
 
     /// Bytes of all staging memory. For a GPU, it is pinned memory of the host.
     pub fn staging_end(&self) -> usize {
-        self.staging.values().map(StagingPlace::end).max().unwrap_or(0)
+        self.staging.values().map(|place| place.offset + place.stride * place.slots).max().unwrap_or(0)
     }
 
     /// Name and bytes of each part of the total, for display. Parts outside the arena are omitted if zero.

@@ -1,5 +1,6 @@
 //! The tensors of a step: the whole batch, or this data rank's part of it; what they must satisfy, and each device's part.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -49,26 +50,14 @@ impl<'a> From<&'a Vec<(&'a str, HostTensor)>> for Batch<'a> {
     }
 }
 
-impl<'a> Batch<'a> {
-    pub(super) fn tensors(self) -> &'a [(&'a str, HostTensor)] {
-        match self {
-            Self::Whole(inputs) | Self::Local(inputs) => inputs,
-        }
-    }
-}
-
-/// A step's tensors by name.
+/// The tensors of a valid batch by name.
 pub(super) struct Inputs<'a> {
-    pub(super) tensors: BTreeMap<&'a str, &'a HostTensor>,
-    pub(super) is_local: bool,
+    tensors: BTreeMap<&'a str, &'a HostTensor>,
+    is_local: bool,
 }
 
-impl<'a> From<Batch<'a>> for Inputs<'a> {
-    fn from(batch: Batch<'a>) -> Self {
-        let tensors = batch.tensors().iter().map(|(name, tensor)| (*name, tensor)).collect();
-        Self { tensors, is_local: matches!(batch, Batch::Local(_)) }
-    }
-}
+/// A part of an input: a region of a tensor.
+pub(super) type Part<'a> = (Cow<'a, HostTensor>, Region);
 
 /// What a plan requires of a batch, and which part of the batch each device gets.
 pub(super) struct BatchRules {
@@ -98,15 +87,17 @@ impl BatchRules {
     ///
     /// # Errors
     /// [`SessionError::Input`]: a missing or unknown input, a wrong shape or type, or a token outside the vocabulary.
-    pub(super) fn check(&self, batch: Batch<'_>) -> Result<(), SessionError> {
-        let (graph, inputs, is_local) = (&self.plan.graph, batch.tensors(), matches!(batch, Batch::Local(_)));
+    pub(super) fn check<'a>(&self, batch: Batch<'a>) -> Result<Inputs<'a>, SessionError> {
+        let (graph, is_local) = (&self.plan.graph, matches!(batch, Batch::Local(_)));
+        let (Batch::Whole(inputs) | Batch::Local(inputs)) = batch;
         let is_fed = |n: &&Node| matches!(n.op, NodeOp::Input) && n.name != RNG_INPUT && n.name != HYPER_INPUT;
         let inputs_of_graph = graph.nodes().iter().filter(is_fed);
         let expected: BTreeMap<&str, Var> = inputs_of_graph.map(|n| (n.name.as_str(), n.outputs[0])).collect();
         let wrong =
             |name: &str, expected: String, got: String| SessionError::Input { name: name.into(), expected, got };
-        for (index, (name, tensor)) in inputs.iter().enumerate() {
-            if inputs[..index].iter().any(|other| other.0 == *name) {
+        let mut tensors = BTreeMap::new();
+        for (name, tensor) in inputs {
+            if tensors.insert(*name, tensor).is_some() {
                 return Err(wrong(name, "one tensor".into(), "two".into()));
             }
             let (elements, held) = (element_count(&tensor.shape), tensor.elements_held());
@@ -121,7 +112,7 @@ impl BatchRules {
         for (name, var) in expected {
             let info = graph.tensor(var);
             let part = self.local_parts.get(name).filter(|_| is_local);
-            let found = inputs.iter().find(|i| i.0 == name);
+            let found = tensors.get(name);
             if is_local && part.is_none() {
                 if found.is_none() {
                     continue;
@@ -134,30 +125,17 @@ impl BatchRules {
             }
             let place = part.map_or("", |_| " on this rank, with a local batch");
             let wanted = format!("{:?} {shape:?}{place}", info.dtype);
-            match found {
-                None => return Err(wrong(name, wanted, "nothing".into())),
-                Some((_, t)) if t.shape != shape || t.dtype() != info.dtype => {
-                    return Err(wrong(name, wanted, format!("{:?} {:?}", t.dtype(), t.shape)));
-                }
-                Some((_, t)) => {
-                    if let Some(tokens) = self.vocabularies.get(name) {
-                        check_ids(name, t, *tokens)?;
-                    }
-                }
-            }
+            let Some(tensor) = found.filter(|t| (&t.shape, t.dtype()) == (&shape, info.dtype)) else {
+                let got = found.map_or("nothing".into(), |t| format!("{:?} {:?}", t.dtype(), t.shape));
+                return Err(wrong(name, wanted, got));
+            };
+            self.vocabularies.get(name).map_or(Ok(()), |tokens| check_ids(name, tensor, *tokens))?;
         }
-        Ok(())
+        Ok(Inputs { tensors, is_local })
     }
 
-    /// The place of a region of an input: the tensor that holds it, and its part of this tensor. `region` is relative to
-    /// the start of the micro-batch.
-    pub(super) fn place<'a>(
-        &self,
-        var: Var,
-        mut region: Region,
-        micro_batch: usize,
-        inputs: &Inputs<'a>,
-    ) -> (&'a HostTensor, Region) {
+    /// A part of an input. `region` is relative to the start of the micro-batch.
+    pub(super) fn part<'a>(&self, var: Var, mut region: Region, micro_batch: usize, inputs: &Inputs<'a>) -> Part<'a> {
         let (info, name) = (self.plan.graph.tensor(var), self.plan.graph.producer(var).name.as_str());
         let part = self.local_parts.get(name).filter(|_| inputs.is_local);
         let held = part.map_or(&info.shape, |part| &part.size);
@@ -167,12 +145,12 @@ impl BatchRules {
         if let Some(dim) = batch_dim(info).filter(|dim| *dim < info.shape.len()) {
             region.start[dim] += micro_batch * held[dim];
         }
-        (inputs.tensors[name], region)
+        (Cow::Borrowed(inputs.tensors[name]), region)
     }
 
     fn region(&self, var: Var, region: Region, micro_batch: usize, inputs: &Inputs<'_>) -> HostTensor {
-        let (tensor, region) = self.place(var, region, micro_batch, inputs);
-        slice_region(tensor, &region)
+        let (tensor, region) = self.part(var, region, micro_batch, inputs);
+        slice_region(&tensor, &region)
     }
 
     /// A digest of each shared input that this process feeds, for the comparison with other processes.
@@ -193,9 +171,12 @@ impl BatchRules {
         self.shared_inputs.iter().map(digest).collect()
     }
 
-    /// This rank's part of a whole batch that is valid.
-    pub(super) fn local_batch<'a>(&self, whole: &[(&'a str, HostTensor)]) -> Vec<(&'a str, HostTensor)> {
-        let inputs = Inputs::from(Batch::Whole(whole));
+    /// See [`Session::local_batch`](super::Session::local_batch).
+    pub(super) fn local_batch<'a>(
+        &self,
+        whole: &[(&'a str, HostTensor)],
+    ) -> Result<Vec<(&'a str, HostTensor)>, SessionError> {
+        let inputs = self.check(Batch::Whole(whole))?;
         let nodes = self.plan.graph.nodes().iter().filter(|node| matches!(node.op, NodeOp::Input));
         let vars: BTreeMap<&str, Var> = nodes.map(|node| (node.name.as_str(), node.outputs[0])).collect();
         let part = |name: &'a str| {
@@ -209,13 +190,13 @@ impl BatchRules {
                 if let (Some(dim), 2..) = (dim, parts.len()) { concat(&parts, dim) } else { parts.swap_remove(0) },
             ))
         };
-        whole.iter().filter_map(|(name, _)| part(name)).collect()
+        Ok(whole.iter().filter_map(|(name, _)| part(name)).collect())
     }
 }
 
 /// The part of a micro-batch that [`Batch::Local`] holds on this process, by input name. A part contains the elements
 /// of all devices of this process. Inputs that this process does not feed have no entry.
-pub(super) fn local_parts(plan: &Instance, process_map: &ProcessMap) -> BTreeMap<String, Region> {
+fn local_parts(plan: &Instance, process_map: &ProcessMap) -> BTreeMap<String, Region> {
     let mut parts: BTreeMap<String, Region> = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
         let hosts = actions.iter().filter_map(|action| action.host.as_ref());

@@ -64,7 +64,8 @@ impl Session {
             let port = self.host_io.ports.residents[&(device, index)];
             if own.contains(&device) {
                 let part = self.arenas[&device].read_host(resident.offset, &resident.region.size, resident.dtype)?;
-                self.host_io.send(self.running()?, HostPiece { port, tensors: vec![part] });
+                let piece = HostPiece { port, tensors: vec![part] };
+                self.host_io.send(self.running()?, &mut self.host_io.inbox.lock(), piece);
             }
             wanted.push((port, 1));
         }

@@ -96,7 +96,11 @@ impl Session {
         for (output, port) in plan.graph.outputs.iter().zip(self.host_io.ports.clone().outputs.iter().copied()) {
             for firing in 0..self.firings(output) {
                 match self.whole_output(output, results, firing) {
-                    Ok(whole) => self.host_io.send(self.running()?, HostPiece { port, tensors: vec![whole] }),
+                    Ok(whole) => self.host_io.send(
+                        self.running()?,
+                        &mut self.host_io.inbox.lock(),
+                        HostPiece { port, tensors: vec![whole] },
+                    ),
                     Err(error) => {
                         // The other processes wait for this output.
                         if self.process_map.processes > 1 {

@@ -41,7 +41,8 @@ impl HostPorts {
         for output in &plan.graph.outputs {
             let info = plan.graph.tensor(output.tensor);
             let is_for_all = outputs == Outputs::AllRanks || is_decisive(&output.name);
-            let dtype = out.fetched_dtype(plan, output.tensor);
+            // Devices send the tensor as they hold it.
+            let dtype = plan.graph.tensor(plan.aliases.resolve(output.tensor)).dtype;
             let port = out.add(0, (!is_for_all).then_some(0), vec![(info.shape.clone(), dtype)]);
             out.outputs.push(port);
         }
@@ -53,19 +54,6 @@ impl HostPorts {
             }
         }
         out
-    }
-
-    /// The element type in which devices send an output to the host.
-    fn fetched_dtype(&self, plan: &Instance, var: Var) -> DType {
-        let graph = &plan.graph;
-        let fetch = plan.segments.fetch_of(graph, var);
-        let devices = graph.placements[graph.placement_of(var)].devices().iter();
-        let fetched = |device: &usize| {
-            let (port, vars) = self.fetches.get(&(*device, fetch))?;
-            let index = vars.iter().position(|other| *other == var)?;
-            Some(self.ports[*port as usize].tensors.get(index)?.1)
-        };
-        devices.into_iter().find_map(fetched).unwrap_or(graph.tensor(var).dtype)
     }
 
     fn add(&mut self, process: u32, to: Option<u32>, tensors: Vec<(Vec<usize>, DType)>) -> u32 {

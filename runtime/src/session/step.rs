@@ -9,13 +9,14 @@ use shardflow_kernels::tensor::{HostTensor, Region};
 
 use super::Session;
 use super::agreement::{difference_in_step, fields_of_step};
-use super::batch::{Batch, Inputs};
+use super::batch::{Batch, Inputs, Part};
 use super::error::SessionError;
 use super::outcome::array;
 use super::report::StepReport;
 use crate::graph::Var;
 use crate::graph::builder::RNG_INPUT;
 use crate::init;
+use crate::plan::HostTransfer;
 use crate::plan::memory::local_part;
 use shardflow_job::membership::Reduced;
 use shardflow_job::requests::{Request, since_1970};
@@ -30,9 +31,8 @@ impl Session {
     /// Before the update: [`SessionError::NonFinite`], if the options require it, or [`SessionError::Disagreement`] on
     /// all ranks, if learning rates or shared elements differ. Also the failure of the session.
     pub fn step<'a>(&mut self, batch: impl Into<Batch<'a>>, learning_rate: f32) -> Result<StepReport, SessionError> {
-        let batch = batch.into();
-        self.batch_rules.check(batch)?;
-        self.run_step(&batch.into(), learning_rate)
+        let inputs = self.batch_rules.check(batch.into())?;
+        self.run_step(&inputs, learning_rate)
     }
 
     fn run_step(&mut self, inputs: &Inputs<'_>, learning_rate: f32) -> Result<StepReport, SessionError> {
@@ -94,7 +94,8 @@ impl Session {
     pub(super) fn decide(&mut self, learning_rate: f32) -> Result<(), SessionError> {
         let hyper = HostTensor::f32(&[2], vec![learning_rate, (self.progress.updates + 1) as f32]);
         let decide = |running: &RunningSession| {
-            self.host_io.decide(running, &hyper)?;
+            let part = |_, _, _| (Cow::Borrowed(&hyper), Region::whole(&hyper.shape));
+            self.host_io.feed(running, HostTransfer::Decide, part)?;
             // There is no time limit here, because the watchdog reports slow devices.
             running.quiesce(Duration::MAX)
         };
@@ -105,25 +106,18 @@ impl Session {
     /// Feeds a batch and adds the tokens of all other external actions.
     pub(super) fn start_step(&self, inputs: &Inputs<'_>) -> Result<(), Failure> {
         let part = |var, device, micro_batch| self.part(var, device, micro_batch, inputs);
-        self.host_io.feed_batch(self.running()?, part)
+        self.host_io.feed(self.running()?, HostTransfer::Feed, part)
     }
 
-    /// A device's part of an input for one micro-batch, as a region of a tensor.
-    fn part<'a>(
-        &self,
-        var: Var,
-        device: usize,
-        micro_batch: usize,
-        inputs: &Inputs<'a>,
-    ) -> (Cow<'a, HostTensor>, Region) {
+    /// A device's part of an input for one micro-batch.
+    fn part<'a>(&self, var: Var, device: usize, micro_batch: usize, inputs: &Inputs<'a>) -> Part<'a> {
         let graph = &self.plan.graph;
         if graph.producer(var).name == RNG_INPUT {
             // The seed offsets the counter, so masks depend on the seed and not on the mesh.
             let step = (init::mix(self.progress.seed) as i32).wrapping_add(self.progress.steps as i32);
             return (Cow::Owned(HostTensor::i32(&[2], vec![step, micro_batch as i32])), Region::whole(&[2]));
         }
-        let (tensor, region) = self.batch_rules.place(var, local_part(graph, var, device), micro_batch, inputs);
-        (Cow::Borrowed(tensor), region)
+        self.batch_rules.part(var, local_part(graph, var, device), micro_batch, inputs)
     }
 
     /// This rank's part of a whole batch, for [`Batch::Local`].
@@ -131,7 +125,6 @@ impl Session {
     /// # Errors
     /// Returns the errors of [`Session::step`] for a wrong input.
     pub fn local_batch<'a>(&self, whole: &[(&'a str, HostTensor)]) -> Result<Vec<(&'a str, HostTensor)>, SessionError> {
-        self.batch_rules.check(Batch::Whole(whole))?;
-        Ok(self.batch_rules.local_batch(whole))
+        self.batch_rules.local_batch(whole)
     }
 }
