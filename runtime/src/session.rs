@@ -23,7 +23,6 @@ mod batch;
 mod budget;
 pub(crate) mod checkpoint;
 mod error;
-mod exchange;
 mod host_io;
 mod load;
 pub mod metrics;

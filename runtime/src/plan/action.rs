@@ -30,6 +30,8 @@ pub struct HostPort {
     pub vars: Vec<Var>,
     /// The staging memory of each tensor.
     pub buffers: Vec<Buffer>,
+    /// Size of a slot of staging memory.
+    pub slot_bytes: usize,
 }
 
 /// The plan of one action.
@@ -64,7 +66,7 @@ pub struct DeviceRegister {
     pub register: usize,
 }
 
-/// An action's launches, registers, scratch and staging memory.
+/// An action's launches, registers and scratch.
 #[derive(Clone, Debug)]
 pub struct EmittedAction {
     pub plan: ActionPlan,
@@ -73,6 +75,4 @@ pub struct EmittedAction {
     /// Registers written, in port order.
     pub outputs: Vec<usize>,
     pub scratch_bytes: usize,
-    /// Size of a slot of staging memory.
-    pub staging_bytes: usize,
 }

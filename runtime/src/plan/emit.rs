@@ -58,7 +58,6 @@ pub fn emit(plan: &Plan, device: usize, segment: SegmentId) -> EmittedAction {
         launches: Vec::new(),
         nodes: Vec::new(),
         host: None,
-        staging_bytes: 0,
         current: NodeId(0),
         scratch: Vec::new(),
         scratch_of: BTreeMap::new(),
@@ -71,9 +70,9 @@ pub fn emit(plan: &Plan, device: usize, segment: SegmentId) -> EmittedAction {
     }
     let scratch_bytes = emitter.place_scratch();
     let signals = emitter.signals();
-    let Emitter { launches, nodes, host, staging_bytes, .. } = emitter;
+    let Emitter { launches, nodes, host, .. } = emitter;
     let plan = ActionPlan { segment, name: name.clone(), launches, nodes, signals, bases, host };
-    EmittedAction { plan, inputs, outputs, scratch_bytes, staging_bytes }
+    EmittedAction { plan, inputs, outputs, scratch_bytes }
 }
 
 /// The registers that a transfer reads on other devices.
@@ -103,7 +102,6 @@ struct Emitter<'a> {
     launches: Vec<Launch>,
     nodes: Vec<NodeId>,
     host: Option<HostPort>,
-    staging_bytes: usize,
     current: NodeId,
     /// Lifetimes of scratch buffers. Until [`Emitter::place_scratch`], a buffer's offset is its index in this list.
     scratch: Vec<Interval>,
@@ -324,16 +322,18 @@ impl Emitter<'_> {
     fn emit_host_copies(&mut self, vars: &[Var]) {
         let Some(transfer) = self.plan.segments.get(self.segment).host else { return };
         let base = 2 + self.inputs.len() + self.outputs.len();
+        let new = || HostPort { transfer, vars: Vec::new(), buffers: Vec::new(), slot_bytes: 0 };
+        let mut port = self.host.take().unwrap_or_else(new);
         for var in vars {
             let own = self.buffer(*var);
-            let staged = Buffer { base, offset: self.staging_bytes, ..own.clone() };
-            self.staging_bytes = align(staged.offset + element_count(&own.shape) * own.dtype.bytes());
-            let port = self.host.get_or_insert_with(|| HostPort { transfer, vars: Vec::new(), buffers: Vec::new() });
+            let staged = Buffer { base, offset: port.slot_bytes, ..own.clone() };
+            port.slot_bytes = align(staged.offset + element_count(&own.shape) * own.dtype.bytes());
             port.vars.push(*var);
             port.buffers.push(staged.clone());
             let (read, write) = if transfer == HostTransfer::Fetch { (own, staged) } else { (staged, own) };
             self.launch(Op::Copy, vec![read], vec![write], false);
         }
+        self.host = Some(port);
     }
 
     /// Assigns offsets to scratch buffers.
@@ -350,9 +350,6 @@ impl Emitter<'_> {
     /// port. Actions of the host have none, because a signal would take as long as the copies that follow it.
     fn signals(&self) -> Vec<(usize, u32)> {
         let Self { plan, written, launches, host, .. } = self;
-        if host.is_some() {
-            return Vec::new();
-        }
         let stream = plan.segments.get(self.segment).stream;
         let registers = &plan.class_plan(self.device).storage.registers;
         let has_waiting_stream = |port: usize| {
@@ -360,7 +357,8 @@ impl Emitter<'_> {
             let is_other = |reader: &SegmentId| plan.segments.get(*reader).stream != stream;
             !register.transfers.is_empty() || register.readers.iter().any(is_other)
         };
-        let early = |(port, after): &(&usize, &usize)| **after < launches.len() && has_waiting_stream(**port);
+        let is_last = |after: usize| after == launches.len() || host.is_some();
+        let early = |(port, after): &(&usize, &usize)| !is_last(**after) && has_waiting_stream(**port);
         let mut signals: Vec<(usize, u32)> =
             written.iter().filter(early).map(|(port, after)| (*after, *port as u32)).collect();
         signals.sort_unstable();

@@ -6,7 +6,7 @@ use shardflow_actors::label::Role;
 use shardflow_kernels::device::DeviceKind;
 
 use crate::graph::{Graph, Node, NodeOp, Rate, Var};
-use crate::plan::action::EmittedAction;
+use crate::plan::action::{ActionPlan, EmittedAction, HostPort};
 use crate::plan::assign::assign;
 use crate::plan::classes::classify;
 use crate::plan::emit::{emit, fuse_accumulation};
@@ -92,12 +92,10 @@ fn emit_classes(plan: &mut Plan) {
             memory.arena_bytes += align(bytes);
         }
         let memory = &mut own.arena.memory;
-        for EmittedAction { plan: action, staging_bytes, .. } in &actions {
-            if action.host.is_some() {
-                let slots = plan.segments.get(action.segment).rate.per_step(plan.micro_batches);
-                let place = StagingPlace { offset: memory.staging_end(), stride: *staging_bytes, slots };
-                memory.staging.insert(action.segment, place);
-            }
+        for ActionPlan { segment, host, .. } in actions.iter().map(|action| &action.plan) {
+            let Some(&HostPort { slot_bytes: stride, .. }) = host.as_ref() else { continue };
+            let slots = plan.segments.get(*segment).rate.per_step(plan.micro_batches);
+            memory.staging.insert(*segment, StagingPlace { offset: memory.staging_end(), stride, slots });
         }
         memory.staging_bytes = if plan.device == DeviceKind::Cpu { memory.staging_end() } else { 0 };
         own.actions = actions;

@@ -32,21 +32,9 @@ pub enum Batch<'a> {
     Local(&'a [(&'a str, HostTensor)]),
 }
 
-impl<'a> From<&'a [(&'a str, HostTensor)]> for Batch<'a> {
-    fn from(inputs: &'a [(&'a str, HostTensor)]) -> Self {
-        Self::Whole(inputs)
-    }
-}
-
-impl<'a, const N: usize> From<&'a [(&'a str, HostTensor); N]> for Batch<'a> {
-    fn from(inputs: &'a [(&'a str, HostTensor); N]) -> Self {
-        Self::Whole(inputs)
-    }
-}
-
-impl<'a> From<&'a Vec<(&'a str, HostTensor)>> for Batch<'a> {
-    fn from(inputs: &'a Vec<(&'a str, HostTensor)>) -> Self {
-        Self::Whole(inputs)
+impl<'a, T: AsRef<[(&'a str, HostTensor)]> + ?Sized> From<&'a T> for Batch<'a> {
+    fn from(inputs: &'a T) -> Self {
+        Self::Whole(inputs.as_ref())
     }
 }
 

@@ -2,7 +2,7 @@
 //! staging memory, and permission to use the slot passes with it: the token of a feed's firing follows its tensors, and
 //! the end of a fetch's firing precedes them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +19,6 @@ use shardflow_kernels::tensor::HostTensor;
 
 use super::batch::Part;
 use super::error::stopped;
-use super::exchange::Inbox;
 use super::ports::HostPorts;
 use crate::cluster::world::World;
 use crate::graph::Var;
@@ -42,7 +41,31 @@ pub(super) struct HostIo {
     fetched: Receiver<Stamped<FiringEnd>>,
     /// Ports of host data between processes; equal on all processes.
     pub(super) ports: Arc<HostPorts>,
+    from_peers: Receiver<PeerMessage>,
     pub(super) inbox: Mutex<Inbox>,
+}
+
+/// Received pieces by port, including those of this process's own ports. A peer may be one step ahead of this process.
+#[derive(Default)]
+pub(super) struct Inbox {
+    waiting: BTreeMap<u32, VecDeque<Arc<HostPiece>>>,
+    /// Processes that will send no more pieces.
+    ended: BTreeSet<u32>,
+}
+
+impl Inbox {
+    fn put(&mut self, piece: Arc<HostPiece>) {
+        self.waiting.entry(piece.port).or_default().push_back(piece);
+    }
+
+    /// Removes and returns up to `count` of a port's oldest pieces.
+    pub(super) fn take(&mut self, port: u32, count: usize) -> Vec<Vec<HostTensor>> {
+        let Some(pieces) = self.waiting.get_mut(&port) else { return Vec::new() };
+        let tensors = |piece| {
+            Arc::try_unwrap(piece).map_or_else(|piece: Arc<HostPiece>| piece.tensors.clone(), |piece| piece.tensors)
+        };
+        pieces.drain(..count.min(pieces.len())).map(tensors).collect()
+    }
 }
 
 /// The tensors of the host for an action, and their staging memory.
@@ -104,8 +127,7 @@ impl HostIo {
                 }
             }
         }
-        let inbox = Mutex::new(Inbox::new(ports.clone(), from_peers));
-        Self { process_map, staged, unfed, fetched, ports, inbox }
+        Self { process_map, staged, unfed, fetched, ports, from_peers, inbox: Mutex::default() }
     }
 
     /// Feeds each firing its parts, then allows it. A transfer of inputs begins a step, so it also allows all actions
@@ -146,7 +168,7 @@ impl HostIo {
         inbox.put(piece);
     }
 
-    /// Waits for these pieces, and sends this process's fetches meanwhile. Fails if a piece takes longer than `limit`.
+    /// Waits for these pieces, each port with its number of pieces, and sends this process's fetches meanwhile. Fails if a piece takes longer than `limit`.
     pub(super) fn receive(
         &self,
         running: &RunningSession,
@@ -158,9 +180,10 @@ impl HostIo {
         // A closed channel means that the session has failed. The result is its first failure.
         let ended = || running.control().first_failure().unwrap_or_else(stopped);
         let mut inbox = self.inbox.lock();
-        let peers = inbox.peers.clone();
         loop {
-            let missing = inbox.missing_senders(wanted);
+            let is_missing = |(port, count): &&(u32, usize)| inbox.waiting.get(port).map_or(0, VecDeque::len) < *count;
+            let sender = |(port, _): &(u32, usize)| self.ports.ports[*port as usize].process;
+            let missing: Vec<u32> = wanted.iter().filter(is_missing).map(sender).collect();
             let Some(sender) = missing.first().copied() else { break };
             running.host_waits_for((sender != self.process_map.process).then_some(sender));
             // Pieces travel along the control tree and arrive in order.
@@ -170,7 +193,10 @@ impl HostIo {
             }
             select! {
                 recv(self.fetched) -> end => self.forward(running, &mut inbox, end.map_err(|_| ended())?),
-                recv(peers) -> message => inbox.receive(message.map_err(|_| ended())?),
+                recv(self.from_peers) -> message => match message.map_err(|_| ended())? {
+                    PeerMessage::Piece(piece) => inbox.put(piece),
+                    PeerMessage::Ended { process } => drop(inbox.ended.insert(process)),
+                },
                 recv(running.failures()) -> failure => return Err(failure.unwrap_or_else(|_| ended())),
                 recv(timeout) -> _ => {
                     let seconds = limit.unwrap_or_default().as_secs();

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crossbeam_channel::{Receiver, Sender, never, unbounded};
-use shardflow_actors::remote::{PeerMessage, Peers};
+use crossbeam_channel::{Sender, never, unbounded};
+use shardflow_actors::remote::Peers;
 use shardflow_actors::shell::{ActionProgram, ActorHost, BaseRef, FiringEnd, LoadedPlan, RegisterMemory};
 use shardflow_actors::spec::{ActorSpec, RegisterId, StreamKind};
 use shardflow_kernels::clock::Stamped;
@@ -13,18 +13,17 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::op::Program;
 
+use super::host_io::HostIo;
 use super::ports::HostPorts;
 use crate::cluster::connector::Connections;
 use crate::plan::instance::Instance;
-use crate::plan::{ActionPlan, BaseKey, HostTransfer, StagingPlace, threads_of};
+use crate::plan::{ActionPlan, BaseKey, DeviceMemory, HostTransfer, StagingPlace, threads_of};
 use crate::process_map::ProcessMap;
 
-/// A plan in the form that the shell runs, with the session's ends of its channels.
+/// A plan in the form that the shell runs, with the session's side of its tensors.
 pub(super) struct Loaded {
     pub(super) plan: LoadedPlan,
-    /// Receives the end of each firing of a fetch.
-    pub(super) fetched: Receiver<Stamped<FiringEnd>>,
-    pub(super) from_peers: Receiver<PeerMessage>,
+    pub(super) host_io: HostIo,
     /// Peers' registers that this process copies, each with the transport of its bytes.
     pub(super) mirrored: BTreeMap<RegisterId, &'static str>,
 }
@@ -35,13 +34,12 @@ pub(super) fn load(
     plan: &Instance,
     process_map: &ProcessMap,
     devices: &[Device],
-    (arenas, staging): (&BTreeMap<usize, Arena>, &BTreeMap<usize, Arena>),
+    [arenas, staging]: [&BTreeMap<usize, Arena>; 2],
     connections: Connections,
-    ports: &HostPorts,
+    ports: Arc<HostPorts>,
 ) -> Result<Loaded, KernelError> {
     let Connections { engine, mirrors: mut memory, peers, distant, hops, .. } = connections;
-    let (sender, fetched) = unbounded();
-    let loader = Loader { plan, arenas, staging, sender };
+    let (ends, fetched) = unbounded();
     let mut hosted = BTreeMap::new();
     for id in process_map.actors_of(plan, process_map.process) {
         let actor = &plan.spec.actors[id.0 as usize];
@@ -50,7 +48,9 @@ pub(super) fn load(
         let urgent = actor.stream == StreamKind::Communication;
         let priority = if urgent { Priority::High } else { Priority::Normal };
         let stream = device.stream_with(&actor.name, threads, engine.clone(), priority)?;
-        let programs: Vec<_> = plan.actions[id.0 as usize].iter().map(|action| loader.program(actor, action)).collect();
+        let memory = &plan.memory[actor.device];
+        let actions = plan.actions[id.0 as usize].iter();
+        let programs: Vec<_> = actions.map(|x| program(memory, [arenas, staging], actor, x, &ends)).collect();
         programs.iter().try_for_each(|action| stream.prepare(&action.program))?;
         hosted.insert(id, ActorHost { stream, programs });
     }
@@ -68,36 +68,33 @@ pub(super) fn load(
     // Without fetches, the channel has no senders and would count as closed.
     let has_fetches = ports.fetches.keys().any(|(device, _)| process_map.own().contains(device));
     let fetched = if has_fetches { fetched } else { never() };
-    Ok(Loaded { plan: loaded, fetched, from_peers, mirrored })
+    let host_io = HostIo::new(plan, *process_map, staging, (ports, fetched), from_peers);
+    Ok(Loaded { plan: loaded, host_io, mirrored })
 }
 
-struct Loader<'a> {
-    plan: &'a Instance,
-    arenas: &'a BTreeMap<usize, Arena>,
-    staging: &'a BTreeMap<usize, Arena>,
-    sender: Sender<Stamped<FiringEnd>>,
-}
-
-impl Loader<'_> {
-    fn program(&self, ActorSpec { name, device, stream, .. }: &ActorSpec, action: &ActionPlan) -> ActionProgram {
-        let name = format!("{name} {}", action.name);
-        let program = Program { name, launches: action.launches.clone(), signals: action.signals.clone() };
-        let base = |arenas: &BTreeMap<usize, Arena>, offset| Base { arena: arenas[device].clone(), offset };
-        let memory = &self.plan.memory[*device];
-        let scratch = memory.scratch.get(stream).map_or(0, |s| s.0);
-        let bases = action.bases.iter().map(|key| match key {
-            BaseKey::Fixed => BaseRef::Fixed(base(self.arenas, 0)),
-            BaseKey::Scratch => BaseRef::Fixed(base(self.arenas, scratch)),
-            BaseKey::Input(port) => BaseRef::Input(*port),
-            BaseKey::Output(port) => BaseRef::Output(*port),
-            BaseKey::Staging => {
-                let StagingPlace { offset, stride, slots } = memory.staging[&action.segment];
-                let memory = RegisterMemory { base: base(self.staging, offset), stride };
-                BaseRef::Ring { memory, slots: slots as u32 }
-            }
-        });
-        let is_fetch = action.host.as_ref().is_some_and(|host| host.transfer == HostTransfer::Fetch);
-        let ends = is_fetch.then(|| self.sender.clone());
-        ActionProgram { bases: bases.collect(), program: Arc::new(program), ends }
-    }
+/// The program of an action, with its memory in the arenas or the staging memory of the devices. `ends` receives the
+/// ends of fetches.
+fn program(
+    memory: &DeviceMemory,
+    [arenas, staging]: [&BTreeMap<usize, Arena>; 2],
+    ActorSpec { name, device, stream, .. }: &ActorSpec,
+    action: &ActionPlan,
+    ends: &Sender<Stamped<FiringEnd>>,
+) -> ActionProgram {
+    let name = format!("{name} {}", action.name);
+    let program = Program { name, launches: action.launches.clone(), signals: action.signals.clone() };
+    let base = |arenas: &BTreeMap<usize, Arena>, offset| Base { arena: arenas[device].clone(), offset };
+    let bases = action.bases.iter().map(|key| match key {
+        BaseKey::Fixed => BaseRef::Fixed(base(arenas, 0)),
+        BaseKey::Scratch => BaseRef::Fixed(base(arenas, memory.scratch.get(stream).map_or(0, |scratch| scratch.0))),
+        BaseKey::Input(port) => BaseRef::Input(*port),
+        BaseKey::Output(port) => BaseRef::Output(*port),
+        BaseKey::Staging => {
+            let StagingPlace { offset, stride, slots } = memory.staging[&action.segment];
+            let memory = RegisterMemory { base: base(staging, offset), stride };
+            BaseRef::Ring { memory, slots: slots as u32 }
+        }
+    });
+    let is_fetch = action.host.as_ref().is_some_and(|host| host.transfer == HostTransfer::Fetch);
+    ActionProgram { bases: bases.collect(), program: Arc::new(program), ends: is_fetch.then(|| ends.clone()) }
 }

@@ -21,7 +21,6 @@ use super::agreement::{SharedInput, shared_inputs};
 use super::batch::BatchRules;
 use super::budget::Budget;
 use super::error::SessionError;
-use super::host_io::HostIo;
 use super::load::{Loaded, load};
 use super::metrics::{MetricsSource, StepMetrics};
 use super::observer::Observer;
@@ -111,11 +110,11 @@ impl Session {
             resources;
         let engine = connections.engine.clone();
         world.iter().for_each(|world| world.doing("preparing kernels"));
-        let loaded = load(&plan, &process_map, &devices, (&arenas, &staging), connections, &ports)?;
-        let Loaded { plan: loaded, fetched, from_peers, mirrored } = loaded;
+        let loaded = load(&plan, &process_map, &devices, [&arenas, &staging], connections, ports)?;
+        let Loaded { plan: loaded, host_io, mirrored } = loaded;
         let plan = Arc::new(plan);
         let mut session = Self {
-            host_io: HostIo::new(&plan, process_map, &staging, (ports, fetched), from_peers),
+            host_io,
             batch_rules: BatchRules::new(&plan, &process_map, shared_inputs),
             progress: Progress { seed: options.seed, ..Progress::default() },
             guard: UpdateGuard { on_non_finite: options.on_non_finite, skipped_in_a_row: 0, bounds: Bounds::default() },
