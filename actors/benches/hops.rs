@@ -180,7 +180,7 @@ fn hops(c: &mut Criterion) {
 fn firing(b: &mut criterion::Bencher<'_>) {
     let engine: Arc<dyn Collective> = Arc::new(InProcess::new());
     let device = Device::cpu(0, 1, engine.clone());
-    let empty = || vec![ActionProgram { program: Arc::default(), bases: Vec::new() }];
+    let empty = || vec![ActionProgram { program: Arc::default(), bases: Vec::new(), ends: None }];
     let arena = device.arena(64).expect("64 bytes");
     let hosted = |name| ActorHost { stream: device.stream(name, 1).expect("a thread"), programs: empty() };
     let loaded = LoadedPlan {

@@ -131,7 +131,7 @@ pub(crate) enum WaitReason {
     /// The action is in flight, and another member of a group has not begun, or is still in an earlier round.
     Group { group: u32, member: ActorId },
     /// Like `Group`, for a member outside this process's part of the plan.
-    Member { group: u32, device: usize, stream: StreamKind },
+    Member { communicator: u32, device: usize, stream: StreamKind },
     /// The action's actor has another firing in flight.
     Busy { action: u32 },
 }
@@ -143,8 +143,8 @@ impl WaitReason {
             WaitReason::Group { group, member } => {
                 format!("{} to join group {group}", spec.actor(*member).name)
             }
-            WaitReason::Member { group, device, stream } => {
-                format!("{} to join group {group}", actor_name(*device, *stream))
+            WaitReason::Member { communicator, device, stream } => {
+                format!("{} to join communicator {communicator}", actor_name(*device, *stream))
             }
             WaitReason::Busy { action } => format!("{}, which is in flight", spec.action_name(actor, *action)),
         }
@@ -200,8 +200,8 @@ pub(crate) struct HangSnapshot<'a> {
     pub host_waits_for: Option<u32>,
     /// Returns the process that hosts an actor; `None` for this process.
     pub process_of: &'a dyn Fn(ActorId) -> Option<u32>,
-    /// Returns the process that hosts a device; `None` for this process.
-    pub process_of_device: &'a dyn Fn(usize) -> Option<u32>,
+    /// Returns the members of a communicator in other processes: the process and the device of each.
+    pub members_of: &'a dyn Fn(u32) -> Vec<(u32, usize)>,
 }
 
 impl<'a> HangSnapshot<'a> {
@@ -215,7 +215,7 @@ impl<'a> HangSnapshot<'a> {
             is_acyclic: true,
             host_waits_for: None,
             process_of: &|_| None,
-            process_of_device: &|_| None,
+            members_of: &|_| Vec::new(),
         }
     }
 }
@@ -392,7 +392,7 @@ impl<'a> Search<'a> {
                 waits.extend(next.map(|next| (WaitReason::Group { group, member }, self.target(next))));
             }
         }
-        waits.extend(groups.iter().flat_map(|group| self.absent_members(*group, actor.stream, &peers)));
+        waits.extend(action.communicators.iter().flat_map(|id| self.absent_members(*id, actor.stream, &peers)));
         if waits.is_empty() {
             let is_alone = groups.is_empty() || knows_collectives;
             let root = if is_alone { Root::Firing(at) } else { Root::Collective(at) };
@@ -401,19 +401,17 @@ impl<'a> Search<'a> {
         waits
     }
 
-    /// The members of a group outside this process's part of the plan that a firing in flight may wait for. `peers` are
-    /// the firing's waits: communicators and devices.
-    fn absent_members(&self, group: u32, stream: StreamKind, peers: &[(u32, usize)]) -> Vec<(WaitReason, Next)> {
-        let HangSnapshot { spec, knows_collectives, process_of_device, .. } = self.input;
-        let Some(all) = spec.groups.get(&group) else { return Vec::new() };
-        let known: HashSet<usize> = self.members(group).into_keys().map(|actor| spec.actor(actor).device).collect();
-        let absent = all.ranks.iter().filter(|device| !known.contains(device));
-        let waited_for = absent.filter(|device| !knows_collectives || peers.contains(&(all.id, *device)));
-        let wait = |device| {
-            let root = Root::Member { process: process_of_device(device)?, device, stream };
-            Some((WaitReason::Member { group, device, stream }, Next::Root(root)))
+    /// The members of a communicator outside this process's part of the plan that a firing in flight may wait for.
+    /// `peers` are the firing's waits: communicators and devices.
+    fn absent_members(&self, communicator: u32, stream: StreamKind, peers: &[(u32, usize)]) -> Vec<(WaitReason, Next)> {
+        let HangSnapshot { knows_collectives, members_of, .. } = self.input;
+        let is_waited_for = |device: usize| !knows_collectives || peers.contains(&(communicator, device));
+        let absent = members_of(communicator).into_iter().filter(|(_, device)| is_waited_for(*device));
+        let wait = |(process, device)| {
+            let root = Root::Member { process, device, stream };
+            (WaitReason::Member { communicator, device, stream }, Next::Root(root))
         };
-        waited_for.filter_map(wait).collect()
+        absent.map(wait).collect()
     }
 
     /// Number of firings that an actor has begun in actions of a group.

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crossbeam_channel::Sender;
+use shardflow_kernels::clock::Stamped;
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::memory::Base;
 use shardflow_kernels::op::Program;
@@ -11,7 +13,7 @@ use shardflow_kernels::stream::Stream;
 use crate::check::check;
 use crate::error::ActorError;
 use crate::remote::Peers;
-use crate::spec::{ActionSpec, ActorId, RegisterId, Spec};
+use crate::spec::{ActionRef, ActionSpec, ActorId, RegisterId, Spec};
 
 /// The program that one action launches.
 #[derive(Clone, Debug)]
@@ -20,6 +22,17 @@ pub struct ActionProgram {
     pub program: Arc<Program>,
     /// Base addresses of the program, in order.
     pub bases: Vec<BaseRef>,
+    /// Receives the end of each firing, for a host that then reads what the firing wrote.
+    pub ends: Option<Sender<Stamped<FiringEnd>>>,
+}
+
+/// The end of a firing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FiringEnd {
+    /// The actor and its action.
+    pub at: ActionRef,
+    /// Number of this firing of the action, from 0.
+    pub firing: u64,
 }
 
 /// Where a program's base address points.
@@ -31,9 +44,16 @@ pub enum BaseRef {
     Input(usize),
     /// The slot that the firing writes through this output port.
     Output(usize),
+    /// A ring of slots of the action's own: firing `n` uses slot `n mod slots`.
+    Ring {
+        /// Start and stride of the slots.
+        memory: RegisterMemory,
+        /// Number of slots, at least 1.
+        slots: u32,
+    },
 }
 
-/// Location of a register's slots: slot `i` starts at `base.offset + i * stride`.
+/// Location of slots of a register or a ring: slot `i` starts at `base.offset + i * stride`.
 #[derive(Clone, Debug)]
 pub struct RegisterMemory {
     /// Start of slot 0.
@@ -45,6 +65,10 @@ pub struct RegisterMemory {
 impl RegisterMemory {
     pub(crate) fn offset(&self, slot: u32) -> usize {
         self.base.offset + slot as usize * self.stride
+    }
+
+    pub(crate) fn slot(&self, slot: u32) -> Base {
+        Base { arena: self.base.arena.clone(), offset: self.offset(slot) }
     }
 }
 
@@ -125,6 +149,7 @@ fn check_program(at: &str, action: &ActionSpec, program: &ActionProgram) -> Resu
             BaseRef::Output(port) if port >= action.outputs.len() => {
                 return mismatch(at, "output port of a base", format!("less than {}", action.outputs.len()), port);
             }
+            BaseRef::Ring { slots: 0, .. } => return mismatch(at, "slots of a ring", "1 or more", 0),
             _ => {}
         }
     }

@@ -76,6 +76,9 @@ pub trait Directory: Debug + Send + Sync {
     /// The process that hosts a device; `None` for this process.
     fn process_of(&self, device: usize) -> Option<u32>;
 
+    /// The devices of a communicator, in order; empty if the communicator is unknown.
+    fn members_of(&self, communicator: u32) -> Vec<usize>;
+
     /// A port between host programs, outside the plan; `None` if no port has this index.
     fn route(&self, port: u32) -> Option<HostRoute>;
 }
@@ -85,6 +88,8 @@ pub trait Directory: Debug + Send + Sync {
 pub struct Listed {
     /// For each device of another process: that process.
     pub processes: BTreeMap<usize, u32>,
+    /// Devices of each communicator.
+    pub communicators: BTreeMap<u32, Vec<usize>>,
     /// Ports by index.
     pub routes: Vec<HostRoute>,
 }
@@ -92,6 +97,10 @@ pub struct Listed {
 impl Directory for Listed {
     fn process_of(&self, device: usize) -> Option<u32> {
         self.processes.get(&device).copied()
+    }
+
+    fn members_of(&self, communicator: u32) -> Vec<usize> {
+        self.communicators.get(&communicator).cloned().unwrap_or_default()
     }
 
     fn route(&self, port: u32) -> Option<HostRoute> {
@@ -285,6 +294,12 @@ impl Remote {
             Host::Peer(peer) => Some(self.outboxes[*peer].0),
             Host::Distant(process) => Some(*process),
         }
+    }
+
+    /// The members of a communicator in other processes: the process and the device of each.
+    pub(crate) fn members_of(&self, communicator: u32) -> Vec<(u32, usize)> {
+        let devices = self.directory.members_of(communicator).into_iter();
+        devices.filter_map(|device| Some((self.directory.process_of(device)?, device))).collect()
     }
 
     pub(crate) fn is_at(&self, peer: usize, actor: ActorId) -> bool {

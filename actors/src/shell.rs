@@ -25,7 +25,7 @@ use crate::watchdog::{Watchdog, WatchdogOptions};
 mod connections;
 mod shard;
 
-pub use crate::loaded::{ActionProgram, ActorHost, BaseRef, LoadedPlan, RegisterMemory};
+pub use crate::loaded::{ActionProgram, ActorHost, BaseRef, FiringEnd, LoadedPlan, RegisterMemory};
 use connections::{Connections, serve};
 use shard::{Shard, ShardActor};
 

@@ -5,7 +5,6 @@ use std::fmt;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use shardflow_kernels::collective::Group;
 
 use crate::label::Label;
 use crate::table::{Id, Table};
@@ -54,8 +53,6 @@ pub struct Spec {
     pub registers: Table<RegisterId, RegisterSpec>,
     /// The decision that the host makes in each step.
     pub decision: Decision,
-    /// The communicator and the ranks of each group in [`ActionSpec::groups`] that has members outside this part.
-    pub groups: BTreeMap<u32, Arc<Group>>,
 }
 
 /// A decision of the host within a step. All external actions other than `granted` get their tokens when a step begins.

@@ -191,7 +191,7 @@ impl Session {
             }
         };
         let process_of = |actor| self.bus.remote().process_of(actor);
-        let process_of_device = |device| self.bus.remote().directory.process_of(device);
+        let members_of = |communicator| self.bus.remote().members_of(communicator);
         let hang_snapshot = HangSnapshot {
             spec: &self.spec,
             snapshots: &snapshots,
@@ -200,7 +200,7 @@ impl Session {
             is_acyclic: true,
             host_waits_for: u32::try_from(self.hints.waits_for.load(Ordering::Relaxed)).ok(),
             process_of: &process_of,
-            process_of_device: &process_of_device,
+            members_of: &members_of,
         };
         let is_stuck = is_still && self.steps.outstanding();
         let hang = is_stuck.then(|| hang::explain(hang_snapshot, self.steps.begun())).flatten();

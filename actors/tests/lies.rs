@@ -104,7 +104,7 @@ fn running() -> (RunningSession, Connection, [Arena; 2]) {
     let mirrors = [0, 2].map(|index: usize| memory[index].1.base.arena.clone());
     let hosted = [(ActorId(1), "middle"), (USER, "user"), (TAKER, "taker")].map(|(actor, name)| {
         let program = Arc::new(Program { name: "work".into(), ..Program::default() });
-        let programs = vec![ActionProgram { program, bases: Vec::new() }];
+        let programs = vec![ActionProgram { program, bases: Vec::new(), ends: None }];
         (actor, ActorHost { stream: device.stream(name, 1).unwrap(), programs })
     });
     let half = || vec![ByteRun { offset: 0, bytes: 4 }];
@@ -116,7 +116,7 @@ fn running() -> (RunningSession, Connection, [Arena; 2]) {
         pipes: BTreeMap::new(),
     };
     let routes = [PEER, 0].map(|process| HostRoute { process, to: None, tensors: vec![(vec![2], DType::F32)] }).into();
-    let directory = Arc::new(Listed { processes: [(PEERS, PEER)].into(), routes });
+    let directory = Arc::new(Listed { processes: [(PEERS, PEER)].into(), routes, ..Listed::default() });
     let peers = Peers { peers: vec![peer], directory, ..Peers::default() };
     peer_end.write_all(&Frame::Ready { round: 1 }.encode()).unwrap();
     let loaded = LoadedPlan { spec: Arc::new(spec()), hosted: hosted.into(), memory: memory.into(), engine, peers };

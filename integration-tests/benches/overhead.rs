@@ -30,6 +30,7 @@ fn bound_programs(plan: &Instance, arena: &Arena) -> Vec<(Arc<Program>, Vec<Base
             let offset = |base: &BaseKey| match base {
                 BaseKey::Fixed => 0,
                 BaseKey::Scratch => scratch,
+                BaseKey::Staging => panic!("only actions of the host have staging memory"),
                 BaseKey::Input(port) => plan.register_place(spec.inputs[*port].register).offset,
                 BaseKey::Output(port) => plan.register_place(spec.outputs[*port].register).offset,
             };

@@ -9,6 +9,7 @@ use crate::cpu::stream::CpuStream;
 use crate::cuda::device_memory::DeviceMemory;
 use crate::cuda::gpu::Gpu;
 use crate::cuda::lower;
+use crate::cuda::memory::Pinned;
 use crate::cuda::step::ErrorRecord;
 use crate::cuda::stream::CudaStream;
 use crate::error::{KernelError, Result};
@@ -127,6 +128,23 @@ impl Device {
             Backend::Cuda(gpu) => {
                 let got = format!("memory of {}", gpu.place());
                 Err(KernelError::arguments("shared_arena", "memory", "memory that other processes can map", got))
+            }
+        }
+    }
+
+    /// Allocates `bytes` bytes of zeroed host memory that the device's streams copy from and to ([`Op::Copy`]). For a
+    /// GPU, the memory is pinned, and does not count as memory of the device.
+    ///
+    /// [`Op::Copy`]: crate::op::Op::Copy
+    ///
+    /// # Errors
+    /// [`KernelError::OutOfMemory`]; [`KernelError::Cuda`].
+    pub fn staging(&self, bytes: usize) -> Result<Arena> {
+        match &self.0.backend {
+            Backend::Cpu { .. } => self.arena(bytes),
+            Backend::Cuda(gpu) => {
+                gpu.context.bind()?;
+                Pinned::new(&gpu.context, bytes).map(Pinned::into_arena)
             }
         }
     }

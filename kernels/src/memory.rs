@@ -20,9 +20,11 @@ use std::sync::atomic::Ordering;
 
 use half::bf16;
 
+use crate::clock::host_access;
 use crate::error::{KernelError, Result};
 use crate::op::Buffer;
-use crate::tensor::{DType, HostData, HostElement, HostTensor, element_count};
+use crate::region::{Runs, check_inside};
+use crate::tensor::{DType, HostData, HostElement, HostTensor, Region, element_count};
 
 mod heap;
 mod raw_io;
@@ -87,7 +89,7 @@ impl Arena {
         Ok(Self(Arc::new(Storage::Shared { mapping, tally: Some(tally.clone()) })))
     }
 
-    /// Wraps host memory that a backend allocated. Dropping `owner` frees the memory.
+    /// Wraps pinned host memory that a backend allocated. Dropping `owner` frees the memory.
     ///
     /// # Safety
     /// The memory is initialized, aligned to [`ALIGNMENT`], and lives as long as `owner`.
@@ -111,8 +113,17 @@ impl Arena {
         memory.downcast_ref()
     }
 
+    /// True for host memory that a GPU's streams copy without waiting for the host.
+    pub(crate) fn is_pinned(&self) -> bool {
+        matches!(&*self.0, Storage::Host(memory) if memory.is_pinned())
+    }
+
     pub(crate) fn mark_released(&self) {
-        self.storage_on_device().into_iter().for_each(DeviceStorage::mark_released);
+        match &*self.0 {
+            Storage::Host(memory) => memory.mark_released(),
+            Storage::Shared { .. } => {}
+            Storage::Device(memory) => memory.mark_released(),
+        }
     }
 
     pub(crate) fn check_host(&self, user: &str) -> Result<()> {
@@ -187,23 +198,44 @@ impl Arena {
     /// # Errors
     /// [`KernelError::Arguments`] if the range is out of bounds, unaligned or read-only; [`KernelError::Cuda`].
     pub fn write_host(&self, offset: usize, tensor: &HostTensor) -> Result<()> {
-        if !self.is_writable() {
-            let got = "a peer's memory, mapped read-only";
-            return Err(KernelError::arguments("write_host", "memory", "writable memory", got));
-        }
+        let Some(memory) = self.storage_on_device() else {
+            return self.write_region(offset, tensor, &Region::whole(&tensor.shape));
+        };
         let view = View::new("write_host", self, offset, &tensor.shape, tensor.dtype())?;
         let bytes = tensor.data.as_bytes();
-        assert_eq!(bytes.len(), view.bytes(), "byte count of the elements of a tensor of shape {:?}", tensor.shape);
-        if let Some(memory) = self.storage_on_device() {
-            let mut at = 0;
-            return memory.write(offset, bytes.len(), &mut |piece| {
-                piece.copy_from_slice(&bytes[at..][..piece.len()]);
-                at += piece.len();
-                true
-            });
+        assert_eq!(bytes.len(), view.bytes(), "elements of a tensor of shape {:?}", tensor.shape);
+        let mut at = 0;
+        memory.write(offset, bytes.len(), &mut |piece| {
+            piece.copy_from_slice(&bytes[at..][..piece.len()]);
+            at += piece.len();
+            true
+        })
+    }
+
+    /// Copies a region of a host tensor to `offset` (in bytes) of host memory, where its elements are contiguous. The
+    /// caller guarantees the same as for [`Arena::write_host`].
+    ///
+    /// # Errors
+    /// [`KernelError::Arguments`] if the region is not inside the tensor, or the range is out of bounds, unaligned,
+    /// read-only or GPU memory.
+    pub fn write_region(&self, offset: usize, tensor: &HostTensor, region: &Region) -> Result<()> {
+        const USER: &str = "write_host";
+        self.check_host(USER)?;
+        if !self.is_writable() {
+            let got = "a peer's memory, mapped read-only";
+            return Err(KernelError::arguments(USER, "memory", "writable memory", got));
         }
-        // SAFETY: `View::new` checked MEM-1; the caller guarantees MEM-3; the tensor is not in the arena.
-        unsafe { self.host_start().add(offset).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        check_inside(USER, "region", region, &tensor.shape)?;
+        let view = View::new(USER, self, offset, &region.size, tensor.dtype())?;
+        let (bytes, element) = (tensor.data.as_bytes(), tensor.dtype().bytes());
+        assert_eq!(tensor.elements_held(), element_count(&tensor.shape), "elements for {:?}", tensor.shape);
+        host_access(view.start(), view.bytes(), true);
+        Runs::new(&tensor.shape, region).for_each(0..view.element_count(), |from, to, len| {
+            let run = &bytes[from * element..][..len * element];
+            // SAFETY: the runs are disjoint parts of the view, which is in bounds (MEM-1); the caller guarantees MEM-3;
+            // the tensor is not in the arena.
+            unsafe { view.start().add(to * element).copy_from_nonoverlapping(run.as_ptr(), run.len()) };
+        });
         Ok(())
     }
 
@@ -222,8 +254,8 @@ impl Arena {
     /// # Errors
     /// [`KernelError::Arguments`] if the range is out of bounds or not aligned.
     pub fn read_host_into(&self, offset: usize, tensor: &mut HostTensor) -> Result<()> {
-        let elements = View::new("read_host", self, offset, &tensor.shape, tensor.dtype())?.element_count();
-        let bytes = tensor.data.resized(elements);
+        let view = View::new("read_host", self, offset, &tensor.shape, tensor.dtype())?;
+        let bytes = tensor.data.resized(view.element_count());
         if let Some(memory) = self.storage_on_device() {
             let mut at = 0;
             return memory.read(offset, bytes.len(), &mut |piece| {
@@ -232,8 +264,10 @@ impl Arena {
                 true
             });
         }
+        let start = self.host_start().wrapping_add(offset);
+        host_access(start, bytes.len(), false);
         // SAFETY: `View::new` checked MEM-1; the caller guarantees MEM-3; the tensor is not in the arena.
-        unsafe { self.host_start().add(offset).copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
+        unsafe { start.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
     }
 }

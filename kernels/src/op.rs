@@ -36,7 +36,10 @@ pub enum Op {
         value: f32,
     },
     /// `(x) -> (y)`: copies x to y, for any dtype. x and y have the same number of elements, but their shapes may
-    /// differ (a reshape). Accumulates if the dtype is F32.
+    /// differ (a reshape). Accumulates if the dtype is F32. On a GPU, one of them may be in memory of [`Device::staging`]. The
+    /// host fills that memory before the submission, or reads it after the submission's end.
+    ///
+    /// [`Device::staging`]: crate::device::Device::staging
     Copy,
     /// `(x) -> (y)`: converts between float types. x and y have the same shape. Rounds to nearest, ties to even.
     Cast,

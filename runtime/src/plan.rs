@@ -13,7 +13,7 @@ use assign::{Aliases, ClassStorage};
 use classes::Classes;
 use groups::Patterns;
 use memory::{ArenaMap, local_part};
-pub use memory::{DeviceMemory, RegisterPlace, ResidentTensor};
+pub use memory::{DeviceMemory, RegisterPlace, ResidentTensor, StagingPlace};
 pub use schedule::Schedule;
 pub use segments::HostTransfer;
 use segments::{SegmentId, Segments};

@@ -5,24 +5,17 @@ use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, after, never, select};
-use parking_lot::Mutex;
 use shardflow_actors::error::{Failure, PeerError};
-use shardflow_actors::remote::HostPiece;
 use shardflow_actors::shell::RunningSession;
-use shardflow_actors::spec::ActorId;
-use shardflow_kernels::clock::Stamped;
 use shardflow_kernels::memory::Arena;
-use shardflow_kernels::tensor::{HostTensor, Region};
+use shardflow_kernels::tensor::HostTensor;
 
 use crate::cluster::world::{WAITING, World};
 use crate::declare::Declarations;
-use crate::graph::optimizer::Bounds;
 use crate::plan::ResidentTensor;
 use crate::plan::instance::Instance;
 use crate::process_map::ProcessMap;
 use shardflow_job::exit::Exit;
-use shardflow_job::membership::MergeRule;
 use shardflow_job::requests::Requests;
 
 pub(crate) mod agreement;
@@ -30,8 +23,7 @@ mod batch;
 mod budget;
 pub(crate) mod checkpoint;
 mod error;
-mod exchange;
-pub(crate) mod host;
+mod host_io;
 mod load;
 pub mod metrics;
 mod non_finite;
@@ -52,22 +44,21 @@ pub(crate) mod snapshot;
 mod start;
 mod step;
 mod tokens;
+mod update_guard;
 
-use agreement::SharedInput;
 pub use batch::Batch;
+use batch::BatchRules;
 use budget::Budget;
 pub use budget::bytes_alone;
 pub use error::SessionError;
-use exchange::Inbox;
-use host::Fetched;
-use load::FeedPort;
+use error::stopped;
+use host_io::HostIo;
 use metrics::{Metrics, MetricsSource, StepMetrics};
-use numerics::OnNonFinite;
 use observer::Observer;
 pub use options::{Outputs, SessionOptions, Threads};
-use ports::HostPorts;
 pub use report::StepReport;
 pub use shardflow_kernels::error::THREADS_HINT;
+use update_guard::UpdateGuard;
 
 /// A running plan, or this process's part of it. Dropping the session shuts it down.
 pub struct Session {
@@ -82,46 +73,36 @@ pub struct Session {
     world: Option<Arc<World>>,
     /// The job's name, if it has one, and how many times it was restarted, as far as this process knows.
     job: (Option<String>, u64),
-    feeds: Vec<FeedPort>,
-    /// External actions that get no tensors from the host: actor, action and firings per step.
-    external_actions: Vec<(ActorId, u32, u32)>,
-    fetched: Receiver<Stamped<Fetched>>,
-    /// Ports of host data between processes; equal on all processes.
-    ports: Arc<HostPorts>,
-    inbox: Mutex<Inbox>,
+    host_io: HostIo,
     /// The failure of the session, if it failed. Device memory is then invalid and may still change.
     failed: Option<Failure>,
-    /// Inputs that hold token ids, with the size of the vocabulary.
-    vocabularies: BTreeMap<String, usize>,
-    /// Inputs that several processes feed; the same list on all processes.
-    shared_inputs: Vec<SharedInput>,
-    /// The part of a micro-batch that a local batch holds, by input name.
-    local_parts: BTreeMap<String, Region>,
-    /// How the processes combine the numbers of a step.
-    step_rules: Arc<[MergeRule]>,
+    batch_rules: BatchRules,
+    progress: Progress,
+    guard: UpdateGuard,
     declared: Declarations,
     ignoring: Vec<String>,
-    steps: u64,
-    /// Number of updates applied, for the optimizer's bias correction. A skipped step applies no update.
-    updates: u64,
-    /// Checkpoints after the restored one, up to this step, are damaged. New saves replace them.
-    damaged_up_to: u64,
-    seed: u64,
     requests: Option<Arc<Requests>>,
-    last_step: Duration,
     /// Longest wait for live processes between steps.
     wait_max: Duration,
-    on_non_finite: OnNonFinite,
-    skipped_in_a_row: u32,
-    /// Bounds of parameters and moments; equal on all processes.
-    bounds: Bounds,
     step_metrics: StepMetrics,
     /// `Some` while the actors run.
     observer: Option<Arc<Observer>>,
 }
 
-/// Interval without arrivals after which a waiting process checks whether a sender has left.
-const DEPARTURE_CHECK: Duration = Duration::from_millis(500);
+/// How far the training has come.
+#[derive(Debug, Default)]
+struct Progress {
+    /// Number of steps, including those before a restored checkpoint.
+    steps: u64,
+    /// Number of updates applied, for the optimizer's bias correction. A skipped step applies no update.
+    updates: u64,
+    /// Together with the number of steps, the seed determines the random numbers of a step.
+    seed: u64,
+    /// Checkpoints after the restored one, up to this step, are damaged. New saves replace them.
+    damaged_up_to: u64,
+    /// Duration of the last step.
+    last_step: Duration,
+}
 
 /// How long a shutdown waits for running firings, and then for the other processes.
 const QUIESCE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -137,7 +118,7 @@ impl Session {
         resident: &ResidentTensor,
         part: &HostTensor,
     ) -> Result<(), SessionError> {
-        self.update_bounds(resident.var, part);
+        self.guard.raise_bound(&self.plan.graph.tensor(resident.var).name, part);
         let arena = &self.arenas[&device];
         arena.write_host(resident.offset, part)?;
         if let (Some(offset), Some(values)) = (resident.bf16_offset, part.as_f32()) {
@@ -166,9 +147,9 @@ impl Session {
 
     /// The session's progress and memory use. The call is cheap and pauses no actor.
     pub fn metrics(&self) -> Metrics {
-        let after_end = || self.metrics_source.metrics(&self.plan, self.steps, &[]);
+        let after_end = || self.metrics_source.metrics(&self.plan, self.progress.steps, &[]);
         self.observer.as_ref().map_or_else(after_end, |observer| {
-            observer.set_steps(self.steps);
+            observer.set_steps(self.progress.steps);
             observer.metrics()
         })
     }
@@ -180,77 +161,27 @@ impl Session {
 
     /// Steps done, including those before a restored checkpoint.
     pub fn steps(&self) -> u64 {
-        self.steps
+        self.progress.steps
     }
 
     /// The seed. Loading a checkpoint replaces it by the checkpoint's seed.
     pub fn seed(&self) -> u64 {
-        self.seed
+        self.progress.seed
     }
 
     /// Number of updates, including restored ones. Less than [`Session::steps`] if non-finite steps were skipped.
     pub fn updates(&self) -> u64 {
-        self.updates
-    }
-
-    /// Sends a piece to the processes of its port's route, and adds it to this process's inbox.
-    fn send(&self, inbox: &mut Inbox, piece: HostPiece) {
-        let piece = Arc::new(piece);
-        if let Some(running) = self.running.as_ref().filter(|_| self.process_map.processes > 1) {
-            running.send_host_piece(&piece);
-        }
-        inbox.put(piece);
+        self.progress.updates
     }
 
     /// Waits for these pieces, and sends this process's fetches meanwhile. If a piece is late, the session fails.
     fn receive(&self, wanted: &[(u32, usize)], limit: Option<Duration>) -> Result<(), Failure> {
-        let received = self.receive_within(wanted, limit);
-        if let (Err(failure @ Failure::Peer { .. }), Some(running)) = (&received, &self.running) {
+        let running = self.running()?;
+        let received = self.host_io.receive(running, self.world.as_deref(), wanted, limit);
+        if let Err(failure @ Failure::Peer { .. }) = &received {
             running.control().fail(failure.clone());
         }
         received
-    }
-
-    /// Like [`Session::receive`], but does not fail the session.
-    fn receive_within(&self, wanted: &[(u32, usize)], limit: Option<Duration>) -> Result<(), Failure> {
-        let timeout = limit.map_or_else(never, after);
-        let running = self.running()?;
-        // A closed channel means that the session has failed. The result is its first failure.
-        let ended = || running.control().first_failure().unwrap_or_else(stopped);
-        let mut inbox = self.inbox.lock();
-        let peers = inbox.peers.clone();
-        loop {
-            let missing = inbox.missing_senders(wanted);
-            let Some(sender) = missing.first().copied() else { break };
-            running.host_waits_for((sender != self.process_map.process).then_some(sender));
-            // Pieces travel along the control tree and arrive in order.
-            let hop = |process: u32| self.world.as_ref().map_or(process, |world| world.hop(process));
-            if let Some(process) = missing.iter().copied().map(hop).find(|hop| inbox.ended.contains(hop)) {
-                return Err(Failure::Peer { process, cause: PeerError::Ended });
-            }
-            select! {
-                recv(self.fetched) -> message => {
-                    let Fetched { device, segment, tensors } = message.map_err(|_| ended())?.open();
-                    let Some((port, _)) = self.ports.fetch(device, segment) else { continue };
-                    self.send(&mut inbox, HostPiece { port, tensors });
-                },
-                recv(peers) -> message => inbox.receive(message.map_err(|_| ended())?),
-                recv(running.failures()) -> failure => return Err(failure.unwrap_or_else(|_| ended())),
-                recv(timeout) -> _ => {
-                    let seconds = limit.unwrap_or_default().as_secs();
-                    return Err(Failure::Peer { process: sender, cause: PeerError::Late { seconds } });
-                }
-                // Everything that a process sent before it left has arrived by now.
-                default(DEPARTURE_CHECK) => {
-                    let has_left = |process: &u32| self.world.as_ref().is_some_and(|world| world.has_left(*process));
-                    if let Some(process) = missing.into_iter().find(has_left) {
-                        return Err(Failure::Peer { process, cause: PeerError::Ended });
-                    }
-                }
-            }
-        }
-        running.host_waits_for(None);
-        Ok(())
     }
 
     /// Sends to each peer the parameters that the peer reads and this process has written. All processes call it.
@@ -312,11 +243,6 @@ impl Session {
         finished?;
         Ok(ended.map(drop)?)
     }
-}
-
-/// The failure of a session whose actors have stopped without a cause.
-fn stopped() -> Failure {
-    Failure::Stalled { idle_ms: 0, cause: "the session has ended".into(), process: None, report: String::new() }
 }
 
 impl Drop for Session {

@@ -2,18 +2,18 @@
 
 use std::sync::Arc;
 
+use crossbeam_channel::Sender;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use shardflow_kernels::clock::Stamped;
 use shardflow_kernels::error::KernelError;
-use shardflow_kernels::memory::Base;
 use shardflow_kernels::stream::{Notification, Notify, Submission};
 
 use crate::bus::{Cast, Mail};
 use crate::error::{Failure, PeerError};
-use crate::loaded::{ActionProgram, BaseRef, Memory};
+use crate::loaded::{ActionProgram, BaseRef, FiringEnd, Memory};
 use crate::protocol::{Effect, Protocol, ProtocolError, ProtocolEvent};
 use crate::snapshot::{ActorSnapshot, NotFinite};
-use crate::spec::{ActorId, RegisterId};
+use crate::spec::{ActionRef, ActorId, RegisterId};
 use crate::supervisor::Session;
 use crate::trace::{Cause, FiringRecord, Idle};
 
@@ -113,19 +113,18 @@ impl Shard {
     fn launch(&mut self, action: u32, firing: u64) -> Result<(), Failure> {
         let spec = self.session.spec.action(self.me, action);
         let program = &self.programs[action as usize];
-        let slot = |register: RegisterId, slot: u32| {
-            let memory = &self.memory[&register];
-            Base { arena: memory.base.arena.clone(), offset: memory.offset(slot) }
-        };
+        let slot = |register: RegisterId, slot: u32| self.memory[&register].slot(slot);
         let base = |base: &BaseRef| match *base {
             BaseRef::Fixed(ref base) => base.clone(),
             BaseRef::Input(port) => slot(spec.inputs[port].register, self.protocol.input_slot(action, port, firing)),
             BaseRef::Output(port) => slot(spec.outputs[port].register, self.protocol.output_slot(action, port, firing)),
+            BaseRef::Ring { ref memory, slots } => memory.slot((firing % u64::from(slots)) as u32),
         };
         let bases = program.bases.iter().map(base).collect();
         let repeat = (0..spec.outputs.len()).any(|port| self.protocol.repeats(action, port, firing));
         self.session.steps.launch(self.me, action);
-        let notify = notify(self.session.clone(), self.me, action, firing);
+        let end = FiringEnd { at: ActionRef { actor: self.me, action }, firing };
+        let notify = notify(self.session.clone(), end, program.ends.clone());
         let submission = Submission { program: program.program.clone(), bases, repeat, notify };
         self.session.streams[&self.me].submit(submission).map_err(|cause| self.kernel_failure(cause))
     }
@@ -164,9 +163,12 @@ impl Shard {
     }
 }
 
-/// Returns a callback that turns stream notifications into casts. It runs on the stream's thread and does not block.
-fn notify(session: Arc<Session>, me: ActorId, action: u32, firing: u64) -> Notify {
+/// Returns a callback that turns stream notifications into casts, and reports the end of the firing to the host. It runs
+/// on the stream's thread and does not block.
+fn notify(session: Arc<Session>, end: FiringEnd, ends: Option<Sender<Stamped<FiringEnd>>>) -> Notify {
+    let FiringEnd { at: ActionRef { actor: me, action }, firing } = end;
     Box::new(move |notification| {
+        let report = ends.as_ref().filter(|_| notification == Notification::Done);
         let cast = match notification {
             Notification::Signal(output) => Cast::Event(ProtocolEvent::Signal { action, output }),
             Notification::NotFinite { launch, write, elements } => {
@@ -177,6 +179,10 @@ fn notify(session: Arc<Session>, me: ActorId, action: u32, firing: u64) -> Notif
             Notification::Failed(cause) => Cast::Failed(cause),
         };
         session.bus.send(me, cast);
+        if let Some(ends) = report {
+            // A host that has ended needs no results.
+            let _ = ends.send(Stamped::new(end));
+        }
     })
 }
 

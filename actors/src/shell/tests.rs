@@ -90,7 +90,7 @@ pub(super) fn launch(op: Op, reads: Vec<Buffer>, writes: Vec<Buffer>, accumulate
 fn program(op: Op) -> ActionProgram {
     let launches = vec![launch(op, vec![], vec![], false)];
     let program = Program { name: "work".into(), launches, signals: vec![] };
-    ActionProgram { program: Arc::new(program), bases: vec![] }
+    ActionProgram { program: Arc::new(program), bases: vec![], ends: None }
 }
 
 pub(super) fn launch_first(loaded: &mut LoadedPlan, at: ActionRef, op: Op) {
@@ -175,7 +175,7 @@ fn mix_program(spec: &Spec, a: usize, x: usize, history: Base) -> ActionProgram 
     let op = Op::Custom(Arc::new(Mix { seed: seed(a, x, 99), keep: true }));
     let inputs = (0..action.inputs.len()).map(cell).collect();
     program.launches.push(launch(op, inputs, vec![cell(own)], false));
-    ActionProgram { program: Arc::new(program), bases }
+    ActionProgram { program: Arc::new(program), bases, ends: None }
 }
 
 pub(super) fn add_steps(running: &RunningSession, spec: &Spec, steps: u32) {
@@ -332,7 +332,7 @@ fn collective(kinds: [CollectiveKind; 2]) -> LoadedPlan {
         let launches = vec![collective_launch(&group, member, kind, 0)];
         let program = Arc::new(Program { name: "reduce".into(), launches, signals: vec![] });
         let bases = vec![BaseRef::Fixed(Base { arena: histories[member].clone(), offset: 0 })];
-        *programs(&mut loaded, member as u32) = vec![ActionProgram { program, bases }];
+        *programs(&mut loaded, member as u32) = vec![ActionProgram { program, bases, ends: None }];
     }
     loaded
 }
@@ -471,12 +471,16 @@ fn an_early_firing_does_not_hide_a_late_one() {
 #[test]
 fn mismatched_parts_are_rejected() {
     type Change = fn(&mut LoadedPlan);
-    let changes: [(&str, Change); 4] = [
+    let changes: [(&str, Change); 5] = [
         ("processes that host the actor: expected 1, got 0", |l| drop(l.hosted.pop_last())),
         ("tags of the program's signals: expected the early outputs [0, 1], got []", |l| {
             programs(l, 0)[1].program = Arc::default();
         }),
         ("input port of a base", |l| programs(l, 0)[0].bases.push(BaseRef::Input(7))),
+        ("slots of a ring: expected 1 or more, got 0", |l| {
+            let memory = l.memory[&RegisterId(0)].clone();
+            programs(l, 0)[0].bases.push(BaseRef::Ring { memory, slots: 0 });
+        }),
         ("end of the slots", |l| l.memory.get_mut(&RegisterId(0)).unwrap().base.offset = 1 << 20),
     ];
     for (text, change) in changes {
@@ -485,6 +489,31 @@ fn mismatched_parts_are_rejected() {
         let error = start(loaded, WatchdogOptions::default()).unwrap_err().to_string();
         assert!(error.contains(text), "{error}");
     }
+}
+
+/// Each firing of an action computes `slot = mix(slot, value(1, []))` in the slot of its ring.
+#[test]
+fn firings_use_the_slots_of_a_ring_in_turn_and_report_their_ends() {
+    const SLOTS: u32 = 3;
+    let mut loaded = chain(vec![idle()]);
+    let arena = Device::cpu(0, 1, Arc::new(InProcess::new())).arena(4 * SLOTS as usize).unwrap();
+    let (ends, ended) = crossbeam_channel::unbounded();
+    let launches = vec![launch(Op::Custom(Arc::new(Mix { seed: 1, keep: true })), vec![], vec![cell(0)], false)];
+    let program = Arc::new(Program { name: "work".into(), launches, signals: vec![] });
+    let memory = RegisterMemory { base: Base { arena: arena.clone(), offset: 0 }, stride: 4 };
+    let bases = vec![BaseRef::Ring { memory, slots: SLOTS }];
+    *programs(&mut loaded, 0) = vec![ActionProgram { program, bases, ends: Some(ends) }];
+    let running = started(loaded);
+    let at = ActionRef { actor: ActorId(0), action: 0 };
+    let mut expected = [0; SLOTS as usize];
+    for firing in 0..2 * u64::from(SLOTS) + 1 {
+        running.add_tokens(at.actor, at.action, 1).unwrap();
+        assert_eq!(ended.recv_timeout(TIMEOUT).unwrap().open(), FiringEnd { at, firing });
+        let slot = &mut expected[firing as usize % SLOTS as usize];
+        *slot = mix(*slot, value(1, &[]));
+        assert_eq!(arena.read_host(0, &[SLOTS as usize], DType::I32).unwrap().as_i32(), Some(&expected[..]));
+    }
+    running.shutdown().unwrap();
 }
 
 #[test]

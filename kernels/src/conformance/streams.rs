@@ -73,7 +73,7 @@ fn fill(value: f32, buffer: Buffer) -> Launch {
 type Check = fn(&Device) -> Outcome;
 
 pub(super) fn run(report: &mut Report, device: &Device) {
-    let checks: [(&str, Check); 8] = [
+    let checks: [(&str, Check); 9] = [
         ("stream order", order),
         ("events", events),
         ("signals", signals),
@@ -82,6 +82,7 @@ pub(super) fn run(report: &mut Report, device: &Device) {
         ("invalid buffers", invalid_buffers),
         ("custom kernels", custom),
         ("memory", memory),
+        ("staging memory", staging),
     ];
     for (check, f) in checks {
         if let Err(what) = f(device) {
@@ -268,4 +269,33 @@ fn memory(device: &Device) -> Outcome {
     drop(stream);
     ensure(device.bytes_allocated() == bytes_before, "an arena was not freed after its last use")?;
     ensure(device.arena(usize::MAX / 2).is_err(), "an allocation of excessive size succeeded")
+}
+
+/// Tests copies of regions of host tensors to the device and back, through staging memory. The copies check no values.
+fn staging(device: &Device) -> Outcome {
+    let (stream, arena) = make(device, 256)?;
+    let staging = device.staging(256)?;
+    stream.check_finite(true)?;
+    let values: Vec<f32> = (0..12).map(|index| if index == 5 { f32::INFINITY } else { index as f32 }).collect();
+    let integers = HostTensor::i32(&[3, 4], (0..12).collect());
+    let region = Region { start: vec![1, 1], size: vec![2, 3] };
+    for tensor in [HostTensor::f32(&[3, 4], values.clone()), integers, HostTensor::bf16(&[3, 4], &values)] {
+        let dtype = tensor.dtype();
+        let buffer = |base, offset| Buffer { base, offset, shape: region.size.clone(), dtype };
+        staging.write_region(64, &tensor, &region)?;
+        let feed = launch(Op::Copy, &[buffer(1, 64)], &[buffer(0, 128)]);
+        let fetch = launch(Op::Copy, &[buffer(0, 128)], &[buffer(1, 192)]);
+        run_program(&stream, vec![feed, fetch], &[&arena, &staging], false)?;
+        let got = staging.read_host(192, &region.size, dtype)?;
+        let bytes: Vec<u8> = region
+            .runs(&tensor.shape)
+            .into_iter()
+            .flat_map(|run| tensor.as_bytes()[run.start * dtype.bytes()..run.end * dtype.bytes()].to_vec())
+            .collect();
+        ensure(got.as_bytes() == bytes, &format!("{dtype:?}: expected {bytes:?}, got {got:?}"))?;
+        let outside = Region { start: vec![2, 1], ..region.clone() };
+        ensure(staging.write_region(0, &tensor, &outside).is_err(), "a region outside of its tensor was accepted")?;
+        ensure(staging.write_region(248, &tensor, &region).is_err(), "a write outside of the arena was accepted")?;
+    }
+    Ok(())
 }

@@ -3,7 +3,7 @@
 //! issuer stops before the first step that would block and returns the rest of the submission.
 //!
 //! - ISSUE-1: the memory that a step uses is in bounds (checked by `bound`) and on the stream's own GPU (checked here).
-//!   Only a region copy may read from another GPU. A submission keeps its arenas until its final notification.
+//!   Only a region copy may read from another GPU, and only a plain copy may use pinned memory. A submission keeps its arenas until its final notification.
 //! - ISSUE-2: issuing a prepared program loads, compiles and allocates nothing. The driver may delay loads and
 //!   allocations until the GPU's queues are empty. A collective in these queues may wait for the calling thread.
 
@@ -372,6 +372,11 @@ impl Issuer {
         {
             return self.copy_from_peer(launch, read, &bound.writes[0], [src, dst]).map(|()| None);
         }
+        if let (Op::Copy, [read], [write]) = (&launch.op, &bound.reads[..], &bound.writes[..])
+            && (read.arena().is_pinned() || write.arena().is_pinned())
+        {
+            return self.copy_staged(launch, read, write).map(|()| None);
+        }
         bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
         match &launch.op {
             Op::Collective(call) => self.issue_collective(call, &bound),
@@ -420,6 +425,22 @@ impl Issuer {
         let from = StridedRegion::new(device_address(read)?, read.shape(), src.clone());
         let to = StridedRegion::new(device_address(write)?, write.shape(), dst.clone());
         copy_region_from(&self.stream, &source, &from, &to, read.dtype())
+    }
+
+    /// Copies from or to pinned memory of the host. The host does not access the memory during the submission
+    /// (PINNED-1).
+    fn copy_staged(&self, launch: &Launch, read: &View<'_>, write: &View<'_>) -> Result<()> {
+        launch.check_buffers(false)?;
+        if launch.accumulate {
+            return Err(launch.refused("accumulate", "a copy between host and GPU, which overwrites", "true"));
+        }
+        self.stream.issue_test_delay()?;
+        if read.arena().is_pinned() {
+            self.check_on_this_gpu(launch.op.name(), write)?;
+            return self.stream.copy_in(device_address(write)?, read.start(), read.bytes());
+        }
+        self.check_on_this_gpu(launch.op.name(), read)?;
+        self.stream.copy_out(write.start(), device_address(read)?, read.bytes())
     }
 
     fn issue_step(&mut self, step: &PreparedStep, bound: &Bound<'_>, index: usize) -> Result<()> {

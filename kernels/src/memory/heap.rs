@@ -8,6 +8,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::clock::ReleaseClocks;
+
 /// The start of every arena is a multiple of this many bytes.
 pub const ALIGNMENT: usize = 64;
 
@@ -42,7 +44,7 @@ pub(super) struct HostMemory {
 #[derive(Debug)]
 enum Owner {
     Heap(Arc<Tally>),
-    Backend { _memory: Box<dyn Any + Send + Sync> },
+    Backend { _memory: Box<dyn Any + Send + Sync>, releases: ReleaseClocks },
 }
 
 // SAFETY: the memory has one owner, and any thread may free it; MEM-3 governs concurrent access.
@@ -61,13 +63,26 @@ impl HostMemory {
     }
 
     pub(super) fn of_backend(start: NonNull<u8>, bytes: usize, owner: Box<dyn Any + Send + Sync>) -> Self {
-        Self { start, bytes, owner: Owner::Backend { _memory: owner } }
+        Self { start, bytes, owner: Owner::Backend { _memory: owner, releases: ReleaseClocks::default() } }
+    }
+
+    pub(super) fn is_pinned(&self) -> bool {
+        matches!(self.owner, Owner::Backend { .. })
+    }
+
+    pub(super) fn mark_released(&self) {
+        if let Owner::Backend { releases, .. } = &self.owner {
+            releases.add();
+        }
     }
 }
 
 impl Drop for HostMemory {
     fn drop(&mut self) {
-        let Owner::Heap(tally) = &self.owner else { return };
+        let tally = match &self.owner {
+            Owner::Heap(tally) => tally,
+            Owner::Backend { releases, .. } => return releases.join(),
+        };
         if let (Ok(layout), true) = (Layout::from_size_align(self.bytes, ALIGNMENT), self.bytes > 0) {
             // SAFETY: `allocate` allocated the memory with the same layout; it is freed only once.
             unsafe { dealloc(self.start.as_ptr(), layout) };

@@ -246,9 +246,9 @@ fn explain_shows_a_plan_on_one_device() {
             norm: 1 a step, 4 launches, reads 1 register, writes 1
             update: 1 a step, 4 launches, reads 2 registers, writes 2
           device 0 copy, by credit
-            feed (micro-batch): 1 a step, 1 launch, reads 0 registers, writes 1
+            feed (micro-batch): 1 a step, 2 launches, reads 0 registers, writes 1
             decide: 1 a step, 1 launch, reads 0 registers, writes 1
-            fetch (step): 1 a step, 1 launch, reads 2 registers, writes 0
+            fetch (step): 1 a step, 2 launches, reads 2 registers, writes 0
 
         registers (slots x bytes)
           device 0 feed (micro-batch)/ids (+1): 1 x 256 -> device 0 compute forward, device 0 compute backward
@@ -261,7 +261,7 @@ fn explain_shows_a_plan_on_one_device() {
           device 0 decide/hyper: 1 x 64 -> device 0 compute update
 
         memory (bytes)
-          device 0: 10560 = 1408 fixed + 6080 in registers + 3072 scratch
+          device 0: 11008 = 1408 fixed + 6080 in registers + 3072 scratch + 448 in staging
     "#]]
     .assert_eq(&explain("data=1", &CompileOptions::default(), classifier));
 }
@@ -304,9 +304,9 @@ fn explain_shows_a_data_and_tensor_parallel_plan() {
             all-reduce bucket 0: 1 a step, 1 launch, reads 1 register, writes 2
             all-reduce bucket 1: 1 a step, 1 launch, reads 1 register, writes 2
           device 0 copy, by credit
-            feed (micro-batch): 2 a step, 1 launch, reads 0 registers, writes 1
+            feed (micro-batch): 2 a step, 2 launches, reads 0 registers, writes 1
             decide: 1 a step, 1 launch, reads 0 registers, writes 1
-            fetch (step): 1 a step, 1 launch, reads 2 registers, writes 0
+            fetch (step): 1 a step, 2 launches, reads 2 registers, writes 0
 
         registers (slots x bytes)
           device 0 all-reduce bucket 0/done: 1 x 0 -> device 0 compute norm
@@ -324,8 +324,8 @@ fn explain_shows_a_data_and_tensor_parallel_plan() {
           device 0 decide/hyper: 1 x 64 -> device 0 compute update
 
         memory (bytes)
-          device 0: 4160 = 896 fixed + 2880 in registers + 384 scratch
-          devices [2, 3]: 4160 = 896 fixed + 2880 in registers + 384 scratch"#]].assert_eq(&shown.join("\n"));
+          device 0: 4608 = 896 fixed + 2880 in registers + 384 scratch + 448 in staging
+          devices [2, 3]: 4608 = 896 fixed + 2880 in registers + 384 scratch + 448 in staging"#]].assert_eq(&shown.join("\n"));
 }
 
 fn mesh() -> Mesh {

@@ -17,17 +17,21 @@ pub enum BaseKey {
     Input(usize),
     /// The current slot of an output port.
     Output(usize),
+    /// The firing's slot in the staging memory of an action of the host.
+    Staging,
 }
 
-/// The host's transfer in an action. The session supplies the transfer's kernel.
+/// The host's transfer in an action, whose launches copy between a slot of staging memory and the device.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostPort {
     /// What the host does.
     pub transfer: HostTransfer,
     /// The tensors, in the order of `buffers`.
     pub vars: Vec<Var>,
-    /// The memory of each tensor.
+    /// The staging memory of each tensor.
     pub buffers: Vec<Buffer>,
+    /// Size of a slot of staging memory.
+    pub slot_bytes: usize,
 }
 
 /// The plan of one action.
@@ -62,7 +66,7 @@ pub struct DeviceRegister {
     pub register: usize,
 }
 
-/// An action's launches, registers, scratch and groups.
+/// An action's launches, registers and scratch.
 #[derive(Clone, Debug)]
 pub struct EmittedAction {
     pub plan: ActionPlan,

@@ -12,8 +12,8 @@ use crate::plan::Plan;
 use crate::plan::action::{ActionPlan, BaseKey, DeviceRegister, EmittedAction, HostPort};
 use crate::plan::assign::Storage;
 use crate::plan::groups::collective_axes;
-use crate::plan::memory::{Interval, local_part, local_shape, pack};
-use crate::plan::segments::{Segment, SegmentId, Segments};
+use crate::plan::memory::{Interval, align, local_part, local_shape, pack};
+use crate::plan::segments::{HostTransfer, Segment, SegmentId, Segments};
 use crate::sbp::Sbp;
 
 /// Finds the accumulations to fuse. The value must be made by a kernel of the same action that can add to its output,
@@ -46,6 +46,7 @@ pub fn emit(plan: &Plan, device: usize, segment: SegmentId) -> EmittedAction {
     let mut bases = vec![BaseKey::Fixed, BaseKey::Scratch];
     bases.extend((0..inputs.len()).map(BaseKey::Input));
     bases.extend((0..outputs.len()).map(BaseKey::Output));
+    bases.extend(plan.segments.get(segment).host.map(|_| BaseKey::Staging));
     let mut emitter = Emitter {
         plan,
         device,
@@ -178,7 +179,8 @@ impl Emitter<'_> {
             }
         }
         for write in writes {
-            if let Some(port) = write.base.checked_sub(2 + self.inputs.len()) {
+            let port = write.base.checked_sub(2 + self.inputs.len());
+            if let Some(port) = port.filter(|port| *port < self.outputs.len()) {
                 self.written.insert(port, index + 1);
             }
         }
@@ -214,8 +216,8 @@ impl Emitter<'_> {
             NodeOp::ClipScale { max_norm } => {
                 self.launch_node(node, Op::ClipScale { max_norm: *max_norm }, false);
             }
-            NodeOp::Input => self.add_host_tensors(&node.outputs),
-            NodeOp::Fetch => self.add_host_tensors(&node.inputs),
+            NodeOp::Input => self.emit_host_copies(&node.outputs),
+            NodeOp::Fetch => self.emit_host_copies(&node.inputs),
             NodeOp::Relayout | NodeOp::Parameter { .. } | NodeOp::State | NodeOp::Bf16Copy { .. } => {}
         }
     }
@@ -316,32 +318,38 @@ impl Emitter<'_> {
         self.collective(node, CollectiveKind::AllReduce { op: ReduceOp::Sum }, sum, total);
     }
 
-    fn add_host_tensors(&mut self, vars: &[Var]) {
-        let buffers: Vec<Buffer> = vars.iter().map(|v| self.buffer(*v)).collect();
+    /// Emits a copy of each tensor between the host's staging slot and the device.
+    fn emit_host_copies(&mut self, vars: &[Var]) {
         let Some(transfer) = self.plan.segments.get(self.segment).host else { return };
-        let port = self.host.get_or_insert_with(|| HostPort { transfer, vars: Vec::new(), buffers: Vec::new() });
-        port.vars.extend(vars);
-        port.buffers.extend(buffers);
+        let base = 2 + self.inputs.len() + self.outputs.len();
+        let new = || HostPort { transfer, vars: Vec::new(), buffers: Vec::new(), slot_bytes: 0 };
+        let mut port = self.host.take().unwrap_or_else(new);
+        for var in vars {
+            let own = self.buffer(*var);
+            let staged = Buffer { base, offset: port.slot_bytes, ..own.clone() };
+            port.slot_bytes = align(staged.offset + element_count(&own.shape) * own.dtype.bytes());
+            port.vars.push(*var);
+            port.buffers.push(staged.clone());
+            let (read, write) = if transfer == HostTransfer::Fetch { (own, staged) } else { (staged, own) };
+            self.launch(Op::Copy, vec![read], vec![write], false);
+        }
+        self.host = Some(port);
     }
 
-    /// Assigns offsets to scratch buffers. The host's buffers are included: some hold inputs that no action reads.
+    /// Assigns offsets to scratch buffers.
     fn place_scratch(&mut self) -> usize {
         let (offsets, bytes) = pack(&self.scratch);
-        let launch_buffers = self.launches.iter_mut().flat_map(|launch| {
-            let Launch { reads, writes, workspace, .. } = launch;
-            reads.iter_mut().chain(writes).chain(workspace)
-        });
-        let host_buffers = self.host.iter_mut().flat_map(|host| &mut host.buffers);
-        for buffer in launch_buffers.chain(host_buffers).filter(|buffer| buffer.base == SCRATCH) {
-            buffer.offset = offsets[buffer.offset];
+        for Launch { reads, writes, workspace, .. } in &mut self.launches {
+            let buffers = reads.iter_mut().chain(writes).chain(workspace);
+            buffers.filter(|buffer| buffer.base == SCRATCH).for_each(|buffer| buffer.offset = offsets[buffer.offset]);
         }
         bytes
     }
 
     /// An early signal for each output port that is complete before the last launch, if another stream waits for the
-    /// port.
+    /// port. Actions of the host have none, because a signal would take as long as the copies that follow it.
     fn signals(&self) -> Vec<(usize, u32)> {
-        let Self { plan, written, launches, .. } = self;
+        let Self { plan, written, launches, host, .. } = self;
         let stream = plan.segments.get(self.segment).stream;
         let registers = &plan.class_plan(self.device).storage.registers;
         let has_waiting_stream = |port: usize| {
@@ -349,7 +357,8 @@ impl Emitter<'_> {
             let is_other = |reader: &SegmentId| plan.segments.get(*reader).stream != stream;
             !register.transfers.is_empty() || register.readers.iter().any(is_other)
         };
-        let early = |(port, after): &(&usize, &usize)| **after < launches.len() && has_waiting_stream(**port);
+        let is_last = |after: usize| after == launches.len() || host.is_some();
+        let early = |(port, after): &(&usize, &usize)| !is_last(**after) && has_waiting_stream(**port);
         let mut signals: Vec<(usize, u32)> =
             written.iter().filter(early).map(|(port, after)| (*after, *port as u32)).collect();
         signals.sort_unstable();

@@ -106,7 +106,7 @@ impl Plan {
             writeln!(out, "  {}, {order}", actor.name)?;
             for (action, plan) in actor.actions.iter().zip(plans) {
                 let (inputs, outputs) = (counted(action.inputs.len(), "register"), action.outputs.len());
-                let launches = counted(plan.launches.len() + usize::from(plan.host.is_some()), "launch");
+                let launches = counted(plan.launches.len(), "launch");
                 let times = action.per_step;
                 writeln!(out, "    {}: {times} a step, {launches}, reads {inputs}, writes {outputs}", action.name)?;
             }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use shardflow_actors::spec::StreamKind;
-use shardflow_kernels::collective::Group;
+use shardflow_kernels::collective::{Group, Ranks};
 
 use crate::boxing::step::StepKind;
 use crate::graph::{Graph, Node, NodeOp};
@@ -65,6 +65,14 @@ impl Patterns {
     /// Number of groups. Their ids are below it.
     pub fn count(&self, graph: &Graph) -> u32 {
         self.0.last().map_or(0, |last| last.first_id + group_count(graph, last.placement, &last.axes))
+    }
+
+    /// The ranks of the group with this id.
+    pub fn ranks(&self, graph: &Graph, id: u32) -> Option<Ranks> {
+        let last = self.0.iter().rev().find(|pattern| pattern.first_id <= id)?;
+        let (placement, axes) = (&graph.placements[last.placement], &last.axes);
+        let of_group = |index: &usize| placement.group_number(*index, axes) == id - last.first_id;
+        (0..placement.device_count()).find(of_group).map(|index| placement.group_ranks(index, axes))
     }
 
     /// The groups of a device.

@@ -115,7 +115,7 @@ impl Plan {
         }
         neighbours.extend(known.iter().map(|at| at.device));
         neighbours.retain(|device| !devices.contains(device));
-        let mut builder = Builder::new(&self, numbering, View::Devices { devices: devices.clone(), known });
+        let mut builder = Builder::new(&self, numbering, View::Devices { known });
         let before = neighbours.range(..devices.start).copied();
         before.for_each(|device| builder.add_neighbour(device));
         for device in devices.clone() {
@@ -203,8 +203,7 @@ impl Numbering {
 /// The devices that a specification contains.
 enum View {
     Devices {
-        devices: Range<usize>,
-        /// The registers of these devices, and those that they read on other devices.
+        /// The registers of the instance's devices, and those that these devices read on other devices.
         known: BTreeSet<DeviceRegister>,
     },
     /// One device for each class.
@@ -298,7 +297,7 @@ impl<'a> Builder<'a> {
             let calls = of_stream.iter().any(|id| action(id).plan.collectives().next().is_some());
             self.add_actor((device, stream), &of_stream, specs, calls);
         }
-        let View::Devices { known, .. } = &self.view else { return };
+        let View::Devices { known } = &self.view else { return };
         let start = DeviceRegister { device, register: 0 };
         let known: Vec<DeviceRegister> = known.range(start..).take_while(|at| at.device == device).copied().collect();
         known.into_iter().for_each(|at| self.add_register(at));
@@ -339,7 +338,7 @@ impl<'a> Builder<'a> {
 
     /// True if the instance has the register.
     fn is_known(&self, at: DeviceRegister) -> bool {
-        if let View::Devices { known, .. } = &self.view { known.contains(&at) } else { true }
+        if let View::Devices { known } = &self.view { known.contains(&at) } else { true }
     }
 
     fn locate(&self, device: usize, id: SegmentId) -> ActionRef {
@@ -452,13 +451,7 @@ impl<'a> Builder<'a> {
             let mut groups = BTreeSet::new();
             for members in member_sets {
                 let next = self.firing_groups.len() as u32;
-                let id = *self.firing_groups.entry((segment, members.clone())).or_insert(next);
-                groups.insert(id);
-                if let View::Devices { devices, .. } = &self.view
-                    && members.iter().any(|member| !devices.contains(member))
-                {
-                    self.parts.spec.groups.entry(id).or_insert_with(|| call.group.clone());
-                }
+                groups.insert(*self.firing_groups.entry((segment, members.clone())).or_insert(next));
                 let next = self.communicators.len() as u32;
                 communicators.insert(match self.view {
                     View::Devices { .. } => call.group.id,

@@ -6,12 +6,12 @@ use shardflow_actors::label::Role;
 use shardflow_kernels::device::DeviceKind;
 
 use crate::graph::{Graph, Node, NodeOp, Rate, Var};
-use crate::plan::action::EmittedAction;
+use crate::plan::action::{ActionPlan, EmittedAction, HostPort};
 use crate::plan::assign::assign;
 use crate::plan::classes::classify;
 use crate::plan::emit::{emit, fuse_accumulation};
 use crate::plan::groups::Patterns;
-use crate::plan::memory::{align, lay_out, residents};
+use crate::plan::memory::{StagingPlace, align, lay_out, residents};
 use crate::plan::schedule::Schedule;
 use crate::plan::schedule::list::{Entry, StepPlan};
 use crate::plan::schedule::work::{WorkGraph, work_graph};
@@ -82,7 +82,7 @@ fn schedule_step(plan: &mut Plan, work: &WorkGraph, saves_memory: bool) {
     plan.set_threads(plan.threads_per_device);
 }
 
-/// Emits the actions of each class's representative, and places their scratch after the registers.
+/// Emits the actions of each class's representative. Places their scratch after the registers, and their staging slots.
 fn emit_classes(plan: &mut Plan) {
     for class in plan.classes.ids() {
         let device = plan.classes.representative(class);
@@ -95,6 +95,13 @@ fn emit_classes(plan: &mut Plan) {
             memory.scratch.insert(stream, (memory.arena_bytes, bytes));
             memory.arena_bytes += align(bytes);
         }
+        let memory = &mut own.arena.memory;
+        for ActionPlan { segment, host, .. } in actions.iter().map(|action| &action.plan) {
+            let Some(&HostPort { slot_bytes: stride, .. }) = host.as_ref() else { continue };
+            let slots = plan.segments.get(*segment).rate.per_step(plan.micro_batches);
+            memory.staging.insert(*segment, StagingPlace { offset: memory.staging_end(), stride, slots });
+        }
+        memory.staging_bytes = if plan.device == DeviceKind::Cpu { memory.staging_end() } else { 0 };
         own.actions = actions;
     }
 }

@@ -8,6 +8,7 @@ use shardflow_kernels::tensor::{DType, Region, element_count};
 
 use crate::graph::{Graph, Node, NodeOp, Var};
 use crate::plan::assign::{ClassStorage, Storage};
+use crate::plan::segments::SegmentId;
 use crate::plan::slots::Slots;
 use crate::sbp::local_region;
 
@@ -37,6 +38,19 @@ pub struct ResidentTensor {
     pub bf16_offset: Option<usize>,
 }
 
+/// The staging memory of an action of the host: host memory between the host's tensors and the device. The n-th firing
+/// of the action uses slot `n mod slots`. There is a slot for each firing of a step: at the end of a step all devices
+/// are idle and the host has read all results, so no slot is in use when the next step begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StagingPlace {
+    /// Offset of slot 0 in the device's staging memory, in bytes.
+    pub offset: usize,
+    /// Bytes from one slot to the next.
+    pub stride: usize,
+    /// Number of slots.
+    pub slots: usize,
+}
+
 /// One device's memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceMemory {
@@ -48,6 +62,10 @@ pub struct DeviceMemory {
     pub scratch: BTreeMap<StreamKind, (usize, usize)>,
     /// Bytes of the whole arena: fixed tensors, registers and scratch.
     pub arena_bytes: usize,
+    /// The staging memory of each action of the host, by segment. It is not part of the arena.
+    pub staging: BTreeMap<SegmentId, StagingPlace>,
+    /// Bytes of staging memory that count as memory of the device: 0 for a GPU.
+    pub staging_bytes: usize,
     /// Bytes that the device's streams allocate outside the arena. On CPUs, this is scratch of kernel threads and f32
     /// copies of bf16 tensors. It depends on the process's number of threads, so it is not part of the plan's hash.
     pub stream_bytes: usize,
@@ -59,15 +77,21 @@ pub struct DeviceMemory {
 impl DeviceMemory {
     /// The planned peak of device memory in bytes, without the memory of the driver and libraries, such as contexts.
     pub fn total_bytes(&self) -> usize {
-        self.arena_bytes + self.stream_bytes + self.mirror_bytes
+        self.arena_bytes + self.staging_bytes + self.stream_bytes + self.mirror_bytes
     }
 
-    /// Name and bytes of each part of the total, for display. The parts of streams and mirrors are omitted if zero.
+    /// Bytes of all staging memory. For a GPU, it is pinned memory of the host.
+    pub fn staging_end(&self) -> usize {
+        self.staging.values().map(|place| place.offset + place.stride * place.slots).max().unwrap_or(0)
+    }
+
+    /// Name and bytes of each part of the total, for display. Parts outside the arena are omitted if zero.
     pub fn parts(&self) -> Vec<(&'static str, usize)> {
         let scratch = self.scratch.values().map(|s| s.1).sum();
         let mut parts = vec![("fixed", self.fixed_bytes), ("in registers", self.register_bytes), ("scratch", scratch)];
-        let optional = [("of streams", self.stream_bytes), ("in mirrors", self.mirror_bytes)];
-        parts.extend(optional.into_iter().filter(|(_, bytes)| *bytes > 0));
+        let outside =
+            [("in staging", self.staging_bytes), ("of streams", self.stream_bytes), ("in mirrors", self.mirror_bytes)];
+        parts.extend(outside.into_iter().filter(|(_, bytes)| *bytes > 0));
         parts
     }
 

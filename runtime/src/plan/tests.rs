@@ -6,8 +6,9 @@ use expect_test::expect;
 use shardflow_actors::simulate::{Jitter, SimulatedRun, SimulationOptions, Timing, simulate};
 use shardflow_actors::spec::{ActionSpec, Firing, Spec, StreamKind};
 use shardflow_kernels::collective::{CollectiveKind, ReduceOp};
+use shardflow_kernels::memory::ALIGNMENT;
 use shardflow_kernels::op::Op;
-use shardflow_kernels::tensor::DType;
+use shardflow_kernels::tensor::{DType, element_count};
 
 use super::action::DeviceRegister;
 use super::assign::RegisterPlan;
@@ -68,6 +69,40 @@ fn plans_for_many_meshes_are_valid_and_deterministic() {
         let (plan, again) = (plan.instance(), again.instance());
         assert!(plan.spec == again.spec && plan.memories().eq(again.memories()), "mesh {mesh}");
         assert_eq!(format!("{:?}", plan.actions), format!("{:?}", again.actions), "mesh {mesh}");
+    }
+}
+
+/// Each firing of a step has its own slot, and no two tensors or slots of a device overlap.
+#[test]
+fn staging_slots_hold_all_tensors_of_a_step_apart() {
+    for mesh in ["data=1", "data=3", "stage=2,tensor=2", "data=3,stage=4"] {
+        for micro_batches in [1, 4] {
+            let plan = gpt(mesh, micro_batches, Schedule::OneFOneB).instance();
+            let mut used: Vec<Vec<(usize, usize)>> = vec![Vec::new(); plan.device_count()];
+            for (actor, actions) in plan.spec.actors.values().zip(plan.actions.values()) {
+                let memory = plan.memory(actor.device);
+                for (spec, action) in actor.actions.iter().zip(actions) {
+                    let place = memory.staging.get(&action.segment);
+                    assert_eq!(place.is_some(), action.host.is_some(), "{mesh}: {}", action.name);
+                    let (Some(place), Some(host)) = (place, &action.host) else { continue };
+                    assert_eq!(place.slots, spec.per_step as usize, "{mesh}: {}", action.name);
+                    for (slot, buffer) in (0..place.slots).flat_map(|slot| host.buffers.iter().map(move |b| (slot, b)))
+                    {
+                        let bytes = element_count(&buffer.shape) * buffer.dtype.bytes();
+                        assert!(buffer.offset + bytes <= place.stride, "{mesh}: {}", action.name);
+                        let start = place.offset + slot * place.stride + buffer.offset;
+                        assert_eq!(start % ALIGNMENT, 0, "{mesh}: {}", action.name);
+                        used[actor.device].push((start, start + bytes));
+                    }
+                }
+            }
+            for (used, memory) in used.iter_mut().zip(plan.memories()) {
+                used.sort_unstable();
+                assert!(used.windows(2).all(|pair| pair[0].1 <= pair[1].0), "{mesh}: {used:?}");
+                assert!(used.last().is_none_or(|last| last.1 <= memory.staging_end()), "{mesh}: {used:?}");
+                assert_eq!(memory.staging_bytes, memory.staging_end(), "staging memory of CPUs counts");
+            }
+        }
     }
 }
 

@@ -176,6 +176,7 @@ fn check_action_bounds(plan: &Plan, device: usize, action: &EmittedAction) -> Re
             plan.class_plan(device).arena.registers[register].stride
         }
         BaseKey::Output(port) => own.registers[action.outputs[port]].stride,
+        BaseKey::Staging => own.memory.staging.get(&action.plan.segment).map_or(0, |place| place.stride),
     };
     for (position, launch) in action.plan.launches.iter().enumerate() {
         let Launch { op, reads, writes, workspace, .. } = launch;

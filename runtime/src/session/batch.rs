@@ -1,13 +1,21 @@
-//! The tensors of a step: the whole batch, or this data rank's part of it.
+//! The tensors of a step: the whole batch, or this data rank's part of it; what they must satisfy, and each device's part.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use shardflow_kernels::tensor::{HostTensor, Region};
+use shardflow_job::membership::MergeRule;
+use shardflow_kernels::tensor::{HostTensor, Region, element_count};
 
-use crate::graph::builder::RNG_INPUT;
-use crate::graph::{Graph, Var};
+use super::agreement::{SharedInput, digest, rules_of_step};
+use super::error::SessionError;
+use super::tokens::{check_ids, vocabularies};
+use crate::graph::builder::{HYPER_INPUT, RNG_INPUT};
+use crate::graph::{Graph, Node, NodeOp, TensorInfo, Var};
 use crate::plan::Plan;
+use crate::plan::instance::Instance;
 use crate::process_map::ProcessMap;
+use crate::sbp::region::{concat, slice_region};
 use crate::sbp::{NdSbp, Sbp, local_region};
 
 /// The mesh axis along which ranks have their own samples.
@@ -24,42 +32,153 @@ pub enum Batch<'a> {
     Local(&'a [(&'a str, HostTensor)]),
 }
 
-impl<'a> From<&'a [(&'a str, HostTensor)]> for Batch<'a> {
-    fn from(inputs: &'a [(&'a str, HostTensor)]) -> Self {
-        Self::Whole(inputs)
+impl<'a, T: AsRef<[(&'a str, HostTensor)]> + ?Sized> From<&'a T> for Batch<'a> {
+    fn from(inputs: &'a T) -> Self {
+        Self::Whole(inputs.as_ref())
     }
 }
 
-impl<'a, const N: usize> From<&'a [(&'a str, HostTensor); N]> for Batch<'a> {
-    fn from(inputs: &'a [(&'a str, HostTensor); N]) -> Self {
-        Self::Whole(inputs)
-    }
+/// The tensors of a valid batch by name.
+pub(super) struct Inputs<'a> {
+    tensors: BTreeMap<&'a str, &'a HostTensor>,
+    is_local: bool,
 }
 
-impl<'a> From<&'a Vec<(&'a str, HostTensor)>> for Batch<'a> {
-    fn from(inputs: &'a Vec<(&'a str, HostTensor)>) -> Self {
-        Self::Whole(inputs)
-    }
+/// A part of an input: a region of a tensor.
+pub(super) type Part<'a> = (Cow<'a, HostTensor>, Region);
+
+/// What a plan requires of a batch, and which part of the batch each device gets.
+pub(super) struct BatchRules {
+    plan: Arc<Instance>,
+    /// Inputs that hold token ids, with the size of the vocabulary.
+    vocabularies: BTreeMap<String, usize>,
+    /// Inputs that several processes feed; the same list on all processes.
+    pub(super) shared_inputs: Vec<SharedInput>,
+    /// The part of a micro-batch that a local batch holds, by input name.
+    local_parts: BTreeMap<String, Region>,
+    /// How the processes combine the numbers of a step, which include digests of the shared inputs.
+    pub(super) agreement: Arc<[MergeRule]>,
 }
 
-impl<'a> Batch<'a> {
-    pub(super) fn tensors(self) -> &'a [(&'a str, HostTensor)] {
-        match self {
-            Self::Whole(inputs) | Self::Local(inputs) => inputs,
+impl BatchRules {
+    pub(super) fn new(plan: &Arc<Instance>, process_map: &ProcessMap, shared_inputs: Vec<SharedInput>) -> Self {
+        Self {
+            plan: plan.clone(),
+            vocabularies: vocabularies(&plan.graph),
+            local_parts: local_parts(plan, process_map),
+            agreement: rules_of_step(plan, &shared_inputs),
+            shared_inputs,
         }
     }
-}
 
-/// A step's tensors by name.
-pub(super) struct Inputs<'a> {
-    pub(super) tensors: BTreeMap<&'a str, &'a HostTensor>,
-    pub(super) is_local: bool,
-}
+    /// Checks the tensors of a step.
+    ///
+    /// # Errors
+    /// [`SessionError::Input`]: a missing or unknown input, a wrong shape or type, or a token outside the vocabulary.
+    pub(super) fn check<'a>(&self, batch: Batch<'a>) -> Result<Inputs<'a>, SessionError> {
+        let (graph, is_local) = (&self.plan.graph, matches!(batch, Batch::Local(_)));
+        let (Batch::Whole(inputs) | Batch::Local(inputs)) = batch;
+        let is_fed = |n: &&Node| matches!(n.op, NodeOp::Input) && n.name != RNG_INPUT && n.name != HYPER_INPUT;
+        let inputs_of_graph = graph.nodes().iter().filter(is_fed);
+        let expected: BTreeMap<&str, Var> = inputs_of_graph.map(|n| (n.name.as_str(), n.outputs[0])).collect();
+        let wrong =
+            |name: &str, expected: String, got: String| SessionError::Input { name: name.into(), expected, got };
+        let mut tensors = BTreeMap::new();
+        for (name, tensor) in inputs {
+            if tensors.insert(*name, tensor).is_some() {
+                return Err(wrong(name, "one tensor".into(), "two".into()));
+            }
+            let (elements, held) = (element_count(&tensor.shape), tensor.elements_held());
+            if elements != held {
+                return Err(wrong(name, format!("{elements} elements for {:?}", tensor.shape), held.to_string()));
+            }
+            if !expected.contains_key(name) {
+                let known: Vec<&str> = expected.keys().copied().collect();
+                return Err(wrong(name, format!("one of {known:?}"), "an unknown name".into()));
+            }
+        }
+        for (name, var) in expected {
+            let info = graph.tensor(var);
+            let part = self.local_parts.get(name).filter(|_| is_local);
+            let found = tensors.get(name);
+            if is_local && part.is_none() {
+                if found.is_none() {
+                    continue;
+                }
+                return Err(wrong(name, "nothing, as no device of this rank reads it".into(), "a tensor".into()));
+            }
+            let mut shape = part.map_or_else(|| info.shape.clone(), |part| part.size.clone());
+            if let Some(rows) = batch_dim(info).and_then(|dim| shape.get_mut(dim)) {
+                *rows *= self.plan.micro_batches;
+            }
+            let place = part.map_or("", |_| " on this rank, with a local batch");
+            let wanted = format!("{:?} {shape:?}{place}", info.dtype);
+            let Some(tensor) = found.filter(|t| (&t.shape, t.dtype()) == (&shape, info.dtype)) else {
+                let got = found.map_or("nothing".into(), |t| format!("{:?} {:?}", t.dtype(), t.shape));
+                return Err(wrong(name, wanted, got));
+            };
+            self.vocabularies.get(name).map_or(Ok(()), |tokens| check_ids(name, tensor, *tokens))?;
+        }
+        Ok(Inputs { tensors, is_local })
+    }
 
-impl<'a> From<Batch<'a>> for Inputs<'a> {
-    fn from(batch: Batch<'a>) -> Self {
-        let tensors = batch.tensors().iter().map(|(name, tensor)| (*name, tensor)).collect();
-        Self { tensors, is_local: matches!(batch, Batch::Local(_)) }
+    /// A part of an input. `region` is relative to the start of the micro-batch.
+    pub(super) fn part<'a>(&self, var: Var, mut region: Region, micro_batch: usize, inputs: &Inputs<'a>) -> Part<'a> {
+        let (info, name) = (self.plan.graph.tensor(var), self.plan.graph.producer(var).name.as_str());
+        let part = self.local_parts.get(name).filter(|_| inputs.is_local);
+        let held = part.map_or(&info.shape, |part| &part.size);
+        if let Some(part) = part {
+            region.start.iter_mut().zip(&part.start).for_each(|(start, first)| *start -= first);
+        }
+        if let Some(dim) = batch_dim(info).filter(|dim| *dim < info.shape.len()) {
+            region.start[dim] += micro_batch * held[dim];
+        }
+        (Cow::Borrowed(inputs.tensors[name]), region)
+    }
+
+    fn region(&self, var: Var, region: Region, micro_batch: usize, inputs: &Inputs<'_>) -> HostTensor {
+        let (tensor, region) = self.part(var, region, micro_batch, inputs);
+        slice_region(&tensor, &region)
+    }
+
+    /// A digest of each shared input that this process feeds, for the comparison with other processes.
+    pub(super) fn digests(&self, process: u32, inputs: &Inputs<'_>) -> Vec<Vec<u64>> {
+        let digest = |input: &SharedInput| {
+            if input.processes.binary_search(&process).is_err() {
+                return Vec::new();
+            }
+            let mut hasher = blake3::Hasher::new();
+            let firings = self.plan.graph.tensor(input.var).rate.per_step(self.plan.micro_batches);
+            for micro_batch in 0..firings {
+                for region in &input.regions {
+                    hasher.update(self.region(input.var, region.clone(), micro_batch, inputs).as_bytes());
+                }
+            }
+            vec![digest(&hasher)]
+        };
+        self.shared_inputs.iter().map(digest).collect()
+    }
+
+    /// See [`Session::local_batch`](super::Session::local_batch).
+    pub(super) fn local_batch<'a>(
+        &self,
+        whole: &[(&'a str, HostTensor)],
+    ) -> Result<Vec<(&'a str, HostTensor)>, SessionError> {
+        let inputs = self.check(Batch::Whole(whole))?;
+        let nodes = self.plan.graph.nodes().iter().filter(|node| matches!(node.op, NodeOp::Input));
+        let vars: BTreeMap<&str, Var> = nodes.map(|node| (node.name.as_str(), node.outputs[0])).collect();
+        let part = |name: &'a str| {
+            let (region, var) = (self.local_parts.get(name)?, *vars.get(name)?);
+            let dim = batch_dim(self.plan.graph.tensor(var));
+            let micro_batches = if dim.is_some() { self.plan.micro_batches } else { 1 };
+            let parts = (0..micro_batches).map(|index| self.region(var, region.clone(), index, &inputs));
+            let mut parts: Vec<HostTensor> = parts.collect();
+            Some((
+                name,
+                if let (Some(dim), 2..) = (dim, parts.len()) { concat(&parts, dim) } else { parts.swap_remove(0) },
+            ))
+        };
+        Ok(whole.iter().filter_map(|(name, _)| part(name)).collect())
     }
 }
 
@@ -95,6 +214,11 @@ fn hull(a: &Region, b: &Region) -> Region {
     let ends = (0..start.len()).map(|dim| (a.start[dim] + a.size[dim]).max(b.start[dim] + b.size[dim]));
     let size = ends.zip(&start).map(|(end, start)| end - start).collect();
     Region { start, size }
+}
+
+/// The dim along which micro-batches split an input.
+fn batch_dim(input: &TensorInfo) -> Option<usize> {
+    if let Some(Sbp::Split(dim)) = input.loop_sbp { Some(dim) } else { None }
 }
 
 #[cfg(test)]

@@ -61,17 +61,18 @@ impl Session {
         let (graph, own) = (&self.plan.graph, self.process_map.own());
         let mut wanted = Vec::new();
         for (device, index, resident) in self.plan.resident_parts(var) {
-            let port = self.ports.resident(device, index);
+            let port = self.host_io.ports.resident(device, index);
             if own.contains(&device) {
                 let part = self.arenas[&device].read_host(resident.offset, &resident.region.size, resident.dtype)?;
-                self.send(&mut self.inbox.lock(), HostPiece { port, tensors: vec![part] });
+                let piece = HostPiece { port, tensors: vec![part] };
+                self.host_io.send(self.running()?, &mut self.host_io.inbox.lock(), piece);
             }
             wanted.push((port, 1));
         }
         self.set_activity(WAITING);
         self.receive(&wanted, Some(self.wait_max))?;
         self.set_activity(BETWEEN_STEPS);
-        let mut inbox = self.inbox.lock();
+        let mut inbox = self.host_io.inbox.lock();
         let parts: Vec<_> = wanted.into_iter().flat_map(|(port, count)| inbox.take(port, count)).flatten().collect();
         let placement = &graph.placements[graph.placement_of(var)];
         let mut whole = gather(&parts, graph.shape(var), graph.layout(var), placement)?;
@@ -112,7 +113,8 @@ impl Session {
             Entry { name: info.name.clone(), dtype: info.dtype, shape: self.saved_shape(*var) }
         };
         let entries: Vec<Entry> = vars.iter().map(entry).collect();
-        let metadata = metadata(self.steps, self.updates, self.seed, &self.declared.values());
+        let metadata =
+            metadata(self.progress.steps, self.progress.updates, self.progress.seed, &self.declared.values());
         let header = header(&entries, &metadata)?;
         write_whole(path, |out| {
             out.write_all(&header).map_err(|e| io(path, e))?;
@@ -136,8 +138,8 @@ impl Session {
         let updates = count(UPDATES).unwrap_or(steps);
         notes.extend(self.take_seed(count(SEED), &path.display().to_string()));
         self.write_all(path, &source, &digests)?;
-        (self.steps, self.updates) = (steps, updates);
-        self.observer.iter().for_each(|observer| observer.set_steps(self.steps));
+        (self.progress.steps, self.progress.updates) = (steps, updates);
+        self.observer.iter().for_each(|observer| observer.set_steps(self.progress.steps));
         Ok(notes)
     }
 
@@ -155,8 +157,8 @@ impl Session {
                 self.write_resident(device, &resident, &filled(&resident.region.size, resident.dtype, 0.0))?;
             }
         }
-        self.bounds = Bounds { parameter: self.bounds.parameter, ..Bounds::default() };
-        (self.steps, self.updates) = (0, 0);
+        self.guard.bounds = Bounds { parameter: self.guard.bounds.parameter, ..Bounds::default() };
+        (self.progress.steps, self.progress.updates) = (0, 0);
         self.observer.iter().for_each(|observer| observer.set_steps(0));
         notes.push(format!("{}: parameters are loaded; optimizer state is fresh", path.display()));
         Ok(notes)
@@ -214,9 +216,10 @@ impl Session {
 
     /// Replaces the session's seed by the saved one. Returns a note if the two seeds differ.
     pub(super) fn take_seed(&mut self, saved: Option<u64>, source: &str) -> Option<String> {
-        let own = self.seed;
-        self.seed = saved.unwrap_or(own);
-        (own != self.seed).then(|| format!("the seed is {} from {source} instead of {own}", self.seed))
+        let own = self.progress.seed;
+        self.progress.seed = saved.unwrap_or(own);
+        (own != self.progress.seed)
+            .then(|| format!("the seed is {} from {source} instead of {own}", self.progress.seed))
     }
 
     /// Checks a file's tensors that the program needs, or only its parameters. Changes nothing in the session.
@@ -323,7 +326,7 @@ impl Session {
     ) -> Result<(), SessionError> {
         let plan = self.plan.clone();
         // Moments keep their bounds if only parameters are written.
-        self.bounds = Bounds { parameter: 0.0, ratio: f64::INFINITY, ..self.bounds };
+        self.guard.bounds = Bounds { parameter: 0.0, ratio: f64::INFINITY, ..self.guard.bounds };
         for (var, digest) in digests {
             let whole = self.tensor_of(path, source, *var)?;
             if digest_of(whole.as_bytes()) != *digest {

@@ -90,3 +90,8 @@ impl SessionError {
         }
     }
 }
+
+/// The failure of a session whose actors have stopped without a cause.
+pub(super) fn stopped() -> Failure {
+    Failure::Stalled { idle_ms: 0, cause: "the session has ended".into(), process: None, report: String::new() }
+}

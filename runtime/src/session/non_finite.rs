@@ -2,19 +2,17 @@
 
 use shardflow_actors::snapshot::NotFinite;
 use shardflow_job::membership::MergeRule;
-use shardflow_kernels::tensor::HostTensor;
 
 use super::Session;
 use super::batch::Inputs;
 use super::error::SessionError;
 use super::numbers::Topic;
-use super::numerics::{FirstNonFinite, NonFinite, OnNonFinite};
+use super::numerics::{FirstNonFinite, NonFinite};
 use super::outcome::array;
 use super::report::StepReport;
-use crate::graph::builder::STATE_PREFIX;
 use crate::graph::optimizer::Bounds;
 use crate::graph::{Node, NodeOp, Rate, Var};
-use crate::plan::{HostPort, HostTransfer};
+use crate::plan::HostTransfer;
 
 /// Where a non-finite tensor was computed. Origins are ordered by their fields, and the smallest origin is the cause of
 /// the others. A micro-batch runs its nodes in the program's order. Tensors of the whole step come last.
@@ -53,41 +51,20 @@ impl Origin {
 const NOT_FOUND: [u64; 2] = [u64::MAX; 2];
 
 impl Session {
-    /// Bounds after the update of this step; default bounds for a program without an objective.
-    pub(super) fn bounds_after(&self, report: &StepReport, learning_rate: f32) -> Bounds {
-        match (self.plan.graph.objective, report.grad_norm) {
-            (Some(objective), Some(norm)) => objective.optimizer.bounds_after(self.bounds, norm, learning_rate),
-            _ => Bounds::default(),
-        }
-    }
-
-    /// Raises the bound of parameters or of a moment to the largest absolute value in a newly written part.
-    pub(super) fn update_bounds(&mut self, var: Var, part: &HostTensor) {
-        let largest = part.as_f32().unwrap_or_default().iter().fold(0f32, |largest, value| largest.max(value.abs()));
-        let bounds = &mut self.bounds;
-        let name = self.plan.graph.tensor(var).name.strip_prefix(STATE_PREFIX);
-        let bound = match name.and_then(|name| name.split_once('/')) {
-            None => &mut bounds.parameter,
-            Some(("m", _)) => &mut bounds.first,
-            Some(_) => &mut bounds.second,
-        };
-        *bound = bound.max(f64::from(largest));
-    }
-
     /// Sets each bound to its largest value on any process. All processes call it after writing their own parts.
     pub(super) fn agree_on_bounds(&mut self) -> Result<(), SessionError> {
         if self.process_map.processes == 1 {
             return Ok(());
         }
         // Non-negative floats have the same order as their bits.
-        let Bounds { parameter, first, second, .. } = self.bounds;
+        let Bounds { parameter, first, second, .. } = self.guard.bounds;
         let moment = |bound: f64| f64::from((bound as f32).next_up()).to_bits();
         let bounds = [parameter.to_bits(), moment(first), moment(second)];
         let rules = [MergeRule::Max { words: 1 }, MergeRule::Max { words: 1 }, MergeRule::Max { words: 1 }].into();
         let all = self.combine(Topic::BetweenSteps, &rules, bounds.map(|bound| vec![bound]).into())?;
         let largest = |field| f64::from_bits(array::<1>(&all, field)[0]);
-        self.bounds.parameter = largest(0);
-        (self.bounds.first, self.bounds.second) = (largest(1), largest(2));
+        self.guard.bounds.parameter = largest(0);
+        (self.guard.bounds.first, self.guard.bounds.second) = (largest(1), largest(2));
         Ok(())
     }
 
@@ -111,26 +88,15 @@ impl Session {
         Ok(NonFinite { first, ..report.overflow(None) })
     }
 
-    /// Accepts a non-finite step, or returns an error, as [`OnNonFinite`] requires.
-    pub(super) fn accept_non_finite(&mut self, found: &NonFinite) -> Result<(), SessionError> {
-        self.skipped_in_a_row += 1;
-        match self.on_non_finite {
-            OnNonFinite::Skip { in_a_row_max } if self.skipped_in_a_row <= in_a_row_max => Ok(()),
-            _ => Err(SessionError::NonFinite(Box::new(found.clone()))),
-        }
-    }
-
     fn origin(&self, found: &NotFinite) -> Option<Origin> {
         let action = found.action as usize;
         let (spec, plan) = (self.plan.spec.actor(found.actor), &self.plan.actions[found.actor][action]);
         let graph = &self.plan.graph;
-        let node = match (plan.nodes.get(found.launch), &plan.host) {
-            // The kernel got the NaN learning rate that cancelled the update.
-            (_, Some(HostPort { transfer: HostTransfer::Decide, .. })) => return None,
-            (Some(node), _) => *node,
-            // The launch for host tensors follows the launches of the nodes.
-            (None, host) => graph.tensor(*host.as_ref()?.vars.get(found.write)?).producer,
-        };
+        // A decision copies the NaN learning rate that cancelled the update, and a fetch what other actions computed.
+        if plan.host.as_ref().is_some_and(|host| host.transfer != HostTransfer::Feed) {
+            return None;
+        }
+        let node = *plan.nodes.get(found.launch)?;
         let per_step = u64::from(spec.actions[action].per_step).max(1);
         let once_per_step =
             graph.nodes()[node.index()].outputs.first().is_none_or(|v| graph.tensor(*v).rate == Rate::Step);
@@ -138,7 +104,7 @@ impl Session {
             once_per_step,
             micro_batch: if once_per_step { 0 } else { (found.firing % per_step) as u32 },
             node: node.0,
-            output: if plan.nodes.len() > found.launch { found.write as u8 } else { 0 },
+            output: found.write as u8,
             device: spec.device as u32,
             elements: u32::try_from(found.elements).unwrap_or(u32::MAX),
         })

@@ -7,9 +7,9 @@ use crossbeam_channel::{Receiver, after, never, select};
 use shardflow_actors::error::{Failure, PeerError};
 use shardflow_job::membership::{MembershipError, MergeRule, Reduced};
 
-use super::error::SessionError;
+use super::error::{SessionError, stopped};
 use super::outcome::{Outcome, Outcomes, array};
-use super::{BETWEEN_STEPS, QUIESCE_TIMEOUT, Session, stopped};
+use super::{BETWEEN_STEPS, QUIESCE_TIMEOUT, Session};
 use crate::cluster::failure::peer_failure;
 use crate::cluster::world::WAITING;
 

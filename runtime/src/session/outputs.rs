@@ -38,13 +38,13 @@ impl Session {
         rules: &Arc<[MergeRule]>,
         numbers: Vec<Vec<u64>>,
     ) -> Result<Reduced, SessionError> {
-        self.observer.iter().for_each(|observer| observer.passes.lock().begin(self.steps));
+        self.observer.iter().for_each(|observer| observer.passes.lock().begin(self.progress.steps));
         self.start_step(inputs).map_err(|failure| self.fail(failure))?;
         let wanted = self.fetched_pieces(self.process_map.own());
         self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
         if self.process_map.process != 0 {
             // These pieces were sent to process 0, so this process drops them.
-            let mut inbox = self.inbox.lock();
+            let mut inbox = self.host_io.inbox.lock();
             wanted.iter().for_each(|(port, count)| drop(inbox.take(*port, *count)));
         }
         // The numbers are supplied after the results. Missing numbers then mean that the devices of their process are
@@ -56,7 +56,7 @@ impl Session {
     /// The port of each fetch of these devices, with its number of pieces in a step.
     fn fetched_pieces(&self, devices: Range<usize>) -> Vec<(u32, usize)> {
         devices
-            .flat_map(|device| self.ports.fetches(device))
+            .flat_map(|device| self.host_io.ports.fetches(device))
             .map(|(id, port, _)| (port, self.fetch_firings(id)))
             .collect()
     }
@@ -69,8 +69,8 @@ impl Session {
         let devices = 0..self.plan.device_count();
         let wanted = self.fetched_pieces(devices.clone());
         self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
-        let mut inbox = self.inbox.lock();
-        let fetches = devices.flat_map(|device| self.ports.fetches(device).map(move |(id, ..)| (device, id)));
+        let mut inbox = self.host_io.inbox.lock();
+        let fetches = devices.flat_map(|device| self.host_io.ports.fetches(device).map(move |(id, ..)| (device, id)));
         Ok(Some(fetches.zip(wanted).map(|(key, (port, count))| (key, inbox.take(port, count))).collect()))
     }
 
@@ -84,12 +84,12 @@ impl Session {
             self.send_outputs(&results)?;
         }
         let mut wanted = Vec::new();
-        for (output, port) in self.plan.graph.outputs.iter().zip(self.ports.outputs()) {
-            let is_sent_here = self.process_map.process == 0 || self.ports.is_for_all(port);
+        for (output, port) in self.plan.graph.outputs.iter().zip(self.host_io.ports.outputs()) {
+            let is_sent_here = self.process_map.process == 0 || self.host_io.ports.is_for_all(port);
             wanted.push((port, if is_sent_here { self.firings(output) } else { 0 }));
         }
         self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
-        let mut inbox = self.inbox.lock();
+        let mut inbox = self.host_io.inbox.lock();
         Ok(wanted.into_iter().map(|(port, count)| inbox.take(port, count).into_iter().flatten().collect()).collect())
     }
 
@@ -100,10 +100,14 @@ impl Session {
     /// Assembles the outputs on process 0 and sends them.
     fn send_outputs(&mut self, results: &Results) -> Result<(), SessionError> {
         let plan = self.plan.clone();
-        for (output, port) in plan.graph.outputs.iter().zip(self.ports.outputs()) {
+        for (output, port) in plan.graph.outputs.iter().zip(self.host_io.ports.outputs()) {
             for firing in 0..self.firings(output) {
                 match self.whole_output(output, results, firing) {
-                    Ok(whole) => self.send(&mut self.inbox.lock(), HostPiece { port, tensors: vec![whole] }),
+                    Ok(whole) => self.host_io.send(
+                        self.running()?,
+                        &mut self.host_io.inbox.lock(),
+                        HostPiece { port, tensors: vec![whole] },
+                    ),
                     Err(error) => {
                         // The other processes wait for this output.
                         if self.process_map.processes > 1 {
@@ -124,7 +128,7 @@ impl Session {
         let fetch = self.plan.segments.fetch_of(graph, output.tensor);
         let shard = |device: &usize| {
             let key = (*device, fetch);
-            let fetched = self.ports.fetch(*device, fetch).map(|(_, host)| &host.vars);
+            let fetched = self.host_io.ports.fetch(*device, fetch).map(|(_, host)| &host.vars);
             let port = fetched.and_then(|vars| vars.iter().position(|v| *v == output.tensor));
             results[&key][firing][port.expect("a device fetches the outputs that it holds")].clone()
         };
@@ -150,7 +154,7 @@ impl Session {
         }
         let loss = outputs.get(LOSS_OUTPUT).and_then(|t| t.as_f32()).and_then(|v| v.first().copied());
         let grad_norm = (!squares.is_empty()).then(|| norm_of_squares(squares));
-        StepReport { step: self.steps, loss, grad_norm, outputs, request: Request::Nothing, non_finite: None }
+        StepReport { step: self.progress.steps, loss, grad_norm, outputs, request: Request::Nothing, non_finite: None }
     }
 }
 

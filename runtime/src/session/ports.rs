@@ -97,6 +97,11 @@ impl Directory for HostPorts {
         Some(self.process_map.process_of(device)).filter(|process| *process != self.process_map.process)
     }
 
+    fn members_of(&self, communicator: u32) -> Vec<usize> {
+        let ranks = self.plan.patterns.ranks(&self.plan.graph, communicator);
+        ranks.map(|ranks| ranks.iter().collect()).unwrap_or_default()
+    }
+
     fn route(&self, port: u32) -> Option<HostRoute> {
         if port >= *self.first.last()? {
             return None;

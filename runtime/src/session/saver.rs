@@ -29,7 +29,7 @@ impl Saver {
         }
         let mut snapshot = session.snapshot(self.spare.take())?;
         snapshot.manifest.cursor = cursor;
-        let replaces = snapshot.manifest.step <= session.damaged_up_to;
+        let replaces = snapshot.manifest.step <= session.progress.damaged_up_to;
         Ok(self.start(snapshot, replaces)?)
     }
 }

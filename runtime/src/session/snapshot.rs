@@ -87,7 +87,7 @@ impl Session {
             }
             tensors.push(StoredTensor { info: self.tensor_info(var, kind), pieces: Vec::new() });
         }
-        let (step, updates, seed) = (self.steps, Some(self.updates), self.seed);
+        let (step, updates, seed) = (self.progress.steps, Some(self.progress.updates), self.progress.seed);
         let (mesh, declared) = (self.plan.graph.mesh().to_string(), self.declared.values());
         let job = self.step_metrics.job_time();
         let manifest = Manifest { step, updates, mesh, seed, declared, job, tensors, ..Manifest::default() };
@@ -164,11 +164,11 @@ impl Session {
             tensors: BTreeMap::new(),
         };
         let (parts, mut notes) = self.agree_on_load(&source, summary, read)?;
-        self.bounds = Bounds::OF_CHECKPOINT;
+        self.guard.bounds = Bounds::OF_CHECKPOINT;
         for (device, resident, tensor) in parts {
             self.write_resident(device, &resident, &tensor)?;
         }
-        (self.steps, self.updates) = (manifest.step, manifest.updates());
+        (self.progress.steps, self.progress.updates) = (manifest.step, manifest.updates());
         notes.extend(self.take_seed(Some(manifest.seed), &source));
         self.step_metrics.set_productive(productive_ms);
         self.refresh()?;
@@ -207,7 +207,7 @@ impl Session {
                 }
             };
             let [newest, cursor] = self.of_first(numbers)?;
-            self.damaged_up_to = self.damaged_up_to.max(newest);
+            self.progress.damaged_up_to = self.progress.damaged_up_to.max(newest);
             let reader = reader.map_or_else(|| store.read_as(step, cursor), Ok).map_err(SessionError::from);
             self.set_activity("loading weights");
             let read = reader.and_then(|reader| self.read_parts(&reader).map(|parts| (parts, reader)));
@@ -238,7 +238,7 @@ impl Session {
                 self.process_map.process == 0 && store.is_committed(step).is_ok_and(|committed| !committed);
             // If the checkpoint was deleted, a newer one may have replaced it.
             before = if is_deleted { before } else { Some(step) };
-            self.damaged_up_to = self.damaged_up_to.max(step);
+            self.progress.damaged_up_to = self.progress.damaged_up_to.max(step);
         }
     }
 

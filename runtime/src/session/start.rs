@@ -3,9 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Once, OnceLock, Weak};
 use std::thread::available_parallelism;
-use std::time::Duration;
 
-use parking_lot::Mutex;
 use shardflow_actors::shell::{LoadedPlan, prepare};
 use shardflow_actors::spec::RegisterId;
 use shardflow_actors::watchdog::{OnStall, WatchdogOptions};
@@ -19,19 +17,19 @@ use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::memory::Arena;
 use shardflow_kernels::tensor::HostTensor;
 
-use super::agreement::{SharedInput, rules_of_step, shared_inputs};
-use super::batch::local_parts;
+use super::agreement::{SharedInput, shared_inputs};
+use super::batch::BatchRules;
 use super::budget::Budget;
 use super::error::SessionError;
-use super::exchange::Inbox;
-use super::load::{Loaded, external_actions, load};
+use super::load::{Loaded, load};
 use super::metrics::{MetricsSource, StepMetrics};
 use super::observer::Observer;
 use super::options::{SessionOptions, Threads};
 use super::ports::HostPorts;
 use super::published::Sources;
 use super::recent::RecentSteps;
-use super::{BETWEEN_STEPS, Session, plan_files, tokens};
+use super::update_guard::UpdateGuard;
+use super::{BETWEEN_STEPS, Progress, Session, plan_files, tokens};
 use crate::cluster::ClusterError;
 use crate::cluster::connector::{Connections, Connector};
 use crate::cluster::failure::{is_aborted_by_peer, peer_failure};
@@ -65,6 +63,8 @@ struct Resources {
     node_processes: Vec<u32>,
     devices: Vec<Device>,
     arenas: BTreeMap<usize, Arena>,
+    /// Staging memory of this process's devices.
+    staging: BTreeMap<usize, Arena>,
     shared_inputs: Vec<SharedInput>,
     ports: Arc<HostPorts>,
     connections: Connections,
@@ -109,20 +109,19 @@ impl Session {
         world: Option<Arc<World>>,
     ) -> Result<Self, SessionError> {
         let resources = Resources::acquire(&mut plan, process_map, options, &budget, world.as_deref())?;
-        let Resources { node_processes, devices, arenas, shared_inputs, ports, connections } = resources;
+        let Resources { node_processes, devices, arenas, staging, shared_inputs, ports, connections } = resources;
         let engine = connections.engine.clone();
         world.iter().for_each(|world| world.doing("preparing kernels"));
-        let loaded = load(&plan, &process_map, &devices, &arenas, connections, &ports)?;
-        let Loaded { plan: loaded, feeds, fetched, from_peers, mirrored } = loaded;
+        let loaded = load(&plan, &process_map, &devices, [&arenas, &staging], connections, ports)?;
+        let Loaded { plan: loaded, host_io, mirrored } = loaded;
         let plan = Arc::new(plan);
         let mut session = Self {
-            vocabularies: tokens::vocabularies(&plan.graph),
-            local_parts: local_parts(&plan, &process_map),
-            step_rules: rules_of_step(&plan, &shared_inputs),
-            shared_inputs,
+            host_io,
+            batch_rules: BatchRules::new(&plan, &process_map, shared_inputs),
+            progress: Progress { seed: options.seed, ..Progress::default() },
+            guard: UpdateGuard { on_non_finite: options.on_non_finite, skipped_in_a_row: 0, bounds: Bounds::default() },
             declared: declared(&plan, options),
             ignoring: options.ignoring.clone(),
-            external_actions: external_actions(&plan, &process_map.own_actors(&plan)),
             step_metrics: StepMetrics::new(&plan, &process_map, options),
             plan,
             process_map,
@@ -133,21 +132,9 @@ impl Session {
             running: None,
             world,
             job: options.cluster.job(),
-            feeds,
-            fetched,
-            inbox: Mutex::new(Inbox::new(ports.clone(), from_peers)),
-            ports,
             failed: None,
-            steps: 0,
-            updates: 0,
-            damaged_up_to: 0,
-            seed: options.seed,
             requests: options.requests.clone(),
-            last_step: Duration::ZERO,
             wait_max: options.watchdog.wait_max(),
-            on_non_finite: options.on_non_finite,
-            skipped_in_a_row: 0,
-            bounds: Bounds::default(),
             observer: None,
         };
         session.set_activity("making initial weights");
@@ -164,13 +151,13 @@ impl Session {
             NodeOp::Parameter { init } => init.magnitude_bound(),
             _ => 0.0,
         });
-        self.bounds.parameter = largest.fold(0.0, f64::max);
+        self.guard.bounds.parameter = largest.fold(0.0, f64::max);
         for device in self.process_map.own() {
             for resident in plan.residents(device) {
                 let NodeOp::Parameter { init } = plan.graph.producer(resident.var).op else { continue };
                 let info = plan.graph.tensor(resident.var);
                 let mut data = vec![0.0; resident.region.element_count()];
-                init::fill(init, self.seed, &info.name, &info.shape, &resident.region, &mut data);
+                init::fill(init, self.progress.seed, &info.name, &info.shape, &resident.region, &mut data);
                 self.write_resident(device, &resident, &HostTensor::f32(&resident.region.size, data))?;
             }
         }
@@ -245,10 +232,12 @@ impl Resources {
         let ProcessDevices { devices, engine, pipes } = devices::open(plan, &process_map, on_node, takes_pipes, &ids)?;
         set_activity("allocating memory");
         let shared = world.is_some_and(|world| world.shares_memory());
-        let mut arenas = BTreeMap::new();
+        let (mut arenas, mut staging) = (BTreeMap::new(), BTreeMap::new());
         for device in &devices {
-            let bytes = plan.memory(device.rank()).arena_bytes;
+            let memory = plan.memory(device.rank());
+            let bytes = memory.arena_bytes;
             arenas.insert(device.rank(), if shared { device.shared_arena(bytes)? } else { device.arena(bytes)? });
+            staging.insert(device.rank(), device.staging(memory.staging_end())?);
         }
         let shared_inputs = shared_inputs(plan, &process_map);
         let ports = Arc::new(HostPorts::new(plan.plan.clone(), process_map, options.outputs));
@@ -261,7 +250,7 @@ impl Resources {
             None => Connections::alone(engine),
         };
         arenas.append(&mut connections.mapped);
-        Ok(Self { node_processes, devices, arenas, shared_inputs, ports, connections })
+        Ok(Self { node_processes, devices, arenas, staging, shared_inputs, ports, connections })
     }
 }
 
