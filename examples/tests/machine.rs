@@ -134,7 +134,7 @@ fn a_plan_above_the_limit_of_a_cgroup_is_refused() {
     let (code, printed) = run(SMALL, &gpt(""));
     assert_eq!(code, Some(78), "{printed}");
     for part in
-        ["error: the plan does not fit: this node has ", ": limit 50331648, ", "\n  device 0: ", "reduce --batch"]
+        ["error: the plan does not fit: this node has ", ": limit 50331648 bytes, ", "\n  device 0: ", "reduce --batch"]
     {
         assert!(printed.contains(part), "no {part:?} in:\n{printed}");
     }

@@ -515,7 +515,7 @@ fn invalid_flags_are_usage_errors() {
         ("launch --nnodes 2 --node-rank 2 --rdzv-endpoint a:5 true", "numbered from 0 to 1"),
         ("launch --node-rank 1 true", "numbered from 0 to 0"),
         ("launch --rdzv-endpoint a:0 true", "port from 1"),
-        ("launch --rdzv-endpoint [fe80::1%no-such]:5 true", "an existing interface"),
+        ("launch --rdzv-endpoint [fe80::1%no-such]:5 true", "must be an interface of this node"),
         ("launch --rdzv-endpoint ::1 true", "expected brackets around an IPv6 address"),
         ("plan --htm p.html -- true", "unexpected argument '--htm'; see `shardflow plan --help`"),
         ("launch --rdzv-id ../x true", "--rdzv-id ../x"),

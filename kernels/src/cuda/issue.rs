@@ -417,7 +417,9 @@ impl Issuer {
         let accumulate = launch.accumulate;
         let source = read.arena().device_memory().map(|memory: &DeviceMemory| memory.gpu.context.clone());
         let (Some(source), false) = (source, accumulate || read.dtype() != write.dtype()) else {
-            let got = format!("source {:?}, write 0 {:?}, accumulate {accumulate}", read.dtype(), write.dtype());
+            let memory = if read.arena().device_memory().is_some() { "GPU" } else { "host" };
+            let (from, to) = (read.dtype(), write.dtype());
+            let got = format!("{from:?} in {memory} memory, write 0 {to:?}, accumulate {accumulate}");
             return Err(launch.refused("read 0", "a source in GPU memory, equal dtypes, and no accumulation", got));
         };
         self.check_on_this_gpu(launch.op.name(), write)?;

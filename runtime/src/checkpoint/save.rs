@@ -171,7 +171,8 @@ impl Save<'_> {
         let shard = store.file(id.step, &sidecar.shard.file);
         let bytes = operations.wait_visible(|| operations.size(&shard))?;
         if bytes != Some(sidecar.shard.bytes) {
-            return Err(shard.damaged(format!("{bytes:?} bytes long, expected {}", sidecar.shard.bytes)));
+            let found = bytes.map_or("the file is missing".into(), |bytes| format!("the file has {bytes} bytes"));
+            return Err(shard.damaged(format!("{found}, expected {} bytes", sidecar.shard.bytes)));
         }
         Ok((file, sidecar))
     }
