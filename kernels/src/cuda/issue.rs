@@ -416,8 +416,8 @@ impl Issuer {
     ) -> Result<()> {
         let accumulate = launch.accumulate;
         let source = read.arena().device_memory().map(|memory: &DeviceMemory| memory.gpu.context.clone());
+        let memory = if source.is_some() { "GPU" } else { "host" };
         let (Some(source), false) = (source, accumulate || read.dtype() != write.dtype()) else {
-            let memory = if read.arena().device_memory().is_some() { "GPU" } else { "host" };
             let (from, to) = (read.dtype(), write.dtype());
             let got = format!("{from:?} in {memory} memory, write 0 {to:?}, accumulate {accumulate}");
             return Err(launch.refused("read 0", "a source in GPU memory, equal dtypes, and no accumulation", got));
