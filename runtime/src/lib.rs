@@ -100,6 +100,7 @@ pub mod sbp;
 
 mod clock;
 mod devices;
+mod explain;
 mod lock;
 mod process_map;
 

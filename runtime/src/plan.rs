@@ -24,14 +24,12 @@ pub(crate) mod assign;
 pub mod classes;
 pub(crate) mod emit;
 pub mod error;
-pub(crate) mod explain;
 pub mod flops;
 pub mod groups;
 mod hash;
 pub mod instance;
 pub(crate) mod lower;
 pub(crate) mod memory;
-pub(crate) mod picture;
 pub mod schedule;
 pub mod segments;
 pub(crate) mod slots;
@@ -163,7 +161,7 @@ fn most_by_stream(
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 /// Number of threads of a stream: `threads_per_device` for a compute stream, 1 for any other stream.
 pub fn threads_of(stream: StreamKind, threads_per_device: usize) -> usize {

@@ -22,7 +22,7 @@ use crate::nn::{self, GptConfig};
 use crate::passes::{CompileError, CompileOptions, compile};
 use crate::placement::Mesh;
 
-pub(super) const GPT: GptConfig =
+pub(crate) const GPT: GptConfig =
     GptConfig { vocabulary: 7, layers: 4, heads: 4, width: 8, context: 3, batch: 8, dropout: 0.1 };
 
 const SCHEDULES: [Schedule; 2] = [Schedule::GPipe, Schedule::OneFOneB];
@@ -37,7 +37,7 @@ fn try_gpt(mesh: &str, options: &CompileOptions) -> Result<Plan, CompileError> {
     compile(g, options)
 }
 
-pub(super) fn gpt(mesh: &str, micro_batches: usize, schedule: Schedule) -> Plan {
+pub(crate) fn gpt(mesh: &str, micro_batches: usize, schedule: Schedule) -> Plan {
     let options = CompileOptions { micro_batches, schedule, ..CompileOptions::default() };
     try_gpt(mesh, &options).unwrap_or_else(|e| panic!("mesh {mesh}, {micro_batches}: {e}"))
 }

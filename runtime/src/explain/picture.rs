@@ -6,8 +6,8 @@ use std::fmt::{self, Write};
 
 use shardflow_actors::spec::{ActorId, Spec};
 
+use super::{listed, text_of};
 use crate::graph::NodeOp;
-use crate::plan::explain::{listed, text_of};
 use crate::plan::{DeviceMemory, Plan};
 use shardflow_job::text::{counted, size};
 

@@ -14,6 +14,8 @@ use crate::plan::classes::ClassId;
 use crate::plan::instance::Quotient;
 use shardflow_job::text::counted;
 
+mod picture;
+
 impl Plan {
     /// The plan as text.
     pub fn explain(&self) -> String {
