@@ -125,8 +125,13 @@ impl Connector {
         let own = self.process_map.process;
         let near: BTreeSet<u32> =
             (0..self.process_map.processes).filter(|p| *p == own || self.shares_memory(own, *p)).collect();
-        let near_devices = near.iter().flat_map(|process| self.process_map.devices_of(*process));
-        let crossing = crossing_groups(plan, near_devices, &self.process_map, self.options.collectives);
+        // All processes on this node lay out the same groups in their board. With MPI, all processes of the job create
+        // all communicators in the same order.
+        let members: Vec<usize> = match self.options.collectives {
+            Collectives::Mpi => (0..plan.device_count()).collect(),
+            Collectives::Own => near.iter().flat_map(|process| self.process_map.devices_of(*process)).collect(),
+        };
+        let crossing = crossing_groups(plan, members.into_iter(), &self.process_map, self.options.collectives);
         let (mpi_groups, own_groups) = crossing;
         let is_near = |group: &Arc<Group>| self.process_map.processes_of(group).is_subset(&near);
         let (board_groups, mut wire_groups): (Vec<_>, Vec<_>) = own_groups.into_iter().partition(is_near);
