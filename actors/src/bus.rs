@@ -1,7 +1,8 @@
 //! Delivers messages: maps an actor's id to the actor's mailbox, or to the peer that hosts the actor.
 //!
-//! ractor's mailboxes are unbounded, so the bus counts each mailbox's entries and checks the count. Credits bound the
-//! count: one entry per slot of each input (CR-3), one per slot and reader of each output, and one firing's events.
+//! ractor's mailboxes are unbounded, so the bus counts each mailbox's entries and checks the count. The maximum is the
+//! sum of three numbers: the slots of all inputs (CR-3), the readers of all slots of the outputs, and the notifications
+//! of one firing.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};

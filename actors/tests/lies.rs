@@ -206,8 +206,8 @@ fn messages_for_registers_of_others_are_rejected() {
     check(&[], filled(OUT, 0, 0, 0), &between("out", 1, 2));
     check(&[], released(IN, 0, 0, 0), &between("in", 1, 0));
     check(&[], filled(THEIRS, 0, 0, 0), &between("theirs", 2, 3));
-    check(&[], Frame::Host { port: 1, bytes: 8 }, "tensors for port 1, which belongs to another process");
-    check(&[], Frame::Host { port: 2, bytes: 8 }, "tensors for port 2, which belongs to another process");
+    check(&[], Frame::Host { port: 1, bytes: 8 }, "tensors of port 1, whose sender is not reached through this peer");
+    check(&[], Frame::Host { port: 2, bytes: 8 }, "tensors of port 2, which does not exist");
 }
 
 #[test]

@@ -261,7 +261,9 @@ impl RegisterSlots {
             if matches!(state, SlotState::Filled { .. }) && (left != readers as usize || left == 0) {
                 return violated(
                     "CR-1",
-                    format!("slot {slot}, piece {piece}: {readers} readers left, {left} in the set"),
+                    format!(
+                        "slot {slot}, piece {piece}: {readers} readers have not released it, but the set has {left}"
+                    ),
                 );
             }
             if self.map.slot(piece) != slot {

@@ -17,7 +17,7 @@ use crate::error::{Failure, PeerError};
 use crate::frame::{FRAME_BYTES, Frame};
 use crate::loaded::Memory;
 use crate::protocol::{Message, ProtocolEvent, Sequence};
-use crate::remote::{ByteRun, HostPiece, HostRoute, Outgoing, PeerMessage, PeerSpec, Remote};
+use crate::remote::{ByteRun, HostPiece, Outgoing, PeerMessage, PeerSpec, Remote};
 use crate::spec::RegisterId;
 use crate::supervisor::Session;
 use shardflow_job::transport::Connection;
@@ -375,10 +375,12 @@ impl Reader {
 
     fn process_host_piece(&mut self, port: u32, bytes: u64) -> Result<(), PeerError> {
         let remote = self.link.remote();
-        let is_behind = |port: &HostRoute| remote.is_behind(self.link.index, port.process);
-        let Some(own) = remote.directory.route(port).filter(is_behind) else {
-            return unexpected(format!("tensors for port {port}, which belongs to another process"));
+        let Some(own) = remote.directory.route(port) else {
+            return unexpected(format!("tensors of port {port}, which does not exist"));
         };
+        if !remote.is_behind(self.link.index, own.process) {
+            return unexpected(format!("tensors of port {port}, whose sender is not reached through this peer"));
+        }
         let expected: usize = own.tensors.iter().map(|(shape, dtype)| element_count(shape) * dtype.bytes()).sum();
         if bytes != expected as u64 {
             return unexpected(format!("{bytes} bytes for port {port}, expected {expected}"));

@@ -98,7 +98,12 @@ impl Objects {
             return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, &format!("sets {attribute}, an unknown attribute"));
         };
         if known.kind != kind || values.is_empty() || values.len() > known.count_max {
-            let message = format!("sets {attribute} to {} of {kind:?}, expected {known:?}", values.len());
+            let message = format!(
+                "sets {attribute} to {} values of type {kind:?}, expected 1 to {} of type {:?}",
+                values.len(),
+                known.count_max,
+                known.kind
+            );
             return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM_ATTRIBUTE_TYPE, &message);
         }
         if kind == Type::CUDNN_TYPE_BACKEND_DESCRIPTOR {

@@ -231,7 +231,7 @@ pub fn free(accessor: &mut Accessor, machine: &SoftwareMachine, base: usize, by:
         return accessor.report("bad-free", "frees an allocation a second time");
     }
     if let Some(user) = accessor.unordered_user(&users) {
-        accessor.report("use-after-free", &format!("frees memory that {user} uses, in no defined order"));
+        accessor.report("use-after-free", &format!("frees memory without waiting for {user}, which uses it"));
     }
     lock(&machine.registry).free(base, by.to_string());
 }

@@ -184,7 +184,7 @@ pub struct ArenaMap {
     pub slot_offsets: Vec<BTreeMap<Var, usize>>,
     /// Offset of each fixed tensor's part.
     pub fixed: BTreeMap<Var, usize>,
-    /// The sizes of the memory. [`residents`] lists parameters and states.
+    /// The sizes of the parts of the device's memory.
     pub memory: DeviceMemory,
 }
 

@@ -1,4 +1,5 @@
-//! Tests communicators whose ranks are in several processes.
+//! Tests communicators whose ranks are in several processes. A test starts two child processes, number 0 and 1, and both
+//! run one of the `check_*` functions.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -92,7 +93,7 @@ fn close(ranks: Vec<Rank>) {
     }
 }
 
-/// In a child: makes every kind of call.
+/// Makes every kind of call.
 pub fn check_together() {
     use cudarc::nccl::sys::*;
     let ranks = join(process() * OWN);
@@ -136,7 +137,7 @@ pub fn check_together() {
     close(ranks);
 }
 
-/// In a child: the processes pass different lengths to a collective, so both processes get an error.
+/// The processes pass different lengths to a collective, so both processes get an error.
 pub fn check_lengths() {
     let ranks = join(process() * OWN);
     wait_for_all(&ranks);
@@ -149,7 +150,7 @@ pub fn check_lengths() {
     abort(&ranks);
 }
 
-/// In a child: the second process dies. The first process gets an error, and an abort releases its streams.
+/// Process 1 dies. Process 0 gets an error, and an abort releases its streams.
 pub fn check_gone() {
     let ranks = join(process() * OWN);
     wait_for_all(&ranks);
@@ -182,7 +183,7 @@ pub fn check_same_devices() {
     abort(&ranks);
 }
 
-/// In a child: the second process never makes the call that the first process waits for.
+/// The second process never makes the call that the first process waits for.
 pub fn check_missing() {
     let ranks = join(process() * OWN);
     wait_for_all(&ranks);
@@ -202,7 +203,7 @@ pub fn check_missing() {
     abort(&ranks);
 }
 
-/// In a child: the first process waits for its first send. The second process never calls the receive.
+/// The first process waits for its first send. The second process never calls the receive.
 pub fn check_unannounced() {
     let ranks = join(process() * OWN);
     wait_for_all(&ranks);

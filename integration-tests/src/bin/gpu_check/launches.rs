@@ -34,7 +34,7 @@ fn distinct(plan: &Plan) -> Vec<(Launch, usize)> {
             }
             let typed = |buffers: &[Buffer]| buffers.iter().map(|b| (b.shape.clone(), b.dtype)).collect::<Vec<_>>();
             let op = match &launch.op {
-                // Leave out the parameter's offset in the result, which would make equal launches distinct.
+                // Omit `index`, the row of the result: launches that differ only in this row count as equal.
                 Op::SumSquares { .. } => launch.op.name().to_owned(),
                 op => format!("{op:?}"),
             };
