@@ -86,9 +86,9 @@ pub struct ActorHost {
 /// A plan with the streams, programs and memory of this process's part.
 #[derive(Debug)]
 pub struct LoadedPlan {
-    /// The whole plan.
+    /// The plan, or this process's part of it.
     pub spec: Arc<Spec>,
-    /// The actors of this process: all actors of the plan that no other process hosts.
+    /// The actors of this process.
     pub hosted: BTreeMap<ActorId, ActorHost>,
     /// Memory of the registers that these actors write or read. A peer's register is mapped memory or a local mirror.
     pub memory: BTreeMap<RegisterId, RegisterMemory>,
@@ -119,6 +119,11 @@ pub(crate) fn check_loaded(loaded: &LoadedPlan) -> Result<(), ActorError> {
                 return mismatch(&at, "memory of a port", expected, "none");
             }
         }
+    }
+    // An actor of this process must know all readers of its registers.
+    for register in spec.registers.values().filter(|register| loaded.hosted.contains_key(&register.producer)) {
+        let unknown = register.readers.iter().filter(|reader| spec.actors.get(reader.actor).is_none()).count();
+        expect_count(&register.name, "readers outside this process's part of the plan", 0, unknown)?;
     }
     for (id, memory) in &loaded.memory {
         let Some(register) = spec.registers.get(*id) else {

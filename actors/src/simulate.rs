@@ -150,6 +150,9 @@ pub fn simulate(
     options: &SimulationOptions,
 ) -> Result<SimulatedRun, SimulationError> {
     check(spec)?;
+    if !spec.is_whole() {
+        return Err(SpecError::Part.into());
+    }
     let actors = spec.actors.ids();
     #[cfg(not(test))]
     let protocols = actors.map(|actor| Protocol::new(spec, actor));

@@ -118,11 +118,15 @@ impl Plan {
     /// The parts of a parameter or state, in the placement's order: `(device, index among the device's residents, part)`.
     pub(crate) fn resident_parts(&self, var: Var) -> impl Iterator<Item = (usize, usize, ResidentTensor)> {
         let placement = &self.graph.placements[self.graph.placement_of(var)];
-        placement.devices().iter().filter_map(move |device| {
-            let residents = &self.class_plan(*device).residents;
-            let index = residents.binary_search_by_key(&var, |resident| resident.var).ok()?;
-            Some((*device, index, self.part_of(*device, &residents[index])))
-        })
+        let part = move |device: &usize| self.resident(*device, var).map(|(index, part)| (*device, index, part));
+        placement.devices().iter().filter_map(part)
+    }
+
+    /// A device's part of a parameter or state, with its index among the device's residents.
+    pub(crate) fn resident(&self, device: usize, var: Var) -> Option<(usize, ResidentTensor)> {
+        let residents = &self.class_plan(device).residents;
+        let index = residents.binary_search_by_key(&var, |resident| resident.var).ok()?;
+        Some((index, self.part_of(device, &residents[index])))
     }
 
     /// A device's part of a resident tensor of its class.

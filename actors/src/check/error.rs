@@ -59,6 +59,8 @@ pub enum SpecError {
     Ordered { action: String, listed: u32, per_step: u32 },
     #[error("{action} can fire without end: it is not external and none of its inputs depends on an external action")]
     Unbounded { action: String },
+    #[error("this is one process's part of a plan, but a simulation needs the whole plan")]
+    Part,
     #[error(
         "{action}, firing {firing}: continues a piece of '{added}' but begins a piece of '{begun}': outputs that \
          accumulate must begin their pieces in the same firings"

@@ -3,7 +3,8 @@
 //! issuer stops before the first step that would block and returns the rest of the submission.
 //!
 //! - ISSUE-1: the memory that a step uses is in bounds (checked by `bound`) and on the stream's own GPU (checked here).
-//!   Only a region copy may read from another GPU, and only a plain copy may use pinned memory. A submission keeps its arenas until its final notification.
+//!   Only a region copy may read from another GPU, and only a plain copy may use pinned memory. A submission keeps its
+//!   arenas until its final notification.
 //! - ISSUE-2: issuing a prepared program loads, compiles and allocates nothing. The driver may delay loads and
 //!   allocations until the GPU's queues are empty. A collective in these queues may wait for the calling thread.
 

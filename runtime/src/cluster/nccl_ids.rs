@@ -24,7 +24,8 @@ const CHECK_EVERY: Duration = Duration::from_millis(100);
 /// Bytes of a group's number and id in a message.
 const ENTRY_BYTES: usize = 4 + 128;
 
-/// Returns the ids of these groups, which are all groups with several members. All processes call it, exactly once.
+/// Returns the ids of these groups: the groups of this process's devices that have several members, and its pipes. All
+/// processes call it, exactly once.
 pub(super) fn exchange(
     groups: &[Arc<Group>],
     process_map: &ProcessMap,

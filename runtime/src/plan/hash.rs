@@ -2,6 +2,7 @@
 
 use std::fmt::{self, Write};
 
+use crate::graph::{Node, NodeOp, TensorInfo};
 use crate::plan::{ClassPlan, DeviceMemory, Plan};
 
 /// Hashes formatted text without storing it.
@@ -15,14 +16,23 @@ impl Write for HashWriter {
 }
 
 impl Plan {
-    /// BLAKE3 hash of everything that determines execution: the classes of devices, their segments, registers, launches
-    /// and arenas, and the lists of the schedule. Within one binary, equal hashes mean equal plans; the hashed text may
-    /// differ between compilers. The number of threads is not hashed, because neither results nor arenas depend on it.
+    /// BLAKE3 hash of everything that determines execution: placements, the layout of each tensor, the registers, launches
+    /// and arenas of each class of devices, and the lists of the schedule. The classes, and the regions and groups of
+    /// their other devices, follow from the layouts. Within one binary, equal hashes mean equal plans; the hashed text
+    /// may differ between compilers. The number of threads is not hashed, because neither results nor arenas depend on
+    /// it.
     pub fn hash(&self) -> blake3::Hash {
-        let Self { classes, lists, patterns, micro_batches, schedule, device, .. } = self;
+        let Self { graph, lists, patterns, micro_batches, schedule, device, .. } = self;
         let mut writer = HashWriter(blake3::Hasher::new());
         // Hashing cannot fail. If the `Debug` of a custom kernel fails, all processes hash the same shorter text.
-        let _ = write!(writer, "{} {:?}", self.graph.mesh(), (&classes.of, &classes.transfers, lists, patterns));
+        let _ = write!(writer, "{} {:?}", graph.mesh(), (&graph.placements, lists, patterns));
+        for Node { op, inputs, outputs, placement, .. } in &graph.nodes {
+            let init = if let NodeOp::Parameter { init } = op { Some(init) } else { None };
+            let _ = write!(writer, "{:?}", (init, inputs, outputs, placement));
+        }
+        for TensorInfo { shape, dtype, rate, layout, loop_sbp, .. } in &graph.tensors {
+            let _ = write!(writer, "{:?}", (shape, dtype, rate, layout, loop_sbp));
+        }
         let _ = write!(writer, "{:?}", (micro_batches, schedule, device));
         for ClassPlan { storage, slots, arena, actions, .. } in &self.class_plans {
             // The memory of streams differs between processes, so it is not hashed.

@@ -226,8 +226,8 @@ struct Builder<'a> {
     plan: &'a Plan,
     view: View,
     numbering: Numbering,
-    /// Ids of firing groups, by segment and members. The next field has ids of communicators, by stream and members.
-    /// Members are classes or devices, as `view` determines.
+    /// Ids of firing groups, by segment and members: classes, or with [`View::Devices`] the id of the communicator. The
+    /// next field has ids of communicators, by stream and classes.
     firing_groups: BTreeMap<(SegmentId, Vec<usize>), u32>,
     communicators: BTreeMap<(StreamKind, Vec<usize>), u32>,
     /// Sets of classes, by placement and axes.
@@ -445,7 +445,8 @@ impl<'a> Builder<'a> {
                 continue;
             }
             let member_sets = match self.view {
-                View::Devices { .. } => BTreeSet::from([call.group.ranks.iter().collect()]),
+                // The id stands for the members.
+                View::Devices { .. } => BTreeSet::from([vec![call.group.id as usize]]),
                 View::Classes => self.class_sets(node.placement, axes.clone(), device),
             };
             let mut groups = BTreeSet::new();

@@ -17,6 +17,7 @@ use super::error::PlanError;
 use super::slots::Slots;
 use super::validate::{check_quotient, validate};
 use super::{ClassPlan, Plan, RegisterPlace, Schedule};
+use crate::graph::builder::Layout;
 use crate::graph::{AdamW, Graph, Role};
 use crate::nn::{self, GptConfig};
 use crate::passes::{CompileError, CompileOptions, compile};
@@ -300,4 +301,18 @@ fn delays_change_no_result() {
             assert_eq!(delayed.digest, exact.digest, "mesh {mesh}, seed {seed}");
         }
     }
+}
+
+/// The two layouts give the first device the same part, so the launches of the classes' first devices are equal.
+#[test]
+fn plans_that_differ_only_in_the_regions_of_other_devices_have_different_hashes() {
+    let hash = |axis: &str| {
+        let mut g = Graph::new(&Mesh::parse("data=2,tensor=2").expect("a mesh"));
+        let x = g.input("x", &[4, 4], DType::F32, Layout::broadcast());
+        let part = g.relayout(x, Layout::split(axis, 0));
+        g.output("y", part);
+        compile(g, &CompileOptions::default()).expect("a plan").hash()
+    };
+    assert_ne!(hash("data"), hash("tensor"));
+    assert_eq!(hash("data"), hash("data"));
 }

@@ -4,6 +4,8 @@
 
 use std::collections::BTreeMap;
 
+use std::ops::Range;
+
 use shardflow_kernels::device::DeviceKind;
 
 use crate::graph::Var;
@@ -11,6 +13,7 @@ use crate::plan::error::PlanError;
 use crate::plan::instance::Instance;
 use crate::plan::{Plan, ResidentTensor};
 use crate::process_map::ProcessMap;
+use crate::sbp::Sbp;
 use shardflow_job::machine::{CGROUPS_MAX, CgroupId, FreeMemory, MemoryClaim, memory_bounds};
 
 /// Reserved bytes outside the plan: per process for libraries and connections, and per device and thread for packed
@@ -101,7 +104,7 @@ fn process_bytes(plan: &Instance, process_map: &ProcessMap, process: u32, snapsh
     *table += &format!("  rank {process}: {reserve} bytes for threads, libraries and connections\n");
     needed += reserve;
     if snapshots > 0 {
-        let bytes = snapshots as u64 * snapshot_bytes(plan, |device| devices.contains(&device));
+        let bytes = snapshots as u64 * snapshot_bytes(plan, devices.clone());
         *table += &format!("  rank {process}: {bytes} bytes for {snapshots} snapshots of checkpoints\n");
         needed += bytes;
     }
@@ -119,20 +122,27 @@ fn rank_bytes(plan: &Plan, devices: usize) -> u64 {
     RANK_BYTES + devices as u64 * (DEVICE_BYTES + plan.threads_per_device as u64 * THREAD_BYTES)
 }
 
-/// Parts of a parameter or state in a checkpoint. Each comes with the first of the placement's devices that hold it.
-pub(crate) fn saved_parts(plan: &Plan, var: Var) -> Vec<(usize, ResidentTensor)> {
-    let mut parts: Vec<(usize, ResidentTensor)> = Vec::new();
-    for (device, _, resident) in plan.resident_parts(var) {
-        if !resident.region.is_empty() && !parts.iter().any(|(_, other)| other.region == resident.region) {
-            parts.push((device, resident));
-        }
-    }
-    parts
+/// The parts of a parameter or state that these devices save in a checkpoint. Of several copies, the first device of the
+/// placement saves its copy: the device with coordinate 0 on each axis along which the tensor is broadcast.
+pub(crate) fn saved_parts(
+    plan: &Plan,
+    var: Var,
+    devices: Range<usize>,
+) -> impl Iterator<Item = (usize, ResidentTensor)> {
+    let (graph, layout) = (&plan.graph, plan.graph.layout(var));
+    let placement = &graph.placements[graph.placement_of(var)];
+    let saves = move |device: &usize| {
+        let coords = placement.index_of(*device).map(|index| placement.coords(index));
+        let is_first =
+            |coords: Vec<usize>| layout.0.iter().zip(coords).all(|(sbp, at)| *sbp != Sbp::Broadcast || at == 0);
+        coords.is_some_and(is_first)
+    };
+    let part = move |device: usize| Some((device, plan.resident(device, var)?.1));
+    devices.filter(saves).filter_map(part).filter(|(_, part)| !part.region.is_empty())
 }
 
-fn snapshot_bytes(plan: &Plan, is_included: impl Fn(usize) -> bool) -> u64 {
-    let parts = plan.graph.residents().flat_map(|var| saved_parts(plan, var));
-    let parts = parts.filter(|(device, _)| is_included(*device));
+fn snapshot_bytes(plan: &Plan, devices: Range<usize>) -> u64 {
+    let parts = plan.graph.residents().flat_map(|var| saved_parts(plan, var, devices.clone()));
     parts.map(|(_, part)| (part.region.element_count() * part.dtype.bytes()) as u64).sum()
 }
 

@@ -49,13 +49,30 @@ pub(super) struct HostIo {
 #[derive(Default)]
 pub(super) struct Inbox {
     waiting: BTreeMap<u32, VecDeque<Arc<HostPiece>>>,
+    /// The number of pieces that a wait still needs, by port; empty between waits.
+    missing: BTreeMap<u32, usize>,
     /// Processes that will send no more pieces.
     ended: BTreeSet<u32>,
 }
 
 impl Inbox {
     fn put(&mut self, piece: Arc<HostPiece>) {
+        if let Some(missing) = self.missing.get_mut(&piece.port) {
+            *missing -= 1;
+            if *missing == 0 {
+                self.missing.remove(&piece.port);
+            }
+        }
         self.waiting.entry(piece.port).or_default().push_back(piece);
+    }
+
+    /// Begins a wait for these pieces, each port with its number of pieces.
+    fn expect(&mut self, wanted: &[(u32, usize)]) {
+        let missing = |(port, count): &(u32, usize)| {
+            let waiting = self.waiting.get(port).map_or(0, VecDeque::len);
+            (*count > waiting).then(|| (*port, count - waiting))
+        };
+        self.missing = wanted.iter().filter_map(missing).collect();
     }
 
     /// Removes and returns up to `count` of a port's oldest pieces.
@@ -168,7 +185,8 @@ impl HostIo {
         inbox.put(piece);
     }
 
-    /// Waits for these pieces, each port with its number of pieces, and sends this process's fetches meanwhile. Fails if a piece takes longer than `limit`.
+    /// Waits for these pieces, each port with its number of pieces, and sends this process's fetches meanwhile. Fails if
+    /// a piece takes longer than `limit`.
     pub(super) fn receive(
         &self,
         running: &RunningSession,
@@ -180,16 +198,17 @@ impl HostIo {
         // A closed channel means that the session has failed. The result is its first failure.
         let ended = || running.control().first_failure().unwrap_or_else(stopped);
         let mut inbox = self.inbox.lock();
-        loop {
-            let is_missing = |(port, count): &&(u32, usize)| inbox.waiting.get(port).map_or(0, VecDeque::len) < *count;
-            let sender = |(port, _): &(u32, usize)| self.ports.sender(*port);
-            let missing: Vec<u32> = wanted.iter().filter(is_missing).map(sender).collect();
-            let Some(sender) = missing.first().copied() else { break };
+        inbox.expect(wanted);
+        while let Some(first) = inbox.missing.keys().next() {
+            let sender = self.ports.sender(*first);
             running.host_waits_for((sender != self.process_map.process).then_some(sender));
-            // Pieces travel along the control tree and arrive in order.
-            let hop = |process: u32| world.map_or(process, |world| world.hop(process));
-            if let Some(process) = missing.iter().copied().map(hop).find(|hop| inbox.ended.contains(hop)) {
-                return Err(Failure::Peer { process, cause: PeerError::Ended });
+            if !inbox.ended.is_empty() {
+                // Pieces travel along the control tree and arrive in order.
+                let hop = |process: u32| world.map_or(process, |world| world.hop(process));
+                let mut hops = inbox.missing.keys().map(|port| hop(self.ports.sender(*port)));
+                if let Some(process) = hops.find(|hop| inbox.ended.contains(hop)) {
+                    return Err(Failure::Peer { process, cause: PeerError::Ended });
+                }
             }
             select! {
                 recv(self.fetched) -> end => self.forward(running, &mut inbox, end.map_err(|_| ended())?),
@@ -205,7 +224,8 @@ impl HostIo {
                 // Everything that a process sent before it left has arrived by now.
                 default(DEPARTURE_CHECK) => {
                     let has_left = |process: &u32| world.is_some_and(|world| world.has_left(*process));
-                    if let Some(process) = missing.into_iter().find(has_left) {
+                    let mut senders = inbox.missing.keys().map(|port| self.ports.sender(*port));
+                    if let Some(process) = senders.find(has_left) {
                         return Err(Failure::Peer { process, cause: PeerError::Ended });
                     }
                 }

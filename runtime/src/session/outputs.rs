@@ -109,10 +109,8 @@ impl Session {
                         HostPiece { port, tensors: vec![whole] },
                     ),
                     Err(error) => {
-                        // The other processes wait for this output.
-                        if self.process_map.processes > 1 {
-                            self.fail_alone(error.exit(), &error);
-                        }
+                        // The step cannot end. The other processes wait for this output.
+                        self.fail_alone(error.exit(), &error);
                         return Err(error);
                     }
                 }

@@ -79,8 +79,8 @@ impl Session {
         let mut spare = spare.map(|s| s.pieces).unwrap_or_default().into_iter();
         let (mut tensors, mut pieces) = (Vec::new(), Vec::new());
         for (var, kind) in self.residents() {
-            let parts = saved_parts(&self.plan, var).into_iter().filter(|(device, _)| devices.contains(device));
-            for (device, ResidentTensor { region, dtype, offset, .. }) in parts {
+            for (device, ResidentTensor { region, dtype, offset, .. }) in saved_parts(&self.plan, var, devices.clone())
+            {
                 let mut data = reuse_buffer(spare.next(), dtype, &region);
                 self.arenas[&device].read_host_into(offset, &mut data)?;
                 pieces.push(SnapshotPiece { tensor: tensors.len(), region, data });

@@ -7,7 +7,8 @@ use shardflow_actors::spec::{ActionRef, ActionSpec, ActorId, ActorSpec, Register
 use crate::session::observer::{Observer, PeerState};
 use crate::trace::category;
 
-/// A plan's actors and registers in the plan's order, including those of other processes.
+/// The actors and registers that this process knows, in the order of their ids: its own, and those of other processes
+/// with which its actors exchange registers.
 pub(super) fn shape(observer: &Observer) -> Value {
     let (plan, process_map) = (observer.plan(), observer.process_map());
     let action = |action: &ActionSpec| {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use shardflow_actors::check::check;
+use shardflow_actors::simulate::{SimulationOptions, Timing, simulate};
 use shardflow_actors::spec::{ActorSpec, InputSpec, OutputSpec, RegisterId};
 
 use super::*;
@@ -61,6 +62,9 @@ fn the_parts_of_all_processes_are_the_whole_plan() {
             let runs = |plan: &Instance| own.iter().map(|crossing| crossing.runs(plan)).collect::<Vec<_>>();
             assert_eq!(runs(&part), runs(&whole), "{at}");
             assert_eq!(processes == 1, part.spec.is_whole(), "{at}");
+            let spec = Arc::new(part.spec);
+            let simulated = simulate(&spec, &Timing::uniform(&spec, 1, 1), &SimulationOptions::steps(1));
+            assert_eq!(simulated.is_err(), processes > 1, "{at}: a part cannot be simulated");
         }
     }
     assert!(neighbours > 0 && third_parties > 0, "{neighbours} {third_parties}");

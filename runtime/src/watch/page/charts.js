@@ -66,7 +66,8 @@ export function showEvent(model) {
   draw('chart-loss', 'loss', steps, points.map((point) => point[1]), 'forward', 'step');
   draw('chart-norm', 'gradient norm', steps, points.map((point) => point[2]), 'backward', 'step');
   draw('chart-rate', 'tokens/s', steps, points.map((point) => tokens / point[4]), 'update', 'step');
-  const held = slots.map((sample) => sample.held.reduce((a, b) => a + b, 0));
-  draw('chart-slots', `slots held of ${plan.registers.reduce((sum, register) => sum + register.slots, 0)}`,
+  const held = slots.map((sample) => [...sample.held.values()].reduce((a, b) => a + b, 0));
+  const own = plan.registers.filter((register) => plan.actors[register.producer].is_here);
+  draw('chart-slots', `slots held of ${own.reduce((sum, register) => sum + register.slots, 0)}`,
     slots.map((sample) => sample.at), held, 'communication', 'seconds');
 }

@@ -151,7 +151,7 @@ function fill() {
   ];
   at('register-facts').replaceChildren(...facts.flatMap(([name, text]) => [make('dt', '', name), make('dd', '', text)]));
   const id = opened;
-  draw('register-slots', 'slots held', model.slots.map((sample) => sample.at), model.slots.map((sample) => sample.held[id]), 'communication', 'seconds');
+  draw('register-slots', 'slots held', model.slots.map((sample) => sample.at), model.slots.map((sample) => sample.held.get(id) ?? 0), 'communication', 'seconds');
 }
 
 export function listen() {

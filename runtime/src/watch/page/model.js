@@ -39,8 +39,8 @@ export class Model {
     }
     this.addFirings(event.firings);
     for (const [register, ...state] of event.registers) this.registers.set(register, state);
-    const held = new Int32Array(this.plan.registers.length);
-    for (const [register, state] of this.registers) held[register] = state[0];
+    // Only the registers of this process's actors have a state.
+    const held = new Map([...this.registers].map(([register, state]) => [register, state[0]]));
     this.slots.push({ at: event.now_us / 1e6, held });
     if (this.slots.length > SAMPLES_KEPT) this.slots.shift();
     for (const [actor, ...sums] of event.busy) {
