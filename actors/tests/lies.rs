@@ -13,6 +13,7 @@ use shardflow_actors::frame::{FRAME_BYTES, Frame, FrameError};
 use shardflow_actors::protocol::Message;
 use shardflow_actors::remote::{ByteRun, HostRoute, Listed, PeerSpec, Peers};
 use shardflow_actors::shell::{ActionProgram, ActorHost, LoadedPlan, RegisterMemory, RunningSession, start};
+use shardflow_actors::snapshot::ActorSnapshot;
 use shardflow_actors::spec::{ActorId, Firing, Pieces, RegisterId, Spec};
 use shardflow_actors::watchdog::WatchdogOptions;
 use shardflow_job::secret::Secret;
@@ -137,10 +138,11 @@ fn rejection(running: &RunningSession) -> PeerError {
     }
 }
 
-/// Waits until the actor of this index has fired this many times.
+/// Waits until this number of firings of the actor of this index have ended.
 fn wait_for(running: &RunningSession, actor: usize, firings: u64) {
     let deadline = Instant::now() + TIMEOUT;
-    while running.control().snapshot()[actor].firings != [firings] {
+    let has_ended = |state: &ActorSnapshot| state.firings == [firings] && state.waiting.in_flight.is_none();
+    while !has_ended(&running.control().snapshot()[actor]) {
         assert!(Instant::now() < deadline, "{:?}", running.control().snapshot());
         std::thread::yield_now();
     }
