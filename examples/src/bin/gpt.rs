@@ -73,11 +73,7 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
         print_header(args, &text, &plan, &cluster);
     }
     let process = cluster.process();
-    let listen = args.listen.filter(|_| !plan_files::is_requested());
-    let watch = listen.map(|first| Watch::listen_as(process, first)).transpose()?;
-    if let Some(watch) = &watch {
-        note(format!("watch the training at http://{}; metrics are at /metrics", watch.address()));
-    }
+    let watch = listen(args, process)?;
     let extra_bytes = extra_bytes(args, &plan, sampler.as_ref(), &cluster);
     let options = SessionOptions { extra_bytes, ..session_options(args, &text, cluster, requests.clone()) };
     let mut session = start(args, plan, &options)?;
@@ -95,12 +91,7 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     let deferred = requests.defer();
     train(args, &text, &mut session, checkpoints, &mut outputs)?;
     deferred.within(FINISH_LIMIT);
-    if let Some(path) = &args.save {
-        session.save(path).map_err(|e| GptError::Save(e.into()))?;
-        if prints {
-            print(format!("parameters saved to {}", path.display()));
-        }
-    }
+    save(args, &session)?;
     // Every process has to make this call.
     let parameters = (args.sample > 0).then(|| session.parameters_on_first()).transpose()?.flatten();
     // End the session's threads before the sampler starts its own.
@@ -117,6 +108,26 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
         let written = sampler.run(&parameters, &text.prompt(), args.sample, seed)?;
         let characters = counted(args.sample, "character");
         print(format!("\n{characters} written by the model:\n{}", text.decode(&written)));
+    }
+    Ok(())
+}
+
+/// Serves the live page, if the flags ask for it.
+fn listen(args: &GptArgs, process: u32) -> Result<Option<Watch>, GptError> {
+    let first = args.listen.filter(|_| !plan_files::is_requested());
+    let watch = first.map(|first| Watch::listen_as(process, first)).transpose()?;
+    if let Some(watch) = &watch {
+        note(format!("watch the training at http://{}; metrics are at /metrics", watch.address()));
+    }
+    Ok(watch)
+}
+
+/// Saves the parameters, if the flags ask for it. Every process has to make this call.
+fn save(args: &GptArgs, session: &Session) -> Result<(), GptError> {
+    let Some(path) = &args.save else { return Ok(()) };
+    session.save(path).map_err(|e| GptError::Save(e.into()))?;
+    if session.is_first() {
+        print(format!("parameters saved to {}", path.display()));
     }
     Ok(())
 }
