@@ -46,18 +46,23 @@ pub(super) fn start(
 /// Serves the connection to one peer until reading or writing ends.
 async fn exchange(shared: Arc<Shared>, process: u32, connection: AsyncConnection) {
     let (outbox, waiting) = Outbox::new();
-    tokio::select! {
+    let ended = tokio::select! {
         // Received messages are handled before the end of the connection, whichever direction ends first.
         biased;
-        ended = receive(&shared, process, &connection, outbox) => report(process, ended),
-        ended = send(&connection, waiting) => report(process, ended),
-    }
-    shared.disconnected(process);
+        ended = receive(&shared, process, &connection, outbox) => ended,
+        ended = send(&connection, waiting) => ended,
+    };
+    shared.disconnected(process, &how(ended));
 }
 
-fn report(process: u32, ended: io::Result<()>) {
-    if let Err(error) = ended {
-        tracing::debug!(process, %error, "a control connection ended");
+/// How a control connection ended. The end of the peer closes or resets it; any other error is of the network.
+fn how(ended: io::Result<()>) -> String {
+    use ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    match ended {
+        Err(error) if !matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof) => {
+            format!("its control connection failed: {error}")
+        }
+        _ => "its control connection closed".into(),
     }
 }
 
@@ -150,5 +155,18 @@ impl AsyncConnection {
             left = &left[written..];
         }
         self.complete(Interest::WRITABLE, |mut connection| connection.flush()).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_of_the_network_is_named_and_the_end_of_the_peer_is_not() {
+        let kinds = [ErrorKind::UnexpectedEof, ErrorKind::ConnectionReset, ErrorKind::BrokenPipe];
+        assert!(kinds.into_iter().all(|kind| how(Err(kind.into())) == how(Ok(()))));
+        let timed_out = how(Err(io::Error::from_raw_os_error(110)));
+        assert_eq!(timed_out, "its control connection failed: Connection timed out (os error 110)");
     }
 }

@@ -142,11 +142,11 @@ impl Core {
     }
 
     /// Handles the end of the control connection to a peer. It is a symptom of a failure, unless the peer has left.
-    pub(crate) fn disconnected(&mut self, process: u32, now: Duration) {
+    pub(crate) fn disconnected(&mut self, process: u32, how: &str, now: Duration) {
         if let Some(peer) = self.peers.get_mut(&process) {
             peer.link = Link::Closed;
             if self.detector.is_some() {
-                self.report_lost(process, "its control connection closed".into(), now);
+                self.report_lost(process, how.into(), now);
             }
         }
     }

@@ -148,8 +148,8 @@ impl Shared {
     }
 
     /// Handles the end of the control connection to a peer. It is a symptom of a failure, unless the peer has left.
-    pub(crate) fn disconnected(&self, process: u32) {
-        self.change(|core, now| core.disconnected(process, now));
+    pub(crate) fn disconnected(&self, process: u32, how: &str) {
+        self.change(|core, now| core.disconnected(process, how, now));
     }
 
     /// Blocks until all processes have joined. After `within`, it keeps waiting only while every missing neighbour has

@@ -125,7 +125,7 @@ impl World {
             Travelling::Joined => core.connected(from, now),
             Travelling::Control(message) => core.receive(from, message, now),
             Travelling::Heartbeat(heartbeat) => core.receive_heartbeat(heartbeat, now),
-            Travelling::Closed => core.disconnected(from, now),
+            Travelling::Closed => core.disconnected(from, "its control connection closed", now),
         });
     }
 
