@@ -68,6 +68,12 @@ impl NdSbp {
         Self(vec![Sbp::Broadcast; axes])
     }
 
+    /// True for the device that holds the first copy of its part, among the placement's devices with equal parts. These
+    /// are its coordinates.
+    pub fn is_first_copy(&self, coords: &[usize]) -> bool {
+        self.0.iter().zip(coords).all(|(sbp, at)| *sbp != Sbp::Broadcast || *at == 0)
+    }
+
     /// Parses `(S0, B)`, `S0,B` or, for a placement without axes, `()`.
     ///
     /// # Errors

@@ -14,7 +14,6 @@ use crate::plan::assign::Storage;
 use crate::plan::groups::collective_axes;
 use crate::plan::memory::{Interval, align, local_part, local_shape, pack};
 use crate::plan::segments::{HostTransfer, Segment, SegmentId, Segments};
-use crate::sbp::Sbp;
 
 /// Finds the accumulations to fuse. The value must be made by a kernel of the same action that can add to its output,
 /// and nothing else may read the value.
@@ -293,8 +292,7 @@ impl Emitter<'_> {
         let Some(position) = placement.index_of(self.device) else { return };
         let coords = placement.coords(position);
         for (grad, index) in node.inputs.iter().zip(indices) {
-            let owner = graph.layout(*grad).0.iter().zip(&coords).all(|(sbp, at)| *sbp != Sbp::Broadcast || *at == 0);
-            if owner {
+            if graph.layout(*grad).is_first_copy(&coords) {
                 let read = self.buffer(*grad);
                 self.launch(Op::SumSquares { index: *index }, vec![read], vec![sums.clone()], false);
             }

@@ -13,7 +13,6 @@ use crate::plan::error::PlanError;
 use crate::plan::instance::Instance;
 use crate::plan::{Plan, ResidentTensor};
 use crate::process_map::ProcessMap;
-use crate::sbp::Sbp;
 use shardflow_job::machine::{CGROUPS_MAX, CgroupId, FreeMemory, MemoryClaim, memory_bounds};
 
 /// Reserved bytes outside the plan: per process for libraries and connections, and per device and thread for packed
@@ -133,9 +132,7 @@ pub(crate) fn saved_parts(
     let placement = &graph.placements[graph.placement_of(var)];
     let saves = move |device: &usize| {
         let coords = placement.index_of(*device).map(|index| placement.coords(index));
-        let is_first =
-            |coords: Vec<usize>| layout.0.iter().zip(coords).all(|(sbp, at)| *sbp != Sbp::Broadcast || at == 0);
-        coords.is_some_and(is_first)
+        coords.is_some_and(|coords| layout.is_first_copy(&coords))
     };
     let part = move |device: usize| Some((device, plan.resident(device, var)?.1));
     devices.filter(saves).filter_map(part).filter(|(_, part)| !part.region.is_empty())

@@ -49,7 +49,7 @@ pub(super) struct HostIo {
 #[derive(Default)]
 pub(super) struct Inbox {
     waiting: BTreeMap<u32, VecDeque<Arc<HostPiece>>>,
-    /// The number of pieces that a wait still needs, by port; empty between waits.
+    /// The number of pieces that the latest wait still needs, by port.
     missing: BTreeMap<u32, usize>,
     /// Processes that will send no more pieces.
     ended: BTreeSet<u32>,

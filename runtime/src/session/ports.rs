@@ -1,5 +1,5 @@
 //! The ports through which a session's processes exchange host data. Their indices follow from the plan by arithmetic:
-//! first the ports of the graph's outputs, then for each device the ports of its fetches and of its residents.
+//! first the ports of the graph's outputs, then for each device the ports of its residents and of its fetches.
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ pub struct HostPorts {
     plan: Arc<Plan>,
     process_map: ProcessMap,
     outputs: Outputs,
-    /// For each device: the port of its first fetch. At the end: the number of ports.
+    /// For each device: its first port. At the end: the number of ports.
     first: Vec<u32>,
 }
 
@@ -38,8 +38,9 @@ impl HostPorts {
 
     /// The fetches of a device: each with its segment, its port, and the fetched tensors.
     pub fn fetches(&self, device: usize) -> impl Iterator<Item = (SegmentId, u32, &HostPort)> {
-        let ports = self.first[device]..;
-        ports.zip(fetches(self.plan.class_plan(device))).map(|(port, (segment, host))| (segment, port, host))
+        let class = self.plan.class_plan(device);
+        let ports = self.first[device] + class.residents.len() as u32..;
+        ports.zip(fetches(class)).map(|(port, (segment, host))| (segment, port, host))
     }
 
     /// The port of a device's fetch.
@@ -54,7 +55,7 @@ impl HostPorts {
 
     /// The port of a device's resident tensor, by the tensor's index among the device's residents.
     pub fn resident(&self, device: usize, index: usize) -> u32 {
-        self.first[device] + (fetches(self.plan.class_plan(device)).count() + index) as u32
+        self.first[device] + index as u32
     }
 
     /// The process that sends through a port.
@@ -111,12 +112,13 @@ impl Directory for HostPorts {
         let class = self.plan.class_plan(device);
         let index = (port - self.first[device]) as usize;
         // All devices of a class have tensors of the same shapes.
-        if let Some((_, host)) = fetches(class).nth(index) {
-            let tensors = host.buffers.iter().map(|b| (b.shape.clone(), b.dtype)).collect();
-            return Some(HostRoute { process, to: Some(0), tensors });
+        if let Some(resident) = class.residents.get(index) {
+            let tensors = vec![(resident.region.size.clone(), resident.dtype)];
+            return Some(HostRoute { process, to: None, tensors });
         }
-        let resident = &class.residents[index - fetches(class).count()];
-        Some(HostRoute { process, to: None, tensors: vec![(resident.region.size.clone(), resident.dtype)] })
+        let (_, host) = fetches(class).nth(index - class.residents.len())?;
+        let tensors = host.buffers.iter().map(|b| (b.shape.clone(), b.dtype)).collect();
+        Some(HostRoute { process, to: Some(0), tensors })
     }
 }
 
