@@ -184,7 +184,9 @@ fn open_tcp(
 /// Another process holds the address, perhaps a second rank 0. Sends it a join request, so that it detects the
 /// duplicate rank and refuses all processes.
 fn join_as_duplicate(config: &RendezvousConfig) -> RendezvousError {
-    let brief = RendezvousConfig { timeout: REPLY_TIMEOUT, late_grace: Duration::ZERO, ..config.clone() };
+    // `report_every` also limits each attempt to connect, and a busy machine may need most of the time for one.
+    let (timeout, report_every) = (REPLY_TIMEOUT, IN_USE_WAIT);
+    let brief = RendezvousConfig { timeout, report_every, late_grace: Duration::ZERO, ..config.clone() };
     match join(&brief, Instant::now() + IN_USE_WAIT, &mut |_| {}) {
         Err(refused @ (RendezvousError::Refused(_) | RendezvousError::Late { .. })) => refused,
         Err(RendezvousError::Transport(e) | RendezvousError::NotReached(e)) if e.refusal().is_some() => e.into(),
