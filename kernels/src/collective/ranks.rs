@@ -4,6 +4,9 @@ use std::cmp::Ordering;
 use std::fmt;
 use std::sync::Arc;
 
+/// Maximum number of ranks of a grid that a text lists one by one.
+const LISTED_MAX: usize = 16;
+
 /// An ordered list of ranks. A list that is a grid is stored as its first rank and its axes, any other list as it is.
 ///
 /// - RANKS-1: equal lists have the same form, so they are equal values with equal hashes. A grid has no axis of one
@@ -211,9 +214,16 @@ impl PartialOrd for Ranks {
     }
 }
 
+/// A large grid is shown by its axes, such as `5 + 64*(0..48) + 8*(0..4)`. All other ranks are shown as a list.
 impl fmt::Debug for Ranks {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.iter()).finish()
+        match &self.0 {
+            Form::Grid(grid) if grid.len() > LISTED_MAX => {
+                write!(f, "{}", grid.start)?;
+                grid.axes.iter().try_for_each(|RankAxis { stride, count }| write!(f, " + {stride}*(0..{count})"))
+            }
+            _ => f.debug_list().entries(self.iter()).finish(),
+        }
     }
 }
 
@@ -234,7 +244,9 @@ mod tests {
     fn check(ranks: &Ranks, list: &[usize]) {
         assert_eq!(ranks.iter().collect::<Vec<_>>(), list);
         assert_eq!((ranks.len(), ranks.is_empty()), (list.len(), list.is_empty()));
-        assert_eq!(format!("{ranks:?}"), format!("{list:?}"));
+        if list.len() <= LISTED_MAX || !ranks.is_grid() {
+            assert_eq!(format!("{ranks:?}"), format!("{list:?}"));
+        }
         for rank in list.iter().flat_map(|rank| rank.saturating_sub(1)..=rank + 1) {
             let member = list.iter().position(|other| *other == rank);
             assert_eq!((ranks.member_of(rank), ranks.contains(rank)), (member, member.is_some()), "{rank} in {list:?}");
@@ -302,5 +314,11 @@ mod tests {
         for list in [&[4, 2, 9][..], &[1, 1], &[0, 2, 4, 3, 5, 7]] {
             assert!(!Ranks::of(list).is_grid(), "{list:?}");
         }
+    }
+
+    #[test]
+    fn a_large_grid_is_shown_by_its_axes() {
+        assert_eq!(format!("{:?}", Ranks::grid(5, [axis(64, 48), axis(8, 4)])), "5 + 64*(0..48) + 8*(0..4)");
+        assert_eq!(format!("{:?}", Ranks::grid(1, [axis(-1, 2)])), "[1, 0]");
     }
 }

@@ -14,7 +14,6 @@ use crate::plan::Plan;
 use crate::plan::instance::Instance;
 use crate::plan::memory::local_part;
 use crate::process_map::ProcessMap;
-use crate::sbp::region::contains;
 use shardflow_job::membership::{Difference, MergeRule, Reduced};
 use shardflow_job::rendezvous::ranks;
 
@@ -89,37 +88,32 @@ pub fn shared_inputs(plan: &Plan, process_map: &ProcessMap) -> Vec<SharedInput> 
         }
     }
     let mut shared: BTreeMap<(Var, BTreeSet<u32>), Vec<Region>> = BTreeMap::new();
-    for (var, regions) in fed.into_values() {
-        let regions: Vec<(Region, BTreeSet<u32>)> =
-            regions.into_iter().map(|((start, size), processes)| (Region { start, size }, processes)).collect();
-        for cell in cells(regions.iter().map(|(region, _)| region)) {
-            let feeding = regions.iter().filter(|(region, _)| contains(region, &cell));
-            let processes: BTreeSet<u32> = feeding.flat_map(|(_, processes)| processes).copied().collect();
-            if processes.len() > 1 {
-                shared.entry((var, processes)).or_default().push(cell);
-            }
+    for (var, feeders) in fed.into_values() {
+        for (cell, processes) in cells(&feeders).into_iter().filter(|(_, processes)| processes.len() > 1) {
+            shared.entry((var, processes)).or_default().push(cell);
         }
     }
     let shared = shared.into_iter();
     shared.map(|((var, all), regions)| SharedInput { var, processes: all.into_iter().collect(), regions }).collect()
 }
 
-/// The boxes into which the borders of all regions divide a tensor.
-fn cells<'a>(regions: impl Iterator<Item = &'a Region> + Clone) -> Vec<Region> {
-    let mut cells = vec![Region::whole(&[])];
-    for dim in 0..regions.clone().next().map_or(0, |region| region.size.len()) {
-        let borders = regions.clone().flat_map(|region| [region.start[dim], region.start[dim] + region.size[dim]]);
-        let borders: Vec<usize> = borders.collect::<BTreeSet<_>>().into_iter().collect();
-        let extended = |cell: &Region, border: &[usize]| {
-            let mut cell = cell.clone();
-            cell.start.push(border[0]);
-            cell.size.push(border[1] - border[0]);
-            cell
-        };
-        let along = |cell| borders.windows(2).map(move |border| extended(cell, border)).collect::<Vec<_>>();
-        cells = cells.iter().flat_map(along).collect();
+/// The boxes into which the borders of all regions divide a tensor, and the processes that feed each box.
+fn cells(feeders: &Feeders) -> Vec<(Region, BTreeSet<u32>)> {
+    let dims = feeders.keys().next().map_or(0, |(start, _)| start.len());
+    let borders_of = |dim: usize| feeders.keys().flat_map(move |(start, size)| [start[dim], start[dim] + size[dim]]);
+    let borders: Vec<BTreeSet<usize>> = (0..dims).map(|dim| borders_of(dim).collect()).collect();
+    let mut cells: BTreeMap<Vec<usize>, BTreeSet<u32>> = BTreeMap::new();
+    for ((start, size), processes) in feeders {
+        let mut starts = vec![Vec::new()];
+        for (dim, borders) in borders.iter().enumerate() {
+            let inside = borders.range(start[dim]..start[dim] + size[dim]);
+            starts = starts.iter().flat_map(|cell| inside.clone().map(|at| [&cell[..], &[*at]].concat())).collect();
+        }
+        starts.into_iter().for_each(|cell| cells.entry(cell).or_default().extend(processes));
     }
-    cells
+    let next = |(dim, start): (usize, &usize)| borders[dim].range(start + 1..).next().expect("the end of a region");
+    let size = |start: &[usize]| start.iter().enumerate().map(|at| next(at) - at.1).collect();
+    cells.into_iter().map(|(start, processes)| (Region { size: size(&start), start }, processes)).collect()
 }
 
 /// The first 8 bytes of a BLAKE3 checksum.
