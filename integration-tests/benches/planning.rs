@@ -1,8 +1,9 @@
 //! Measures the time and memory of planning large meshes, deep models, and a program whose layers all differ. For each
-//! plan, also measures how long one rank takes to make its part.
+//! plan, also measures how long one rank takes to make its part and to hash the plan.
 //!
 //! Command: `cargo bench -p shardflow-integration-tests --bench planning [PART OF A NAME]`
 
+use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -106,14 +107,25 @@ const CASES: &[Case] = &[
     Case { name: "unlike layers on 8 ranks", mesh: "data=2,stage=2,tensor=2", micro_batches: 1, build: unlike_layers },
 ];
 
-/// Number of times that each case makes the part of one rank. The result is the median.
-const INSTANCES: usize = 9;
+const REPETITIONS: usize = 9;
 
 /// Returns the peak memory of this process so far in MiB, or 0 if the system does not report it.
 fn peak_mib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) / 1024
+}
+
+/// The median duration of [`REPETITIONS`] calls, in milliseconds.
+fn median_ms(call: impl Fn()) -> f64 {
+    let duration = |_| {
+        let begin = Instant::now();
+        call();
+        begin.elapsed().as_secs_f64() * 1e3
+    };
+    let mut durations: Vec<f64> = (0..REPETITIONS).map(duration).collect();
+    durations.sort_by(f64::total_cmp);
+    durations[REPETITIONS / 2]
 }
 
 fn main() {
@@ -129,16 +141,10 @@ fn main() {
         let devices = plan.device_count();
         println!("{}: {nodes} nodes, {classes} classes, {seconds:.2} s, at most {} MiB so far", case.name, peak_mib());
         let (plan, last) = (Arc::new(plan), devices - 1);
-        let mut times: Vec<f64> = (0..INSTANCES)
-            .map(|_| {
-                let begin = Instant::now();
-                std::hint::black_box(plan.clone().instance_of(last..devices));
-                begin.elapsed().as_secs_f64() * 1e3
-            })
-            .collect();
-        times.sort_by(f64::total_cmp);
+        let part = median_ms(|| _ = black_box(plan.clone().instance_of(last..devices)));
+        let hash = median_ms(|| _ = black_box(plan.hash()));
         let spec = plan.instance_of(last..devices).spec;
         let (actors, registers) = (spec.actors.len(), spec.registers.len());
-        println!("  one rank: {:.2} ms, {actors} actors, {registers} registers", times[INSTANCES / 2]);
+        println!("  one rank: {part:.1} ms, {actors} actors, {registers} registers; hash of the plan: {hash:.1} ms");
     }
 }
