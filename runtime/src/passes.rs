@@ -1,6 +1,7 @@
 //! Compiles the user's graph to a plan. [`compile`] holds the ordered list of passes.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 pub use shardflow_kernels::cpu::THREADS_MAX;
 use shardflow_kernels::device::DeviceKind;
@@ -15,6 +16,7 @@ use crate::plan::{Plan, Schedule};
 pub use boxing::Boxing;
 use mode::Mode;
 use precision::Precision;
+use progress::{OnSlow, RunningPart};
 use shardflow_job::text::counted;
 
 pub(crate) mod autodiff;
@@ -26,6 +28,7 @@ pub(crate) mod micro_batch;
 pub mod mode;
 pub(crate) mod optimizer;
 pub mod precision;
+pub(crate) mod progress;
 
 /// How a graph is compiled.
 #[derive(Clone, Debug)]
@@ -53,8 +56,8 @@ pub struct CompileOptions {
     pub precision: Precision,
     /// The kind of the mesh's devices.
     pub device: DeviceKind,
-    /// Called with the name of each part of the compilation when that part begins.
-    pub on_part: Option<fn(&'static str)>,
+    /// Called each second while the compilation runs, so never for a fast one.
+    pub on_slow: Option<OnSlow>,
 }
 
 /// Maximum number of micro-batches in a step; plan validation simulates each of them.
@@ -74,7 +77,7 @@ impl Default for CompileOptions {
             boxing: Boxing::default(),
             precision: Precision::default(),
             device: DeviceKind::default(),
-            on_part: None,
+            on_slow: None,
         }
     }
 }
@@ -101,7 +104,11 @@ fn list(errors: &[GraphError]) -> String {
 ///
 /// # Errors
 /// Returns all errors of the graph at once, or the reason why validation refused the plan.
-pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, CompileError> {
+pub fn compile(graph: Graph, options: &CompileOptions) -> Result<Plan, CompileError> {
+    progress::report(options.on_slow, Duration::from_secs(1), |part| compile_parts(graph, options, part))
+}
+
+fn compile_parts(mut graph: Graph, options: &CompileOptions, part: &RunningPart) -> Result<Plan, CompileError> {
     let needed = graph.mesh().device_count();
     if needed > options.devices {
         let mesh = graph.mesh().to_string();
@@ -114,7 +121,7 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
     if let Some((name, got, max)) = counts.into_iter().find(|(_, got, max)| !(1..=*max).contains(got)) {
         return Err(CompileError::Range { name, got, max });
     }
-    let begin = |part| options.on_part.iter().for_each(|on_part| on_part(part));
+    let begin = |name| *part.lock() = name;
     begin("micro-batches and gradients");
     // The passes, in order. Each pass establishes what the next pass requires.
     mode::apply(&mut graph, options.mode);

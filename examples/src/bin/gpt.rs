@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use shardflow::files::{OutputFileError, check_appendable, check_room, check_writable};
@@ -185,18 +185,13 @@ fn options(args: &GptArgs, cluster: &Cluster) -> Result<CompileOptions, GptError
         precision: args.precision,
         threads_per_device: args.threads(cores(), here),
         memory_bytes,
-        on_part: cluster.is_first().then_some(report_slow_compilation),
+        on_slow: cluster.is_first().then_some(report_slow_compilation as _),
         ..CompileOptions::default()
     })
 }
 
-/// Names each part of a compilation that begins after the first second.
-fn report_slow_compilation(part: &'static str) {
-    static BEGAN: OnceLock<Instant> = OnceLock::new();
-    let took = BEGAN.get_or_init(Instant::now).elapsed();
-    if took > Duration::from_secs(1) {
-        note(format!("compiling for {:.0} s: {part}", took.as_secs_f64()));
-    }
+fn report_slow_compilation(took: Duration, part: &'static str) {
+    note(format!("compiling for {:.0} s: {part}", took.as_secs_f64()));
 }
 
 /// Returns the bytes that this process allocates besides the plan, either to load parameters before the training or to
