@@ -1,8 +1,8 @@
 //! Delivers messages: maps an actor's id to the actor's mailbox, or to the peer that hosts the actor.
 //!
 //! ractor's mailboxes are unbounded, so the bus counts each mailbox's entries and checks the count. The maximum is the
-//! sum of three numbers: the slots of all inputs (CR-3), the readers of all slots of the outputs, and the notifications
-//! of one firing.
+//! sum of three numbers: one message per slot of each input (CR-3), one release per slot and reader of each output, and
+//! the notifications of one firing.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -70,7 +70,7 @@ impl Bus {
         &self.remote
     }
 
-    /// Queues an entry for a local actor, or a message for a remote actor's peer. Returns false if no such actor runs.
+    /// Queues an entry for a local actor, or a message for an actor's peer. Returns false if no such actor runs.
     pub(crate) fn send(&self, to: ActorId, cast: Cast) -> bool {
         #[cfg(test)]
         if self.is_lost(&cast) {

@@ -24,8 +24,8 @@ const CONFIG: Configuration<LittleEndian, Fixint> = legacy();
 pub enum Frame {
     /// A message between actors. `Filled` is sent only after all bytes of the piece were sent or are in shared memory.
     Message(Message),
-    /// If the register uses no pipe, `bytes` raw bytes follow: the parts of the slot that the receiver's readers read,
-    /// in order. If the register uses a pipe, the pipe carries these bytes, and none follow here.
+    /// Announces `bytes` raw bytes: the parts of the slot that the receiver's readers read, in order. If the register
+    /// uses a pipe (a direct transfer between GPUs), the pipe carries the bytes. Otherwise, they follow this frame.
     Data { register: RegisterId, slot: u32, piece: u64, bytes: u64 },
     /// `bytes` raw bytes follow: the tensors of a host port, in order.
     Host { port: u32, bytes: u64 },

@@ -7,7 +7,7 @@ use crate::protocol::{ActorWaits, Missing};
 use crate::snapshot::ActorSnapshot;
 use crate::spec::{ActionRef, ActorId, RegisterId, Spec, StreamKind, actor_name};
 
-/// Maximum number of further roots of the same rank that a text names. A stuck device causes only a few such roots.
+/// Maximum number of further roots ([`Hang::also`]) that a text names. A stuck device causes only a few such roots.
 const NAMED_MAX: usize = 4;
 
 /// A wait in a collective: communicator id, rank of the waiting member, and rank of the member that it waits for.
@@ -24,7 +24,7 @@ pub struct Hang {
     text: String,
 }
 
-/// A root cause of a hang: other actions wait for it, but it waits for nobody.
+/// A root cause of a hang: other actions wait for it, but it waits for nobody. The exception is a cycle of waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Root {
     /// The producer has published a piece, but this reader did not receive the message.
@@ -70,7 +70,8 @@ impl Root {
             Self::Collective(_) => 2,
             Self::Unresponsive(_) => 3,
             Self::Process { .. } | Self::Member { .. } => 4,
-            // In a plan without deadlocks, this cycle is not real: a member may join a group through another action.
+            // A plan without deadlocks has no cycle. The search still finds one if it follows a wait for a late member
+            // to an action through which that member does not join.
             Self::Cycle if is_acyclic => 7,
             Self::Cycle => 5,
             Self::Token(_) => 6,
@@ -128,7 +129,7 @@ pub(crate) struct WaitingAction {
 pub(crate) enum WaitReason {
     /// The action lacks a piece, a slot, a token or its turn.
     Missing(Missing),
-    /// The action is in flight, and another member of a group has not begun, or is still in an earlier round.
+    /// The action is in flight, and waits for `member` to join a collective of the group.
     Group { group: u32, member: ActorId },
     /// Like `Group`, for a member outside this process's part of the plan.
     Member { communicator: u32, device: usize, stream: StreamKind },
@@ -255,7 +256,8 @@ pub(crate) fn explain(snapshot: HangSnapshot<'_>, steps: u64) -> Option<Hang> {
     Some(hang)
 }
 
-/// Describes waits in communicators that no action uses. They belong to pipes between devices of two processes.
+/// Describes waits in communicators that no action uses. Such communicators belong to pipes, the direct transfers
+/// between GPUs of two processes.
 pub(crate) fn describe_pipe_waits(spec: &Spec, waits: &[CollectiveWait]) -> Vec<String> {
     let of_actions: HashSet<u32> = spec.all_actions().flat_map(|(_, action)| action.communicators.clone()).collect();
     let of_pipes = waits.iter().filter(|(communicator, ..)| !of_actions.contains(communicator));
@@ -328,7 +330,7 @@ impl<'a> Search<'a> {
     fn chain(&self, start: usize, root: &Root) -> Vec<WaitingAction> {
         let mut chain: Vec<WaitingAction> = self.path[start..].iter().map(|(waiting, _)| waiting.clone()).collect();
         if matches!(root, Root::Firing(_) | Root::Collective(_) | Root::Unresponsive(_)) {
-            // The chain contains only actions that wait, but the action of this root waits for nobody.
+            // The path ends with this root's action, which waits for nobody. The chain has only actions that wait.
             chain.pop();
         }
         chain
@@ -336,7 +338,7 @@ impl<'a> Search<'a> {
 
     fn visit(&mut self, at: ActionRef) -> Option<()> {
         self.visited.insert(at).then(|| {
-            // A placeholder. The search overwrites it with each wait that it follows.
+            // A placeholder: `next_root` overwrites it with each wait that it follows.
             let wait = WaitReason::Missing(Missing::Token);
             self.path.push((WaitingAction { action: at, wait }, self.waits(at).into_iter()));
         })
@@ -363,7 +365,7 @@ impl<'a> Search<'a> {
         waits
     }
 
-    /// The waits of a firing in flight: for members of its groups that are in an earlier round, or for its own stream.
+    /// The waits of a firing in flight: for members that have not joined its collectives or, if none, its own stream.
     fn waits_in_flight(&self, at: ActionRef, snapshot: &ActorSnapshot) -> Vec<(WaitReason, Next)> {
         let HangSnapshot { spec, collectives, knows_collectives, .. } = self.input;
         let actor = spec.actor(at.actor);
@@ -401,8 +403,8 @@ impl<'a> Search<'a> {
         waits
     }
 
-    /// The members of a communicator outside this process's part of the plan that a firing in flight may wait for.
-    /// `peers` are the firing's waits: communicators and devices.
+    /// The waits of a firing in flight for members of a communicator that run in other processes. `peers` are the waits
+    /// of the firing that the engine has reported, as communicators and devices.
     fn absent_members(&self, communicator: u32, stream: StreamKind, peers: &[(u32, usize)]) -> Vec<(WaitReason, Next)> {
         let HangSnapshot { knows_collectives, members_of, .. } = self.input;
         let is_waited_for = |device: usize| !knows_collectives || peers.contains(&(communicator, device));

@@ -42,9 +42,9 @@ impl Pipeline {
         }
         for s in 0..p.saturating_sub(1) {
             let (here, next) = (stages[s], stages[s + 1]);
-            // Each of these registers has the slot count of the earlier stage's stash, so it never delays a firing. A
-            // micro-batch in such a register either still holds a stash slot, or frees its register slot before the
-            // stash slot's next holder needs one.
+            // Each of these registers has as many slots as the earlier stage's stash, so it never delays a firing: a
+            // micro-batch in a register slot also holds a stash slot, until the earlier stage's backward releases both.
+            // The release of the register slot arrives before the stash slot's next micro-batch needs one.
             let slots = self.credits[s];
             b.edge(format!("stage{s}.activation"), slots, here.0, next.0);
             b.edge(format!("stage{}.gradient", s + 1), slots, next.1, here.1);

@@ -1,5 +1,5 @@
-//! Registers between processes. Messages to an actor on a peer go to the peer's outbox. One thread writes the outbox to
-//! the connection. Another thread reads the peer's messages and delivers them to the local actors.
+//! Registers between processes. For each peer, this process has an outbox, which queues messages to the peer's actors.
+//! One thread writes the outbox to the connection. Another reads the peer's messages and delivers them to local actors.
 //!
 //! A slot's bytes are sent at most once to each process, before the `Filled` message. They arrive in the same slot of
 //! the receiver's copy of the register, its mirror. Credits also protect the mirror: the producer cannot rewrite a slot
@@ -12,8 +12,8 @@
 //! - **RM-1**: every message from a peer is checked against the plan before use: the hosts of the register's producer
 //!   and reader, the number of bytes of a slot, and the expected piece and slot.
 //! - **RM-2**: an outbox holds at most the messages that credits allow (CR-3), and the host pieces of one step.
-//! - **RM-3**: a mirror's slot is written only after all local readers have released the slot's piece. A refresh writes
-//!   the slot only while no local reader is in the middle of a step.
+//! - **RM-3**: a mirror's slot is written only after all local readers have released the slot's piece. A refresh, which
+//!   sends initial registers again, writes the slot only while no local reader is in the middle of a step.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -113,7 +113,7 @@ impl Directory for Listed {
 pub struct Peers {
     /// The processes with a connection to this one.
     pub peers: Vec<PeerSpec>,
-    /// For each process: the peer on the way to it. This process maps to itself. Empty if all other ones are peers.
+    /// For each process: the peer on the way to it, or itself for this process. Empty if all other processes are peers.
     pub hops: Vec<u32>,
     /// The processes of devices, and the ports between host programs.
     pub directory: Arc<dyn Directory>,
@@ -179,8 +179,8 @@ pub(crate) struct Remote {
     /// For each peer: the last received `Ready` round, its stamp, and whether the peer has ended in an orderly way.
     ready: Mutex<Vec<(u64, Stamped<()>, bool)>>,
     changed: Condvar,
-    /// For each register: race clocks of this process's messages about the register. These messages precede later
-    /// messages of peers about the register.
+    /// For each register: the race checker's clocks of this process's messages about the register. They order these
+    /// messages before later messages of peers about the same register.
     pub(crate) sent: Table<RegisterId, ReleaseClocks>,
     /// For each register and local reader: number of pieces that the reader has released to a remote producer.
     released: Table<RegisterId, Box<[AtomicU64]>>,

@@ -208,15 +208,16 @@ impl RunningSession {
 
     /// Sends the bytes of `initial` registers to the peers that read them. Waits at most [`WatchdogOptions::wait_max`]
     /// for the peers' bytes. If an `initial` register was written outside the plan, all processes must call this method
-    /// while no work is in flight. After the first step, it is exact only for registers whose slots all hold initial
-    /// pieces.
+    /// while no work is in flight. Sends only the slots that held the initial pieces. Unless these are all slots of the
+    /// register, the current pieces may lie in other slots after the first step.
     pub fn refresh(&mut self) -> Result<(), Failure> {
         self.rounds += 1;
         let session = &self.session;
         session.bus.remote().refresh(self.rounds, self.options.wait_max(), || session.first_failure())
     }
 
-    /// Sends tensors through a port of this process to the host programs of all other processes.
+    /// Sends tensors through a port of this process to the host program of the port's receiver or, if the port names no
+    /// receiver, to the host programs of all other processes.
     pub fn send_host_piece(&self, piece: &Arc<HostPiece>) {
         self.session.bus.remote().send_host_piece(piece, None);
     }

@@ -395,8 +395,10 @@ impl Simulator<'_> {
             };
             let mut held = protocol.input_held(reader.action, port);
             if !in_order || (settled && !at_rest) || !held.all(is_filled) {
-                let numbers =
-                    format!("credited {credited}, released {released}, filled {filled}, published {published}");
+                let numbers = format!(
+                    "released at the producer {credited}, released at the reader {released}, filled {filled}, \
+                     published {published}"
+                );
                 let reader = self.spec.action_name(reader.actor, reader.action);
                 return Err(SimulationError::Conservation { register: register.name.clone(), reader, numbers });
             }

@@ -72,7 +72,7 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// Adds a sample. Reports each process for which at least [`WAITS_MIN`] samples wait, once per [`REPEAT_AFTER`].
+    /// Adds a sample. Reports each process that at least [`WAITS_MIN`] samples wait for, once per [`REPEAT_AFTER`].
     pub(crate) fn add(&mut self, sample: Sample) -> Vec<String> {
         self.count += 1;
         if self.window.len() == WINDOW {

@@ -19,7 +19,7 @@ pub struct ActorSnapshot {
     pub waiting: ActorWaits,
     /// Idle time by cause, up to the actor's last launch.
     pub idle: Idle,
-    /// Current idle time. It is 0 while a firing is in flight and before the session's start.
+    /// Current idle time; 0 while a firing is in flight.
     pub idle_now_ns: u64,
     /// Launch time of the firing in flight, in nanoseconds since the session's start.
     pub in_flight_since_ns: Option<u64>,

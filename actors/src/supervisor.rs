@@ -28,7 +28,7 @@ mod step_counters;
 use first_failure::FirstFailure;
 use step_counters::StepCounters;
 
-/// Timeout for actor snapshots. Actors never block, so only an actor that has ended takes longer.
+/// Timeout for actor snapshots. An actor takes longer only if it has ended or a device driver call blocks its thread.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Maximum number of retries if an actor made progress while the snapshots were taken.
 const SNAPSHOT_TRIES: u32 = 3;

@@ -19,7 +19,7 @@ pub enum Cause {
     Credit(RegisterId),
     /// A token from the host.
     Host,
-    /// The end of the actor's own previous firing.
+    /// The end of the actor's own previous firing, or the session's start.
     #[default]
     Own,
 }
@@ -63,7 +63,7 @@ pub struct Idle {
     pub credit_ns: BTreeMap<RegisterId, u64>,
     /// Time spent waiting for the host.
     pub host_ns: u64,
-    /// Time in which the actor waited for nobody else, because its own messages were in transit.
+    /// Time before the first firing, if that firing waited only for the session's start. Later firings add no time.
     pub own_ns: u64,
 }
 

@@ -25,7 +25,7 @@ pub struct GptArgs {
     /// Order of forward and backward work in a pipeline.
     #[arg(long, value_enum, default_value_t = Schedule::OneFOneB)]
     pub schedule: Schedule,
-    /// Kind of devices in the mesh; in one process, several devices of the mesh may share a GPU.
+    /// Kind of devices in the mesh. Devices of the mesh may share a GPU only if the job has a single process.
     #[arg(long, value_enum, default_value_t = DeviceArg::Cpu)]
     pub device: DeviceArg,
     /// Storage type of activations and their gradients. Weights, their gradients and the optimizer update always use
@@ -38,8 +38,8 @@ pub struct GptArgs {
     /// CPU threads of each device; by default the cores of this process are divided evenly among its devices.
     #[arg(long, value_name = "N")]
     pub threads_per_device: Option<usize>,
-    /// Memory limit of each device in MiB. By default, a GPU's limit is its free memory. All CPU devices of a node
-    /// together must also fit in the node's free memory.
+    /// Memory limit of each device in MiB. By default, the limit on GPUs is the first GPU's free memory, divided by the
+    /// number of devices that share a GPU. All CPU devices of a node together must also fit in the node's free memory.
     #[arg(long, value_name = "MIB")]
     pub memory_mib: Option<usize>,
     /// Transformer layers.
@@ -108,7 +108,7 @@ pub struct GptArgs {
     #[arg(long, value_enum, default_value_t = NonFiniteArg::Stop)]
     pub on_non_finite: NonFiniteArg,
     /// After this long without progress, report the cause and abort with exit code 79. A warning comes earlier: after
-    /// the time of five steps, but not before 10 s.
+    /// the time of five steps, at least 10 s and at most a minute.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub hang_timeout: u64,
     /// Serve Prometheus metrics, the live page and the session's health at this address; --listen alone means

@@ -175,7 +175,7 @@ impl GptError {
             }
             Self::Ended { saved: Saved::Checkpoint(..), .. } => "to continue from there, run the same command",
             Self::Ended { saved: Saved::Nothing, .. } => {
-                "the same command starts from step 0; give --checkpoint DIR to save a checkpoint before it ends"
+                "the same command starts from step 0; give --checkpoint DIR, so that a checkpoint is saved at the end"
             }
             Self::Device(_) => DOCTOR_HINT,
             Self::Ended { saved: Saved::All, .. } | Self::Signals(_) => "",
@@ -192,7 +192,7 @@ impl GptError {
 
 const DOCTOR_HINT: &str = "run `shardflow doctor` to list the devices and libraries of this machine";
 const BUG_HINT: &str = "this is a bug in Shardflow: please report it with the command and this text";
-const DEVICE_MEMORY_HINT: &str = "set the memory of each device with --memory-mib";
+const DEVICE_MEMORY_HINT: &str = "--memory-mib sets the memory limit of each device";
 
 fn compile_hint(error: &CompileError) -> &'static str {
     match error {
@@ -284,7 +284,7 @@ fn manager_hint(error: &ManagerError) -> &'static str {
             SessionError::Plan(_) => session_hint(error),
             _ => "",
         },
-        ManagerError::Present { .. } => "give another --checkpoint, or --resume auto to continue from it",
+        ManagerError::Present { .. } => "give another --checkpoint, or --resume auto to continue from this checkpoint",
         ManagerError::NoCheckpoint(found) | ManagerError::TooManyRollbacks { found, .. } => non_finite_hint(found),
         ManagerError::Last { cause, .. } => checkpoint_hint(cause),
     }

@@ -172,7 +172,7 @@ fn impossible_plans_are_refused() {
             ("--batch 40000 --micro-batches 40000", "micro_batches is 40000", "--help"),
             ("--batch 4 --micro-batches 3", "--batch 4 is not a multiple of --micro-batches 3", "--batch 6"),
             ("--layers 99999999999", "99999999999 layers, but the maximum is 1024", "--help"),
-            ("--memory-mib 1 --width 64", "does not fit: a device has 1048576 bytes", "device 0: "),
+            ("--memory-mib 1 --width 64", "does not fit: each device may use 1048576 bytes", "device 0: "),
             // This model needs at least 13 TB.
             ("--width 262144 --memory-mib 4096", "does not fit", "--memory-mib"),
         ],

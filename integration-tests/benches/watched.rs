@@ -75,8 +75,8 @@ fn main() {
     ratios.sort_by(f64::total_cmp);
     let middle = |values| median(values).expect("windows");
     println!(
-        "{threads} threads: a step takes {:.2} ms; watched, {:.4} of that ({:.4} to {:.4} in {WINDOWS} windows of {STEPS} steps); \
-         of it {:.0} us to write the trace",
+        "{threads} threads: a step takes {:.2} ms; with monitoring, {:.4} times as long ({:.4} to {:.4} in {WINDOWS} \
+         windows of {STEPS} steps); writing the trace takes {:.0} us per step",
         middle(plain_seconds) * 1e3,
         middle(ratios.clone()),
         ratios[0],

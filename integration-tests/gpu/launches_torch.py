@@ -4,8 +4,9 @@ product or attention, prints the milliseconds of both, in one line of JSON.
 
     python3 launches_torch.py --like LAUNCHES.json [--device cpu]
 
-Both programs cycle through more memory than a cache holds. For a product of bf16 inputs, PyTorch writes bf16, but
-Shardflow writes float32. Exit code 77 means that the program cannot run here; the last line states the reason.
+On a GPU, both programs use up to 8 copies of the buffers in turn, so that a cache does not hold large buffers. For a
+product of bf16 inputs, PyTorch writes bf16, but Shardflow writes float32. Exit code 77 means that the program cannot
+run here; the last line states the reason.
 """
 
 import argparse

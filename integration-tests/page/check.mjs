@@ -81,7 +81,7 @@ const SMALL = ['--mesh=stage=2', '--micro-batches=4', '--layers=2', '--width=32'
 
 let browser;
 
-// Opens the page on this port. `wrong` collects errors and warnings. With `mayBreak`, broken connections are no errors.
+// Opens the page on this port. `wrong` collects errors and warnings. With `mayBreak`, ignores broken connections.
 async function openPage(port, options = {}, mayBreak = false) {
   const context = await browser.newContext({ viewport: { width: 1200, height: 900 }, ...options });
   const page = await context.newPage();
@@ -236,7 +236,7 @@ async function colours(page) {
   assert.ok(seen.predicted.pale > 20 && seen.predicted.full === 0, JSON.stringify(seen));
 }
 
-// Compares with `/metrics` the shares of busy time and of collectives that the bar of each actor shows.
+// Checks that the bar of each actor shows the shares of busy time and of time in collectives that `/metrics` implies.
 async function busy(page, port, [before, then]) {
   await until('seconds', () => performance.now() - before > 4000);
   const bars = await page.evaluate(() => [...document.querySelectorAll('#breakdown tbody tr')].map((row) => [

@@ -117,8 +117,8 @@ both_idle() {
     [ "$(sinfo --noheader --Node --format=%T)" = $'idle\nidle' ] || { sinfo --Node; return 1; }
 }
 
-# losses FILE: prints the step and the loss of each line as they are written. The text of a loss determines its bits. A
-# step that was repeated after a restart may occur twice, but with the same loss.
+# losses FILE: prints the text of the step and of the loss of each line, without duplicates. The text of a loss
+# determines its bits. So a step that was repeated after a restart with the same loss is printed only once.
 losses() {
     grep -o '"step":[^,]*,\|"loss":[^,]*,' "$1" | paste -d ' ' - - | sort -u
 }
@@ -158,7 +158,7 @@ check_srun() {
     done
 }
 
-# Kills a process. The others must name this process, and srun must end with a code of docs/guide/troubleshooting.md.
+# Kills a process. The others must report its rank, and srun must end with a code of docs/guide/troubleshooting.md.
 check_kill() {
     local begin code=0 victim
     srun --nodes=2 --ntasks=4 --kill-on-bad-exit=0 --wait=60 --label \
@@ -172,8 +172,8 @@ check_kill() {
     wait "$job" || code=$?
     # srun returns the highest exit code. This is the code of the killed process, 128 + 9.
     [ $code = 137 ] || { cat out-killed >&2; fail "process 3 was killed, but srun ended with $code, not 137"; }
-    grep -q 'error:.*rank 3' out-killed || { cat out-killed >&2; fail "no process named rank 3"; }
-    echo "process 3 was killed: the other processes named it, and srun ended with $code after $((SECONDS - begin)) s"
+    grep -q 'error:.*rank 3' out-killed || { cat out-killed >&2; fail "no process reported an error of rank 3"; }
+    echo "process 3 was killed: the others reported rank 3, and srun ended with $code after $((SECONDS - begin)) s"
     grep 'error:' out-killed
 }
 

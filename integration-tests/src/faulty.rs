@@ -111,7 +111,7 @@ impl FaultyStore {
         self.trigger.done.load(SeqCst)
     }
 
-    /// Ends the fault.
+    /// Ends the fault, except [`StoreFault::NoLinks`] and [`StoreFault::NoConditionalPut`].
     pub fn heal(&self) {
         self.trigger.at.store(usize::MAX, SeqCst);
     }

@@ -371,7 +371,7 @@ fn loaded_files_are_compared_before_anything_changes() {
                 let error = disagreement_text(session.set_parameters(&changed_parameters));
                 assert!(error.contains("(memory): the ranks differ in tensor lnf.weight: "), "{error}");
                 let error = session.restore(&file("missing")).expect_err("one rank has no file").to_string();
-                let expected = if rank == 1 { "No such file" } else { "rank 1 cannot load it; see its log" };
+                let expected = if rank == 1 { "No such file" } else { "rank 1 cannot load it; see the log of rank 1" };
                 assert!(error.contains(expected), "rank {rank}: {error}");
                 assert!(is_fresh(&session), "something was loaded");
                 session.restore(&file("one")).expect("the same on both");
@@ -451,7 +451,7 @@ fn each_rank_must_be_able_to_write_checkpoints() {
             });
             let (own, other) = (&errors[reader as usize], &errors[1 - reader as usize]);
             assert!(own.contains("No space left on device"), "{own}");
-            assert!(other.contains(&format!("rank {reader} cannot use it; see its log")), "{other}");
+            assert!(other.contains(&format!("rank {reader} cannot use this store; see")), "{other}");
         }
     });
 }

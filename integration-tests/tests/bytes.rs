@@ -11,7 +11,7 @@ use shardflow_kernels::collective::CollectiveKind;
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::{element_count, split_range};
 
-/// Returns the bytes that each device receives from collectives in a step. This does not include clipping. The numbers
+/// Returns the bytes that each device receives from collectives in a step, except for those of clipping. The numbers
 /// follow from the layout changes in the graph and from the sizes of the gradient buckets.
 fn predicted(plan: &Instance) -> Vec<u64> {
     let mut bytes = vec![0; plan.device_count()];

@@ -162,7 +162,8 @@ fn a_save_killed_at_any_operation_is_complete_or_absent() {
 }
 
 /// A job freezes before one operation of a save; each case selects another operation. The job's successor commits the
-/// same step, and then the frozen job continues. The first commit stays complete, and only its job reports it.
+/// same step, and then the frozen job continues. The first commit stays complete, and only the job that made this
+/// commit reports a commit.
 #[test]
 fn a_job_that_resumes_after_a_freeze_commits_nothing_twice() {
     within(60, || {

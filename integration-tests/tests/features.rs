@@ -39,7 +39,7 @@ fn the_tests_of_one_crate_reuse_the_build_of_the_workspace() {
                 format!("{package}\n  in the workspace: {}", of_all.map_or("not built", String::as_str))
             })
             .collect();
-        let todo = "give these the workspace's features in integration-tests/features/Cargo.toml";
+        let todo = "give these packages the workspace's features in integration-tests/features/Cargo.toml";
         assert!(differing.is_empty(), "{selection}: {todo}:\n{}", differing.join("\n"));
     }
 }

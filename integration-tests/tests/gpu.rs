@@ -20,7 +20,7 @@ const STEPS: usize = 3;
 /// Largest relative difference from the CPU backend's losses. The CPU backend adds in another order, and its exp and
 /// erf round differently.
 const F32_MAX: f64 = 1e-4;
-/// Largest relative difference in bf16, which has a rounding error of 2^-9.
+/// Largest relative difference in bf16, which has a relative rounding error of up to 2^-8.
 const BF16_MAX: f64 = 2e-3;
 
 /// Number of seeds for each policy in the long run.
@@ -180,7 +180,8 @@ fn in_bf16() {
     check("bf16", "tensor=2", 2, &[("random", 3)]);
 }
 
-/// Returns the losses that `gpt` logs. Its threads pass no clock tokens, so the software device treats them as one.
+/// Returns the losses that `gpt` logs. The threads of `gpt` pass no vector clocks to each other, so the race checker
+/// treats them as one thread.
 fn run_gpt(device: &str, mesh: &str, gpus: usize) -> Vec<f64> {
     let folder = tempfile::tempdir().expect("a folder");
     // Cargo puts the programs of all packages into one folder.
@@ -274,8 +275,8 @@ fn a_step_neither_allocates_nor_synchronizes() {
         assert_eq!(names.map(&shallow), [257.0, 150.0, 10.0, 10.0]);
         let copies = ["cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2"];
         assert_eq!(copies.map(layer), [0.0, 0.0]);
-        // In: three tensors for each micro-batch, and the decision. Out: two results, and the record of errors after
-        // each forward.
+        // To the device: three tensors for each micro-batch, and the decision whether to update. From the device: two
+        // results, and the record of errors after each forward.
         assert_eq!(copies.map(&shallow), [7.0, 4.0]);
         assert_eq!(shallow("cuStreamWaitEvent"), 0.0);
     }

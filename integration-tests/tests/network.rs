@@ -337,8 +337,8 @@ fn a_partition_is_noticed_and_nothing_is_committed_twice() {
 #[test]
 #[ignore = "needs root: run by .ci/run network"]
 fn a_one_way_partition_is_noticed_by_both() {
-    // Node `a` cannot send. The other node reports the partition to node `a` by a letter (a message of the control
-    // plane), or by a heartbeat if the letter is lost.
+    // Node `a` cannot send. Node `b` reports the partition to node `a` by a letter (a message of the control plane), or
+    // by a heartbeat if the letter is lost.
     partition("oneway", |net| net.cut("output", ""), ["(seen by process 1)", "rank 0: no heartbeat"]);
 }
 
@@ -357,7 +357,7 @@ fn a_flap_of_three_seconds_restarts_nothing() {
     let resumed = cut.elapsed();
     let output = job.finish();
     assert!(!output.contains("restart"), "{output}");
-    println!("flap of {:.1} s: 100 steps later after {:.1} s", flapped.as_secs_f64(), resumed.as_secs_f64());
+    println!("flap of {:.1} s: 100 steps took {:.1} s, flap included", flapped.as_secs_f64(), resumed.as_secs_f64());
 }
 
 #[test]

@@ -224,7 +224,7 @@ fn check_header(source: &Source) -> Vec<Finding> {
         found.push(finding(source, 1, "header", "open with `//!`: the file's one job"));
     }
     if source.path.ends_with("/mod.rs") {
-        found.push(finding(source, 1, "mod.rs", "name the file after its module, beside the module's folder"));
+        found.push(finding(source, 1, "mod.rs", "name it after its module, and put it beside the module's folder"));
     }
     let (tests, lines) = (tests_start(source), source.text.lines().count());
     if tests.min(lines) > LINES_MAX {

@@ -22,8 +22,8 @@ import sys
 import sysconfig
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_90a"]
-# Limit for the bytes of spill stores and loads of a kernel. The attention gradient of the deepest heads has 96; more means
-# that a tile is too large.
+# Limit for the bytes of spill stores and loads of a kernel. The attention gradient of the deepest heads has 96; more
+# means that a tile is too large.
 SPILL_BYTES_MAX = 128
 OPTIONS = ["--std=c++17", "--ptxas-options=-v"]
 SOURCES = pathlib.Path(__file__).resolve().parent.parent / "src" / "cuda"

@@ -5,9 +5,9 @@
         nvidia-cudnn-cu13==9.28.1.4 nvidia-cublas==13.0.*
     VENV/bin/python kernels/cuda/check_cudnn.py
 
-Given the description of a GPU, cuDNN chooses engines, compiles their kernels and finalizes plans without that GPU; it
-only cannot run them. A stub, built with the C compiler, replaces the driver. Runs an ignored test of the kernels crate,
-which covers several architectures and shapes. The wheels take 1.5 GB.
+Given the description of a GPU, cuDNN chooses engines, compiles their kernels and finalizes plans without that GPU. Only
+running a plan needs the GPU. A stub, built with the C compiler, replaces the driver. Runs an ignored test of the
+kernels crate, which covers several architectures and shapes. The wheels take 1.5 GB.
 """
 
 import json

@@ -49,10 +49,11 @@ impl<'a> Bound<'a> {
         let shapes: Vec<&[usize]> = self.reads.iter().map(View::shape).collect();
         let needed = workspace_bytes(&shapes);
         let given = self.workspace.as_ref().map_or(0, View::bytes);
-        let overlaps_read = |workspace: &View<'_>| self.reads.iter().any(|read| read.overlaps(workspace));
-        if needed > given || self.workspace.as_ref().is_some_and(overlaps_read) {
+        let has_overlap = self.workspace.iter().any(|workspace| self.reads.iter().any(|read| read.overlaps(workspace)));
+        if needed > given || has_overlap {
             let expected = format!("{needed} bytes that no other buffer overlaps");
-            return Err(self.refused("workspace", expected, format!("{given} bytes")));
+            let overlap = if has_overlap { ", which a read overlaps" } else { "" };
+            return Err(self.refused("workspace", expected, format!("{given} bytes{overlap}")));
         }
         Ok(())
     }

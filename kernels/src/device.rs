@@ -215,17 +215,17 @@ impl Device {
         }
     }
 
-    /// Total size in bytes of the live arenas.
+    /// Total size in bytes of the device's live arenas, including the arenas that its streams allocate for themselves.
     pub fn bytes_allocated(&self) -> usize {
         self.0.tally.bytes.load(Ordering::Relaxed)
     }
 
-    /// Peak of the total size in bytes of the live arenas.
+    /// Peak of [`Device::bytes_allocated`].
     pub fn bytes_peak(&self) -> usize {
         self.0.tally.bytes_peak.load(Ordering::Relaxed)
     }
 
-    /// Number of arenas allocated so far. It stays constant after a plan is loaded.
+    /// Number of arenas allocated so far, including those of streams. It stays constant after a plan is loaded.
     pub fn allocation_count(&self) -> usize {
         self.0.tally.allocations.load(Ordering::Relaxed)
     }

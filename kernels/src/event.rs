@@ -29,7 +29,7 @@ impl Event {
         self.0.set.get().map(Stamped::get).is_some()
     }
 
-    /// Blocks until the event is set. Every event is eventually set, since a stream ends only after its queued work.
+    /// Blocks until the event is set. A dropped stream also sets its events, because it first finishes its queued work.
     pub fn synchronize(&self) {
         // Spins briefly first, since parking and waking a thread costs tens of microseconds.
         for _ in 0..200 {

@@ -22,7 +22,7 @@ impl SplitMix64 {
     }
 }
 
-/// SplitMix64's finalizer: maps each 64-bit value to a different, mixed 64-bit value.
+/// SplitMix64's finalizer: a bijection that mixes the bits of a 64-bit value.
 pub fn mix64(bits: u64) -> u64 {
     let bits = (bits ^ (bits >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     let bits = (bits ^ (bits >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);

@@ -1,11 +1,12 @@
 //! Device memory: arenas, and the typed views that kernels and collectives receive.
 //!
 //! This file, `heap` and `raw_io` create slices from raw pointers. These invariants make the slices sound:
-//! - MEM-1: a view lies inside its arena and is aligned for its element type; [`View::resolve`] checks both.
-//! - MEM-2: within a launch, no write overlaps another buffer, except an identical buffer if the op may work in place.
-//!   `cpu::stream` checks this before a kernel runs. The kernel then gets one slice for both buffers.
-//! - MEM-3: across streams, no stream writes a range while another stream reads it. The register protocol guarantees
-//!   this: a slot is written only while it is free, and read only while it is filled. This module cannot check it.
+//! - MEM-1: a view lies inside its arena and is aligned for its element type; [`View::new`] checks both.
+//! - MEM-2: within a launch, no write overlaps another buffer. If the op may work in place, a write may be the same
+//!   memory as a read, and the kernel gets one slice for both. `bound` and `cpu::args` check this before a kernel runs.
+//! - MEM-3: no stream writes a range while another stream reads or writes it. The register protocol guarantees this:
+//!   only one actor writes a slot, and only while the slot is free; others read it only while it is filled. This module
+//!   cannot check MEM-3.
 //! - MEM-4: read-only mappings are never written: [`Arena::write_host`], launches and collectives check this.
 //! - MEM-5: slices are made only of host memory: `Arena::check_host` rejects GPU memory first.
 #![allow(unsafe_code)]
@@ -51,17 +52,17 @@ pub(crate) trait DeviceStorage: Any + Debug + Send + Sync {
     /// if `take` returns false, the read ends early.
     fn read(&self, offset: usize, bytes: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<()>;
 
-    /// Adds the calling thread's clock to the memory's release clocks, because a submission no longer uses the memory.
+    /// Records that a submission no longer uses the memory: adds the calling thread's clock to the release clocks.
     fn mark_released(&self);
 }
 
-/// A fixed block of one device's memory. It is zeroed when created, and freed when the last clone is dropped. The block
-/// may be shared with other processes of the node, or may belong to one of those processes.
+/// A block of memory of fixed size, on a device or on the host. It is zeroed when created, and freed when the last
+/// clone is dropped. The block may be shared with other processes of the node, or may belong to one of those processes.
 #[derive(Clone, Debug)]
 pub struct Arena(Arc<Storage>);
 
-/// The memory of an arena. `Shared` is a memfd of this process or of a peer process, and peers can map it. It has a
-/// [`Tally`] if a device of this process owns the memory.
+/// The memory of an arena. `Shared` is a memfd that this process or a peer process created and that peers can map. If a
+/// device of this process owns the memory, `tally` counts the memory.
 #[derive(Debug)]
 enum Storage {
     Host(HostMemory),
@@ -212,8 +213,8 @@ impl Arena {
         })
     }
 
-    /// Copies a region of a host tensor to `offset` (in bytes) of host memory, where its elements are contiguous. The
-    /// caller guarantees the same as for [`Arena::write_host`].
+    /// Copies a region of a host tensor to `offset` (in bytes) of host memory, as one contiguous tensor. The caller
+    /// guarantees the same as for [`Arena::write_host`].
     ///
     /// # Errors
     /// [`KernelError::Arguments`] if the region is not inside the tensor, or the range is out of bounds, unaligned,
@@ -252,7 +253,7 @@ impl Arena {
     /// Like [`Arena::read_host`], but reuses the memory of `tensor`, which has the expected shape and dtype.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] if the range is out of bounds or not aligned.
+    /// As for [`Arena::read_host`].
     pub fn read_host_into(&self, offset: usize, tensor: &mut HostTensor) -> Result<()> {
         let view = View::new("read_host", self, offset, &tensor.shape, tensor.dtype())?;
         let bytes = tensor.data.resized(view.element_count());
@@ -281,7 +282,7 @@ pub struct Base {
     pub offset: usize,
 }
 
-/// A tensor in device memory: a [`Buffer`] with a resolved base. It lies inside its arena and is aligned (MEM-1).
+/// A tensor in an arena: a [`Buffer`] with a resolved base. It lies inside its arena and is aligned (MEM-1).
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
     arena: &'a Arena,
@@ -290,7 +291,7 @@ pub struct View<'a> {
     dtype: DType,
 }
 
-/// The buffers of one member of a collective, as words of 4 bytes. Only words of an `F32` tensor are valid floats.
+/// The buffers of one member of a collective, as words of 4 bytes. Only an `F32` tensor has meaningful floats.
 #[derive(Debug)]
 pub(crate) struct Words<'a> {
     /// `None` if the call is in place, that is, if x and y are the same memory.

@@ -36,8 +36,8 @@ pub enum Op {
         value: f32,
     },
     /// `(x) -> (y)`: copies x to y, for any dtype. x and y have the same number of elements, but their shapes may
-    /// differ (a reshape). Accumulates if the dtype is F32. On a GPU, one of them may be in memory of [`Device::staging`]. The
-    /// host fills that memory before the submission, or reads it after the submission's end.
+    /// differ (a reshape). Accumulates if the dtype is F32. On a GPU, x or y may be in memory of [`Device::staging`].
+    /// The host fills that memory before the submission, or reads it after the submission's end.
     ///
     /// [`Device::staging`]: crate::device::Device::staging
     Copy,
@@ -87,7 +87,7 @@ pub enum Op {
     Gelu,
     /// `(dy, x) -> (dx)`.
     GeluGrad,
-    /// Causal attention, which never stores the scores: `(q, k, v [b, t, h, d]) -> (o [b, t, h, d], lse [b, h, t])`.
+    /// Causal attention, which never stores all scores: `(q, k, v [b, t, h, d]) -> (o [b, t, h, d], lse [b, h, t])`.
     /// `lse` is the log-sum-exp of each row of scaled scores. Dao et al. 2022, <https://arxiv.org/abs/2205.14135>.
     Attention {
         /// Factor for the scores, usually `1/sqrt(d)`.
@@ -98,7 +98,7 @@ pub enum Op {
         /// Factor for the scores.
         scale: f32,
     },
-    /// `(logits [.., v]) -> (max [..])`: the maximum of each row; `-inf` if v is 0.
+    /// `(logits [.., v]) -> (max [..])`: the maximum of each row's values except NaN; `-inf` if there are none.
     RowMax,
     /// `(logits [.., v], max [..], targets i32 [..]) -> (sum_exp [..], target [..])`: the sum of `exp(logit - max)`
     /// over this shard's columns, and the logit of the target's column, or 0 if another shard holds that column.
@@ -164,7 +164,7 @@ pub enum Op {
         /// Decoupled weight decay.
         weight_decay: f32,
     },
-    /// A collective over a group of devices. It blocks the stream until all members have joined.
+    /// A collective over a group of devices. It blocks the stream until this member's part of the call is done.
     Collective(CollectiveCall),
     /// A kernel defined outside this crate.
     Custom(Arc<dyn CustomKernel>),
@@ -174,14 +174,15 @@ pub enum Op {
 pub trait CustomKernel: Debug + Send + Sync {
     /// The kernel's name for plans and errors.
     fn name(&self) -> &str;
-    /// Runs on the CPU backend. `args` has the launch's buffers, in order, with their shapes.
+    /// Runs the kernel on the host. `args` has the launch's buffers, in order, with their shapes. For a GPU, these are
+    /// copies in host memory.
     ///
     /// # Errors
     /// Any error ends the session, which reports the error as its cause.
     fn run_cpu(&self, args: CpuArgs<'_>) -> Result<()>;
 }
 
-/// Arguments of a custom kernel on the CPU backend.
+/// Arguments of a custom kernel.
 pub struct CpuArgs<'a> {
     /// Buffers that the launch reads.
     pub reads: Vec<CpuRead<'a>>,

@@ -6,7 +6,7 @@ use half::bf16;
 
 pub mod regions;
 
-/// Element type. Every kernel computes in f32, whatever the storage type of its operands. `I32` holds indices.
+/// Element type. Kernels sum in f32 or f64, whatever the storage type of their operands. `I32` holds indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
     /// 32-bit IEEE float.

@@ -2,7 +2,8 @@
 //! The same planner serves cost estimates, the choice of layouts and execution.
 //!
 //! A step costs `alpha` for each round of messages and `beta` for each byte that the busiest device receives. `search`
-//! finds the cheapest sequence of steps, the **route**. A route does not depend on the ranks of the devices.
+//! finds the cheapest sequence of steps, the **route**. A route depends on which devices the
+//! placements share, not on ranks.
 
 mod cost;
 #[cfg(test)]
@@ -56,7 +57,7 @@ impl fmt::Display for BoxingPlan {
 /// changes, use a [`Planner`].
 ///
 /// # Errors
-/// Returns an error if a layout does not fit its placement or the shape, or is `Partial` for an integer tensor.
+/// Returns an error if a layout does not fit its placement, the shape or the type, or if no steps make the change.
 pub fn plan(
     shape: &[usize],
     dtype: DType,
@@ -99,7 +100,7 @@ impl Planner {
     /// Finds the cheapest layout change for a tensor of this shape.
     ///
     /// # Errors
-    /// Returns an error if a layout does not fit its placement or the shape, or is `Partial` for an integer tensor.
+    /// Returns an error if a layout does not fit its placement, the shape or the type, or if no steps make the change.
     pub fn plan(
         &mut self,
         shape: &[usize],

@@ -15,7 +15,7 @@ use crate::session::{Session, SessionError, StepReport};
 /// Key in the cursor. Its value is the number of samples consumed before the checkpoint, including skipped batches.
 const SAMPLES: &str = "samples";
 
-/// Key that older checkpoints have instead of [`SAMPLES`]. Its value is the number of skipped batches, without the
+/// Key that older checkpoints have instead of [`SAMPLES`]. Its value is the number of skipped batches, not counting the
 /// batches of completed steps.
 const SKIPPED_BATCHES: &str = "batches_passed_over";
 
@@ -59,8 +59,8 @@ pub struct ManagerOptions {
     pub batch: u64,
     /// Path of the parameter file that the program will also write, if any. The check of free space includes this file.
     pub save: Option<PathBuf>,
-    /// The requests to this process. The manager reports the duration of each save to them, so that a request to end
-    /// comes early enough for one more save.
+    /// The requests to this process. The manager records the duration of each save there, so that before the end of a
+    /// Slurm job the request to end comes early enough for one more save.
     pub requests: Option<Arc<Requests>>,
     /// Receives messages for the user, one line each. Only rank 0 receives messages about the whole job.
     pub on_note: Arc<dyn Fn(&str) + Send + Sync>,
@@ -269,7 +269,7 @@ impl CheckpointManager {
                 if self.requested == Some(step) {
                     self.note(format!("checkpoint of step {step} saved in {place}, on request"));
                 }
-                // The launcher restarts a job only if the job reports progress. Without a launcher, this does nothing.
+                // The launcher gives up after restarts without progress. Without a launcher, this does nothing.
                 if let Err(error) = exit::progress(step) {
                     (self.options.on_note)(&format!("warning: cannot report step {step} to the launcher: {error}"));
                 }

@@ -126,7 +126,7 @@ impl Declarations {
             }
             if total > DECLARED_BYTES_MAX {
                 return wrong(format!(
-                    "all values together have more than {DECLARED_BYTES_MAX} bytes: declare digests"
+                    "all names and values together have more than {DECLARED_BYTES_MAX} bytes: declare digests"
                 ));
             }
             if is_reserved(name) {

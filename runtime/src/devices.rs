@@ -26,7 +26,8 @@ const QUEUES_MAX: usize = 32;
 
 pub(crate) type IdSource<'a> = &'a dyn Fn(&[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError>;
 
-/// Bytes of GPU memory that are currently free for each of `devices` devices on this node.
+/// Bytes of GPU memory for each of `devices` devices on this node: the free memory of the first GPU, divided by the
+/// number of devices that share a GPU.
 ///
 /// # Errors
 /// [`KernelError::Unavailable`] if there is no GPU, or a library that it needs is missing.

@@ -71,7 +71,7 @@ impl Plan {
 
     /// Writes every change of layout or placement, in order, with the bytes that the busiest device receives.
     fn write_boxing(&self, out: &mut String) -> fmt::Result {
-        let units = "bytes into the busiest device; per micro-batch, in norm and update per step";
+        let units = "bytes that the busiest device receives in a micro-batch; for norm and update, in a step";
         writeln!(out, "\nlayout changes ({units})")?;
         for node in self.graph.nodes() {
             let (role, name) = (node.role, &node.name);

@@ -27,8 +27,8 @@ pub(crate) fn is_of_one_machine(folder: &Path) -> bool {
     kind.is_some_and(|kind| OF_ONE_MACHINE.contains(&(kind & 0xffff_ffff)))
 }
 
-/// Lists files with sizes, and folders with `None`. If `deep` is set, lists the files in all subfolders instead. Skips
-/// names that are not UTF-8, and entries that were deleted meanwhile.
+/// Lists files with sizes, and folders with `None`. If `deep` is set, lists the files in all subfolders instead of the
+/// folders. Skips names that are not UTF-8, and entries that were deleted meanwhile.
 pub(crate) fn list(folder: &Path, deep: bool) -> io::Result<BTreeMap<String, Option<u64>>> {
     let mut found = BTreeMap::new();
     let entries = match fs::read_dir(folder) {

@@ -163,8 +163,8 @@ pub enum NodeOp {
         axes: Vec<usize>,
     },
     /// Sums of squares of this placement's gradients, of shape `[number of parameters, 2]`. The columns are those of
-    /// [`Op::SumSquares`]; rows of parameters without an input are zero. `indices` has the graph index of each input's
-    /// parameter.
+    /// [`Op::SumSquares`]; rows of parameters without an input are zero. `indices` has the row of each input: the index
+    /// of its parameter in [`Graph::parameters`].
     NormSums {
         indices: Vec<usize>,
     },

@@ -43,7 +43,7 @@ fn standard_normal(key: u64, index: u64) -> f64 {
     (-2.0 * u1.ln()).sqrt() * (2.0 * std::f64::consts::PI * u2).cos()
 }
 
-/// Writes the part `region` of the parameter `name`, row-major, to `out`. The whole parameter has the shape `shape`.
+/// Writes the initial values in `region` of the parameter `name` to `out`, row-major. The whole parameter has `shape`.
 /// Elements are numbered row-major, so `[heads, head_dim, width]` and `[heads * head_dim, width]` get the same values.
 ///
 /// # Panics

@@ -5,10 +5,11 @@
 //!
 //! - LK-1: the process that created the file of the highest n holds the lock. Each file is created by an operation that
 //!   fails if the file exists, so two processes never hold the lock at once.
-//! - LK-2: a holder is dead if its `flock` is free, or if it misses three renewals by the clock of the waiting process.
+//! - LK-2: a holder whose `flock` is held is alive. If its `flock` is free and visible to the waiting process, it is
+//!   dead. Otherwise it is dead if it misses three renewals by the clock of the waiting process.
 //! - LK-3: a higher epoch of the same job, or a later saver of the same process, takes the lock at once.
 //! - LK-4: a process checks LK-1 before a commit, a deletion or a change of the cursor. If it loses the lock between
-//!   the check and a commit, it may still commit a checkpoint of a step that has none; by ST-1 it replaces no file.
+//!   the check and a commit, it may still commit a checkpoint of a step that has none. It replaces no manifest (ST-1).
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::ErrorKind;

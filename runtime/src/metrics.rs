@@ -49,7 +49,7 @@ define! {
     /// Labels: `register` and `state`, which is `free`, `writing` or `filled` (not yet released by all readers).
     describe_gauge SLOTS = "shardflow_register_slots", "Slots of a register by state.";
     /// Labels: `from`, `to` and `transport` (`device`, `process`, `shared_memory`, `socket` or `nccl`).
-    describe_counter EDGE_BYTES = "shardflow_edge_bytes_total", "Bytes of another actor's register pieces that an actor has released.";
+    describe_counter EDGE_BYTES = "shardflow_edge_bytes_total", "Bytes of the pieces that an actor has read from another actor and released.";
     /// Label: `device`.
     describe_counter COLLECTIVE_BYTES = "shardflow_collective_bytes_total", "Bytes that collectives received from other devices.";
     /// Labels: `device` and `kind`: `planned` (planned peak), `allocated` (allocated now) or `peak` (peak in use).

@@ -19,7 +19,8 @@ pub enum Parallel<'a> {
     Replicated,
     /// Output features are split over this mesh axis, and so is the output.
     Column(&'a str),
-    /// Input features are split over this mesh axis. The output is a partial sum, which is all-reduced if needed.
+    /// Input features are split over this mesh axis. The output is a partial sum, which is reduced before any op that
+    /// cannot read partial sums.
     Row(&'a str),
 }
 
@@ -62,8 +63,8 @@ pub fn layer_norm(g: &mut Graph, name: &str, x: Var) -> Var {
     })
 }
 
-/// `ids [b, t] -> [b, t, width]` from a table `[rows, width]`, whose rows may be split over a mesh axis
-/// (vocabulary-parallel). The table is `NAME.weight`.
+/// `ids [b, t] -> [b, t, width]` from the table `NAME.weight [rows, width]`. [`Parallel::Column`] splits the rows
+/// (vocabulary-parallel), [`Parallel::Row`] the width.
 #[track_caller]
 pub fn embedding(g: &mut Graph, name: &str, ids: Var, rows: usize, width: usize, parallel: Parallel<'_>) -> Var {
     g.layer(Location::caller(), |g| {

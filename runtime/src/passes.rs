@@ -103,7 +103,8 @@ fn list(errors: &[GraphError]) -> String {
 /// Compiles a program. The plan is a pure function of the graph and the options.
 ///
 /// # Errors
-/// Returns all errors of the graph at once, or the reason why validation refused the plan.
+/// Returns an error for an invalid option, all errors that the first failing check finds in the graph, or the reason
+/// why validation refused the plan.
 pub fn compile(graph: Graph, options: &CompileOptions) -> Result<Plan, CompileError> {
     progress::report(options.on_slow, Duration::from_secs(1), |part| compile_parts(graph, options, part))
 }

@@ -49,8 +49,8 @@ pub struct ClassPlan {
     pub(crate) actions: Vec<EmittedAction>,
 }
 
-/// A compiled program. It describes the devices of a class once. A session loads an [`instance::Instance`], which adds
-/// the actors and registers of every device.
+/// A compiled program, with one [`ClassPlan`] for all devices that do the same work. A session loads an
+/// [`instance::Instance`], which adds the actors and registers of every device.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// The graph after all passes.
@@ -62,7 +62,7 @@ pub struct Plan {
     /// The plan of each class.
     pub(crate) class_plans: Vec<ClassPlan>,
     pub(crate) aliases: Aliases,
-    /// Accumulations fused into their producing kernel, as a map from the value to its sum.
+    /// Values that their producing kernel adds directly to a sum, as a map from the value to the sum.
     pub(crate) fused: BTreeMap<Var, Var>,
     pub(crate) patterns: Patterns,
     /// For each site (see `WorkGraph::sites`): the segments that its compute actors fire, in order.
@@ -81,7 +81,7 @@ pub struct Plan {
     pub device: DeviceKind,
     /// Memory limit of one device, in bytes. Each process chooses it, so the plan's hash does not cover it.
     pub memory_bytes: Option<usize>,
-    /// Maximum number of forward micro-batches in flight on each placement.
+    /// For each placement: the maximum number of micro-batches that forward has begun and backward has not ended.
     pub in_flight: Vec<u32>,
 }
 

@@ -100,14 +100,14 @@ impl ProcessMap {
         plan.spec.actors.iter().filter(is_own).map(|(id, _)| id).collect()
     }
 
-    /// The registers of an instance that a process other than the producer's reads. A register has one entry for each
-    /// such process whose actors the instance has.
+    /// The registers of an instance whose producer and reader are in different processes. A register has one entry for
+    /// each reading process whose actors the instance has.
     pub fn crossings(&self, plan: &Instance) -> Vec<Crossing> {
         let mut out = Vec::new();
         for (register, spec) in plan.spec.registers.iter() {
             let source = plan.spec.actor(spec.producer).device;
             let from = self.process_of(source);
-            // By reading process: the device of its first reader, and all its readers.
+            // For each process that reads the register: the device of its first reader, and all its readers.
             let mut readers: BTreeMap<u32, (usize, Vec<ActionRef>)> = BTreeMap::new();
             for reader in &spec.readers {
                 let Some(actor) = plan.spec.actors.get(reader.actor) else { continue };
@@ -120,7 +120,7 @@ impl ProcessMap {
         out
     }
 
-    /// By producing and receiving device: the registers of an instance whose bytes cross processes.
+    /// The registers of an instance whose bytes cross processes. The key is the pair of producing and receiving device.
     pub fn crossing_pairs(&self, plan: &Instance) -> BTreeMap<(usize, usize), Vec<RegisterId>> {
         let mut out: BTreeMap<(usize, usize), Vec<RegisterId>> = BTreeMap::new();
         for crossing in self.crossings(plan).into_iter().filter(|crossing| !crossing.runs(plan).is_empty()) {

@@ -58,7 +58,7 @@ impl fmt::Display for Sbp {
     }
 }
 
-/// One [`Sbp`] for each axis of a placement. If two axes split one dim, the later one splits the first one's parts.
+/// One [`Sbp`] for each axis of a placement. If two axes split one dim, the later axis splits the earlier axis's parts.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NdSbp(pub Vec<Sbp>);
 
@@ -68,8 +68,8 @@ impl NdSbp {
         Self(vec![Sbp::Broadcast; axes])
     }
 
-    /// True for the device that holds the first copy of its part, among the placement's devices with equal parts. These
-    /// are its coordinates.
+    /// True if the device at these coordinates holds the first copy of its part, that is, if it is the first of the
+    /// placement's devices with an equal part.
     pub fn is_first_copy(&self, coords: &[usize]) -> bool {
         self.0.iter().zip(coords).all(|(sbp, at)| *sbp != Sbp::Broadcast || *at == 0)
     }
@@ -193,11 +193,11 @@ pub(crate) fn region_at(
 /// Calls `f` for one device of each class, with its regions under two layouts. `sizes` are the sizes of the axes. The
 /// first device has coordinate 0 on all axes.
 ///
-/// On all devices of a class, each of the two regions has the same size, and the common part of the regions has the
-/// same size. Along an axis that no layout splits, all devices are in one class. Along an axis that splits a dim, the
-/// parts have two sizes, so the remainder of the division separates two classes. Two classes suffice if one layout
-/// divides the parts of the other layout, because the smaller part is then the common part. Otherwise the size of the
-/// common part depends on the position, and each coordinate is a class.
+/// A class has devices on which each of the two regions has the same size, and the common part of the regions has the
+/// same size. Along an axis that neither layout splits, all coordinates are in one class. An axis that splits a dim
+/// makes parts of two sizes, larger ones first, so the remainder of the division is the first coordinate of a class.
+/// These classes suffice if one layout divides the parts of the other layout, because the smaller region is then the
+/// common part. Otherwise the size of the common part depends on the position, and each coordinate is a class.
 pub(crate) fn for_each_class(
     shape: &[usize],
     sizes: &[usize],
@@ -250,7 +250,7 @@ fn class_coordinates(shape: &[usize], sizes: &[usize], layouts: [&NdSbp; 2]) -> 
 
 /// Splits a tensor into one shard for each device, by index. The terms of `Partial` floats are random, from `seed`, so
 /// tests detect a lost or duplicated term. For `Sum`, the terms are small integers, and the last one completes the
-/// value. For `Max`, a random term is the value, and the other terms are smaller. Integers below about 2^20 are exact.
+/// value. For `Max`, a random term is the value, and the other terms are smaller. Integers below 2^20 stay exact.
 ///
 /// # Errors
 /// Returns an error if the layout does not fit the shape and placement, or is `Partial` for an integer tensor.

@@ -61,7 +61,7 @@ pub struct TraceError {
 }
 
 impl TraceFile {
-    /// Creates an empty file for this process. Its limit is `bytes_max` bytes, or one step if a step is larger.
+    /// Creates an empty file for this process. The file is limited to `bytes_max` bytes, but holds at least one step.
     pub fn create(path: &Path, bytes_max: u64) -> Result<Self, TraceError> {
         let failed = |source| TraceError { path: path.to_owned(), source };
         let mut out = BufWriter::new(File::create(path).map_err(failed)?);

@@ -39,8 +39,8 @@ impl Departure {
 /// launcher does not restart the process.
 ///
 /// Under `shardflow launch` the launcher receives the report. Otherwise, if this process has not joined yet and no
-/// retry would help, this process reports to the others for at most `SHARDFLOW_REPORT_WAIT_MS`. Rank 0 refuses each
-/// process that connects. Any other rank connects to the rendezvous endpoint. Only a process's first report is kept.
+/// retry would help, this process reports to the others for at most `SHARDFLOW_REPORT_WAIT_MS`: as rank 0, it refuses
+/// each process that connects; as any other rank, it sends the report to rank 0. Only a process's first report counts.
 pub fn report(exit: Exit, cause: &str, first_cause_rank: Option<u32>) -> io::Result<()> {
     let path = env::var_os(ERROR_FILE);
     if path.as_ref().is_some_and(|path| Path::new(path).exists()) {

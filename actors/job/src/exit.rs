@@ -131,8 +131,8 @@ impl Exit {
         matches!(self, Exit::PeerUnavailable | Exit::Retry)
     }
 
-    /// A node has ended with this exit: returns the exit of the processes that wait for this node. It is 69 if this
-    /// exit is a signal or a restart may help, and otherwise this exit itself.
+    /// Returns the exit of the processes that wait for a node which has ended with this exit: 69 if this exit is a
+    /// signal or a restart may help, or else this exit itself.
     pub(crate) fn of_waiting(self) -> Exit {
         let is_final = self.parts().1.is_some() && !self.worth_a_retry();
         if is_final { self } else { Exit::PeerUnavailable }
@@ -181,7 +181,7 @@ pub struct Report {
     /// True if the process had joined the session. In this case, the session also reports the failure to the others.
     #[serde(default)]
     pub joined: bool,
-    /// True if the node with the first cause has ended its job. A restart on the other nodes would wait for it in vain.
+    /// True if the node with the first cause has ended its job. Restarted processes would wait for that node in vain.
     #[serde(default)]
     pub departed: bool,
 }
@@ -216,21 +216,21 @@ impl Report {
 
 static JOINED: AtomicBool = AtomicBool::new(false);
 
-/// Records for the launcher that this process waits for the others. While it waits, the launcher treats each process of
-/// this node that exits with 0 without such a record as failed.
+/// Records for the launcher that this process waits for the others at the rendezvous. While any process of this node
+/// waits, a process of this node that exits with 0 and has no such record counts as failed.
 pub fn mark_joining() {
     if let Some(path) = env::var_os(ERROR_FILE) {
         let _ = fs::write(joining_file(Path::new(&path)), "");
     }
 }
 
-/// The marker file that [`mark_joining`] writes in the process with this [`ERROR_FILE`].
+/// The marker file that [`mark_joining`] creates in a process whose [`ERROR_FILE`] is `error_file`.
 pub(crate) fn joining_file(error_file: &Path) -> PathBuf {
     error_file.with_extension("joining")
 }
 
-/// Records that this process has completed the rendezvous, or has reported why it cannot complete it. Later
-/// failures are not reported at the rendezvous; the session reports them. Returns true if this was already recorded.
+/// Records that this process has completed the rendezvous, or has reported its failure there. Later failures are not
+/// reported at the rendezvous; the session reports them. Returns true if this was already recorded.
 pub fn mark_joined() -> bool {
     JOINED.swap(true, Ordering::Relaxed)
 }

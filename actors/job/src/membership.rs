@@ -172,7 +172,7 @@ impl Membership {
         let (sender, notices) = bounded(NOTICES_MAX + processes as usize);
         let shared = Arc::new(Shared::new(process, tree, epoch, (config.deadline, config.grace), sender));
         let codec = Codec::new(&key, session, epoch, processes);
-        // Heartbeats start before the connections, because peers that are ready earlier already monitor this process.
+        // Heartbeats start before the connections, because peers wait longer for a process that sends heartbeats.
         let (socket, addresses, interval) = (config.heartbeat, config.addresses, config.interval);
         let heartbeats = Heartbeats { shared: shared.clone(), codec, socket, addresses, interval };
         let heartbeat =
@@ -188,7 +188,8 @@ impl Membership {
         Ok(membership)
     }
 
-    /// The channel of events; those of one peer are in order. Too many unread messages end the session, so read them.
+    /// The channel of events; the events of one peer are in order. The caller must read the channel, because too many
+    /// unread messages end the session.
     pub fn notices(&self) -> &Receiver<MembershipEvent> {
         &self.notices
     }
@@ -200,7 +201,8 @@ impl Membership {
         self.shared.send(Some(to), topic, bytes)
     }
 
-    /// Sends a message to all other processes. If this fails for some, sends to all others and returns the first error.
+    /// Sends a message to all other processes. If this fails at a neighbour, still sends to all other neighbours, and
+    /// returns the first error.
     pub fn send_to_all(&self, topic: u16, bytes: &[u8]) -> Result<(), MembershipError> {
         self.shared.send(None, topic, bytes.to_vec())
     }
@@ -253,8 +255,8 @@ impl Membership {
         self.shared.first_cause()
     }
 
-    /// Returns the time since the last sign of life of each other process; `None` if that process has left. Behind a
-    /// neighbour, the time is exact only for the process that has been silent for the longest time.
+    /// Returns the time since the last sign of life of each other process; `None` if that process has left. Of the
+    /// processes behind one neighbour in the tree, only the longest-silent one has an exact time.
     pub fn silent_times(&self) -> Vec<(u32, Option<Duration>)> {
         self.shared.silent_times()
     }
@@ -264,8 +266,8 @@ impl Membership {
         self.shared.counters()
     }
 
-    /// Leaves the session cleanly. Call this after this process has ended its work. Waits at most a second until peers
-    /// have received all messages. Returns false if one has not. Later failures of peers do not affect this process.
+    /// Leaves the session cleanly. Call this after this process has ended its work. Waits until peers have received all
+    /// messages; returns false if that takes over a second. Later failures of peers do not affect this process.
     pub fn leave(&self) -> bool {
         self.shared.leave();
         self.shared.wait_for_delivery(LEAVE_TIMEOUT)

@@ -15,9 +15,9 @@
 //! - **RV-3**: a process may join again while others wait. The new connection replaces the old one if the old one is
 //!   dead, if the new restart count is higher, or if the same process opened both connections.
 //! - **RV-4**: process 0 receives a report in two cases: a process fails before it joins and no retry can help, or a
-//!   node's launcher ends for any cause. Process 0 then refuses, with the reported exit code, every process that waits
-//!   or joins within `report_within`. The first report wins. If process 0 itself fails, its launcher refuses the other
-//!   processes. Without a launcher, `departure::report` refuses them.
+//!   launcher gives up, for example after a signal or the last restart. Process 0 then refuses, with the reported exit
+//!   code, every process that waits or joins within `report_within`. The first report wins. If process 0 itself fails,
+//!   its launcher refuses the other processes. Without a launcher, `departure::report` refuses them.
 
 use std::time::Instant;
 

@@ -91,7 +91,7 @@ impl Default for Requests {
     }
 }
 
-/// A guard. While it exists, a signal ends the process after the step. Otherwise, a signal ends it immediately.
+/// A guard. While it exists, a signal to end takes effect after the step. Without a guard, it takes effect immediately.
 #[derive(Debug)]
 pub struct Deferred<'a> {
     requests: &'a Requests,
@@ -119,7 +119,7 @@ impl Requests {
     ///
     /// - SIGTERM, SIGINT and SIGHUP end the process with exit code 128 + n. By default the end is immediate. Under
     ///   [`Requests::defer`] it follows the step, as a [`Request::End`]. A SIGINT after any of these signals ends the
-    ///   process immediately. Except SIGTERM, signals that were ignored at the start (`nohup`) stay ignored.
+    ///   process immediately. SIGINT and SIGHUP stay ignored if they were ignored at the start (`nohup`).
     /// - SIGUSR1 requests [`Request::Checkpoint`], or the request set by [`Requests::set_on_usr1`]. Outside of
     ///   [`Requests::defer`] it is ignored, because there is no training to save.
     /// - SIGXFSZ does not end the process. So a write beyond the file size limit fails with an error instead.

@@ -1,5 +1,5 @@
 //! Checks the writes and reads of a register. Each piece's accesses begin with one `first` access and end with one
-//! `last` access. A slot holds one piece at a time, and the slot's next piece never waits for a read in a later step.
+//! `last` access. A slot holds one piece at a time, and no step overwrites a piece that a later step reads.
 
 use super::error::SpecError;
 use crate::spec::{ActionRef, PieceAccess, Pieces, RegisterId, RegisterSpec, Spec};
@@ -35,7 +35,7 @@ pub(super) fn check(spec: &Spec, id: RegisterId) -> Result<(), SpecError> {
     };
     let writers: Vec<_> = spec.writers(id).collect();
     if writers.len() == 1 && writers.iter().all(|writer| plain(*writer)) && register.slot_of.is_empty() {
-        // One writer fills a ring in order of piece numbers. `check_slots` has shown that initial pieces fit.
+        // One writer fills a ring in the order of piece numbers. `check_slots` has shown that initial pieces fit.
         return Ok(());
     }
     let mut fired = vec![0; spec.actor(register.producer).actions.len()];
@@ -92,7 +92,7 @@ fn check_flags(
 }
 
 /// Replays the writes of one period and checks each slot. A piece must be complete before the slot's next piece begins.
-/// The next piece must not be written in an earlier step than the one in which the previous piece is read.
+/// No step may overwrite a piece that a later step reads.
 fn check_order_of_slots(spec: &Spec, id: RegisterId, writes: &[Port]) -> Result<(), SpecError> {
     let register = spec.register(id);
     let RegisterSpec { name, pieces_per_step, initial, .. } = register;

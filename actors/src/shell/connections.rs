@@ -25,7 +25,7 @@ use shardflow_job::transport::Connection;
 /// Size of the buffers in bytes. Longer runs go directly from the slot to the connection.
 const BUFFER_BYTES: usize = 1 << 16;
 
-/// Maximum number of queued host pieces. A step of a large mesh needs fewer, and this many fit in memory.
+/// Maximum number of pieces that the host has not read. A step of a large mesh needs fewer; this many fit in memory.
 const HOST_PIECES_MAX: usize = 1 << 16;
 
 /// The data that both threads of a connection use.
@@ -355,8 +355,8 @@ impl Reader {
         Ok(())
     }
 
-    /// RM-3 for a refresh: waits until no reader of the register is in the middle of a step. Returns the number of
-    /// ended firings of these readers. A peer may already have a step's results just before the last local reader ends.
+    /// RM-3 for a refresh: waits until no local reader of the register is in the middle of a step. A peer may start the
+    /// refresh just before the step's last local reader ends. Returns the number of ended firings of these readers.
     fn wait_for_readers(&self, register: RegisterId) -> Result<u64, PeerError> {
         let deadline = Instant::now() + READERS_TIMEOUT;
         loop {

@@ -112,8 +112,8 @@ impl Pieces {
         }
     }
 
-    /// Number of firings after which this port has finished a piece; `None` if the port never accesses the piece. The
-    /// result ignores the lag of a writer.
+    /// Number of firings after which this port has finished a piece; `None` if the port never accesses the piece. For a
+    /// writer, the caller must subtract [`crate::spec::RegisterSpec::initial`] from the piece.
     pub fn firings_to_finish(&self, piece: u64, pieces_per_step: u32) -> Option<u64> {
         match self {
             Self::Rate(k) => Some((piece + 1) * u64::from(*k)),

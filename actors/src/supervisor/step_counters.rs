@@ -20,7 +20,7 @@ pub(crate) struct StepCounters {
     /// Ended firings by actor and action. A single total is not enough: an early firing of one action would hide a late
     /// firing of another action.
     completed: Table<ActorId, Vec<AtomicU64>>,
-    /// Race clocks at the time when actions last finished all their firings of a step.
+    /// Clocks of the race checker, from the times when actions last finished all their firings of a step.
     pub(crate) clocks: ReleaseClocks,
     /// Number of steps for which all tokens have been added.
     whole: AtomicU64,

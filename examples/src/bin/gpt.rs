@@ -42,7 +42,7 @@ fn main() -> ExitCode {
 }
 
 /// Reports every detectable error before the first step, and creates files only after the checks. Every process runs
-/// this function; only the first process prints.
+/// this function; only the first process prints progress.
 fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     args.check()?;
     requests.set_job_end_margin(Duration::from_secs(args.job_end_margin));
@@ -346,7 +346,7 @@ struct Outputs<'a> {
     trace_mib: u64,
     process: u32,
     requests: &'a Requests,
-    /// The error of a failed write. After it, all ranks finish the current step, save a checkpoint and end.
+    /// The error of a failed write. After it, all ranks run one more step, save a checkpoint and end.
     failed: Option<GptError>,
 }
 

@@ -1,4 +1,4 @@
-//! Decodes heartbeats and letters of the control plane from arbitrary bytes.
+//! Decodes heartbeats and control messages from arbitrary bytes.
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};

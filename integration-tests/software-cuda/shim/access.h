@@ -40,7 +40,7 @@ static constexpr u64 LANE = 0x7ffull << 32;
 // All data of the shim is in .data, so that .bss holds only the kernel's shared memory.
 #define SC_DATA __attribute__((section(".data.software_cuda")))
 SC_DATA static Checker* checker = (Checker*)1;
-// Bit fields of the running thread: the number 1, the block, the thread, and the barrier counts of block and warp.
+// The running thread, in bit fields from the highest: a 1, the block, the thread, and block and warp barriers so far.
 SC_DATA static u64 thread_now = 1;
 SC_DATA static u64 block_generation = 1;
 SC_DATA static size_t dynamic_bytes = 1;
@@ -189,7 +189,7 @@ template <u32 ACCESS> SC_RAW static inline __attribute__((always_inline)) void t
     if (dynamic < sizeof software_cuda_dynamic_shared) shared_bounds(dynamic, bytes);
     size_t shared = (size_t)address - (size_t)__bss_start;
     if (shared < (size_t)(_end - __bss_start)) return shared_access<ACCESS>(shared, bytes);
-    // Constants of the library are not checked. `slow` reports an access to the first 64 KiB, which are never mapped.
+    // Of all other addresses, such as those of constants, only the first 64 KiB are checked: they are never mapped.
     if ((size_t)address < 1 << 16) {
         checker->slow(checker, (size_t)address, bytes, ACCESS, thread_now);
         fail();

@@ -1,5 +1,6 @@
 // Runs the threads of a block as fibers, in an order derived from the seed. A fiber switches to another one only at a
-// barrier. This file also has the barriers of blocks and warps, and the exchanges between the lanes of a warp.
+// barrier, in a warp function or at its end. This file also has the barriers of blocks and warps, and the exchanges
+// between the lanes of a warp.
 #pragma once
 
 namespace software_cuda {
@@ -189,7 +190,7 @@ SC_RAW static void fiber_main() {
             u32 lane = __builtin_ctz(left);
             if (warp.arrived >> lane & 1) release_warp(number, warp.mask[lane], ~0u);
         }
-        // The next thread that has not started reuses the stack of this fiber.
+        // A thread that has not started may run next, on the stack of this fiber.
         if (block.next < block.threads && (!block.ready_count || random_number() & 1)) {
             u32 next = block.order[block.next++];
             block.fiber[next].room = block.fiber[me].room;

@@ -8,13 +8,13 @@ use std::time::Duration;
 pub enum SchedulePolicy {
     /// In submission order, as a simple test double would do.
     InOrder,
-    /// In submission order, but only after the host waits or polls.
+    /// Like `InOrder`, but work starts only after the host waits, polls or is idle.
     Lazy,
     /// At random, as determined by the seed, as soon as a stream is ready.
     Random,
     /// Like `Lazy`, but selects the latest submission that is ready. A reader may then run before its writer.
     Adversarial,
-    /// Like `Lazy`, but in an order of streams that the seed fixes. A stream waits while an earlier one has work.
+    /// Like `Lazy`, but selects the ready stream that is first in an order of all streams. The seed fixes that order.
     Starve,
 }
 
@@ -46,7 +46,7 @@ pub(crate) struct DeviceFault {
     pub kind: DeviceFaultKind,
     /// The device's number.
     pub device: usize,
-    /// The number of the launch on that device, counted from 1.
+    /// The number of the launch (kernel, product or cuDNN graph) on that device, counted from 1.
     pub launch: u64,
 }
 

@@ -65,7 +65,7 @@ control! {
         u32::from(lock(&machine.registry).name_region(address as usize, bytes as usize))
     }
 
-    /// Waits until each submitted operation has finished or can never finish.
+    /// Waits, for a limited time, until no submitted operation can run without further calls.
     fn software_cuda_drain() {
         drain(machine(), DRAIN_MAX);
     }

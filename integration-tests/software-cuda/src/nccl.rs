@@ -33,7 +33,7 @@ fn comm(state: &State, handle: ncclComm_t) -> Result<&Comm, ncclResult_t> {
     Ok(comm)
 }
 
-/// Returns the status of a communicator: success, an error, or "in progress" if ranks are missing or a call runs.
+/// Returns a communicator's status: success, an error, or "in progress" if ranks are missing or calls are deferred.
 fn status_of(state: &State, comm: &Comm) -> ncclResult_t {
     let clique = &state.comms.cliques[&comm.clique];
     match comm.error.or(clique.error) {
@@ -226,7 +226,9 @@ plain_exports! { nccl;
             Some(found) if state.comms.cliques[&found.clique].error == Some(ncclResult_t::ncclRemoteError) => {
                 "another rank was aborted or destroyed, or its process has ended"
             }
-            Some(found) if state.comms.cliques[&found.clique].error.is_some() => "two ranks are on one device",
+            Some(found) if state.comms.cliques[&found.clique].error.is_some() => {
+                "two ranks have the same device or the same rank, or were given different rank counts"
+            }
             Some(found) if found.error.is_some() => "the ranks' calls do not match",
             _ => "",
         };

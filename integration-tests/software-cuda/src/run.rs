@@ -89,7 +89,7 @@ pub fn run<'a>(machine: &'a SoftwareMachine, mut state: MutexGuard<'a, State>, h
     let op = stream.queue.pop_front().expect("the caller picked it");
     stream.is_busy = true;
     if let OpKind::Record(signal) = &op.kind {
-        // Only this operation sets the signal.
+        // This cannot fail, because only this operation sets the signal.
         let _ = signal.done.set((running.knows.clone(), Instant::now()));
     }
     drop(state);
@@ -217,7 +217,7 @@ fn fill(accessor: &mut Accessor, to: usize, pattern: u32, width: usize, count: u
     bytes.chunks_exact_mut(width).for_each(|chunk| chunk.copy_from_slice(pattern));
 }
 
-/// Frees an allocation. All operations that accessed it must have ended.
+/// Frees an allocation. Reports an operation that accessed the allocation and is not ordered before the free.
 pub fn free(accessor: &mut Accessor, machine: &SoftwareMachine, base: usize, by: &str) {
     let registry = lock(&machine.registry);
     let Some((users, is_freed)) =

@@ -175,7 +175,7 @@ fn reaches(stuck: &[(u64, Vec<Blocker>)], from: u64, to: u64) -> bool {
     false
 }
 
-/// Waits until `is_done` returns true for work on `device`. Returns an error if nothing can continue.
+/// Waits until `is_done` returns true. Returns an error after a deadlock, or if `device` is lost or hangs for too long.
 pub fn host_wait<'a>(
     machine: &'a SoftwareMachine,
     mut state: MutexGuard<'a, State>,
@@ -239,7 +239,7 @@ pub fn synchronise(machine: &SoftwareMachine, stream: u64) -> Result<(), DriverE
     Ok(())
 }
 
-/// Waits until all operations have finished or the remaining operations are blocked forever.
+/// Waits until no queued operation can run without further calls, or until `limit` has passed.
 pub fn drain(machine: &SoftwareMachine, limit: Duration) {
     let start = Instant::now();
     let mut state = lock(&machine.state);

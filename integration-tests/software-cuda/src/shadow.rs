@@ -76,7 +76,8 @@ pub(crate) struct Checker {
     entries: *const Entry,
     clock: *const u32,
     operation: u32,
-    /// A set of readers before (`readers_from`) and after (`readers_to`) the last change by [`slow`].
+    /// `Cell::reader` before and after [`slow`] last added this operation to a set of readers. The kernel repeats this
+    /// change in other cells.
     readers_from: u32,
     readers_to: u32,
     /// Whether the block has executed a fence.
@@ -218,7 +219,7 @@ impl Shadow {
         }
     }
 
-    /// Adds `operation`, whose clock is `clock`, to the readers of a word. Removes the readers that happen before it.
+    /// Adds `operation`, whose clock is `clock`, to a word's readers. Removes the readers that happen before it.
     fn with_reader(&mut self, reader: u32, operation: u32, clock: &[u32]) -> u32 {
         let mut set = self.readers(reader);
         set.retain(|r| *r != operation && !self.is_before(*r, clock));
@@ -360,7 +361,8 @@ impl<'a> Accessor<'a> {
         }
     }
 
-    /// SH-3: checks the first access to a word, or this operation's first access to the word's region.
+    /// Checks that the access is to existing memory, on an accessible device, in an allowed region (SH-3). Called for a
+    /// word that is not known to be allocated, and for this operation's first access to a region.
     fn check_region(
         &mut self,
         checker: &mut Checker,

@@ -28,7 +28,7 @@ const NAMES: &[&str] = &[
     "libcudnn.so.9",
 ];
 
-/// Returns the path of the built library. It is beside the running program, or named by `SOFTWARE_CUDA_LIBRARY`.
+/// Returns the path of the built library: `SOFTWARE_CUDA_LIBRARY`, or the newest build near the running program.
 pub fn library() -> io::Result<PathBuf> {
     if let Some(path) = std::env::var_os("SOFTWARE_CUDA_LIBRARY") {
         return Ok(path.into());

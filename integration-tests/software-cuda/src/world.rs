@@ -156,7 +156,7 @@ pub(crate) struct Device {
     pub error: Option<DriverError>,
     /// Whether the device hangs.
     pub is_hung: bool,
-    /// Number of executed launches.
+    /// Number of executed launches: kernels, products and cuDNN graphs.
     pub launches: u64,
     /// Reference count of the primary context.
     pub retained: u64,
@@ -213,7 +213,7 @@ pub(crate) struct State {
     pub polls: u64,
     /// For late policies (`is_late`): whether the host has waited, polled or been idle since its last submission.
     pub is_released: bool,
-    /// Whether a deadlock was reported.
+    /// Whether a deadlock was reported since the last submission or abort.
     pub is_stuck: bool,
     /// Captured clocks by token.
     pub tokens: HashMap<u64, Clock>,

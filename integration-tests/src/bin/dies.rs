@@ -47,7 +47,7 @@ enum Target {
 #[derive(Clone, Debug)]
 struct DeathPlan {
     target: Target,
-    /// Whether this process dies, or its launcher if the target is `Launcher`.
+    /// Whether this process has the rank RANK. It then signals itself or, if the target is `Launcher`, its launcher.
     is_own: bool,
     step: u64,
     phase: String,

@@ -6,7 +6,7 @@
 //! - BOARD-2: every wait ends within `TICK` of an abort, whatever the other processes do.
 //! - BOARD-3: a member has at most one call in flight. The member's posts alternate between two places, so others may
 //!   still read its last post while it writes the next one. No member starts rendezvous k+2 before all members have
-//!   left rendezvous k.
+//!   left rendezvous k, because rendezvous k+1 ends only after all members have arrived at it.
 #![allow(unsafe_code)]
 
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -184,7 +184,7 @@ impl Counter {
     /// Sleeps until the value changes, a wake-up arrives, or [`TICK`] has passed.
     fn sleep(&self, done: &dyn Fn(u32) -> bool) {
         self.sleepers.fetch_add(1, Ordering::SeqCst);
-        // Counts this sleeper before the load. So a thread that changes the value later sees the count, and wakes it.
+        // Counts this sleeper before the load. So a thread that changes the value later sees the count and wakes it up.
         let seen = self.value.load(Ordering::SeqCst);
         if !done(seen) {
             let tick = futex::Timespec { tv_sec: 0, tv_nsec: i64::from(TICK.subsec_nanos()) };

@@ -52,9 +52,10 @@ pub struct CollectiveCall {
 /// may differ in size, and may split any dim.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum CollectiveKind {
-    /// `(x) -> (y)`: x and y have the same shape on all members and may share memory. Every member gets the same bits.
-    /// Member `c` combines chunk `c` of the flat tensor ([`crate::tensor::split_range`]) in the order of [`Group`], so
-    /// each of n members receives `(n-1) * own chunk + (all - own chunk)` elements.
+    /// `(x) -> (y)`: x and y have the same shape on all members and may share memory. Every member gets the same bits
+    /// (by MPI, only if the implementation of MPI ensures this). Member `c` combines chunk `c` of the flat tensor
+    /// ([`crate::tensor::split_range`]) in the order of [`Group`]. So each of n members receives
+    /// `(n-1) * own chunk + (all - own chunk)` elements.
     AllReduce {
         /// How values are combined.
         op: ReduceOp,

@@ -1,6 +1,7 @@
 //! Checks the buffers and terms of a collective, and computes its result by reading other members' memory.
 //!
-//! - EXCHANGE-1: a member writes only its own y. Between two barriers, it writes no part that another member reads.
+//! - EXCHANGE-1: a member writes only its own y. It writes no part of y that another member reads between the same two
+//!   barriers.
 #![allow(unsafe_code)]
 
 use crate::collective::call::{CollectiveCall, CollectiveKind, ReduceOp};
@@ -176,8 +177,8 @@ pub(crate) fn check_members(call: &CollectiveCall) -> Result<Option<usize>> {
     if call.member < members && peer.is_none_or(|peer| peer < members) {
         return Ok(peer);
     }
-    let got = format!("member {}, peer {peer:?}", call.member);
-    Err(KernelError::arguments(call.name(), "member", format!("below {members}"), got))
+    let got = format!("member {}{}", call.member, peer.map_or(String::new(), |peer| format!(" and peer {peer}")));
+    Err(KernelError::arguments(call.name(), "members", format!("numbers below {members}"), got))
 }
 
 /// Checks that one member's buffers fit its call and lie in host memory.
@@ -337,8 +338,8 @@ fn gather(buffers: &ExchangeBuffers<'_>, sources: &[Region], target: &Region) {
     }
 }
 
-/// Splits `target` into boxes, and returns them by the member from which each box is copied. That is `member` if its
-/// source contains the box, and otherwise the first member whose source contains it. No element is in two boxes.
+/// Splits `target` into disjoint boxes, and returns them by the member that supplies them. If the source of `member`
+/// has an element, `member` supplies it. Otherwise, the first member whose source has the element supplies it.
 pub(crate) fn taken(member: usize, sources: &[Region], target: &Region) -> Vec<(usize, Vec<Region>)> {
     let mut rest = vec![target.clone()];
     let own_first = std::iter::once(member).chain((0..sources.len()).filter(|&other| other != member));

@@ -1,7 +1,8 @@
 //! Collectives between the devices of one process. After a rendezvous, members read each other's memory directly.
 //!
-//! - MEET-1: all members of a group are in the same call before any member accesses another member's memory. No member
-//!   leaves before the last has finished. During the call, the register protocol prevents writes to the posted memory.
+//! - MEET-1: all members of a call (for a send, the sender and the receiver) have joined the call before any of them
+//!   accesses another member's memory. No member leaves before all of them have finished. During the call, the register
+//!   protocol keeps other work from writing x or y and from reading y.
 //! - MEET-2: arguments are checked at the rendezvous. After the rendezvous, a call cannot fail, and waits only while
 //!   other members copy. So an abort needs to wake only members that wait for a rendezvous.
 #![allow(unsafe_code)]

@@ -1,10 +1,11 @@
 //! Collectives by MPI, for groups whose members are in different processes.
 //!
 //! - MPI-3: before a collective, the members compare their calls with one small all-reduce of a digest (the agreement).
-//!   So the calls that are passed to MPI always match. A member in a collective notifies each member whose send or
-//!   receive waits for it. The notified member then joins the agreement with a different digest.
+//!   Before a send, sender and receiver exchange their digests. So the calls that are passed to MPI always match.
+//!   If member A is in a collective while the send or receive of member B waits for A, then A notifies B, and B joins
+//!   the agreement with an inverted digest. The calls of all members then fail.
 //! - MPI-4: an abort ends every wait of a call. The group then stays failed, and buffers of unfinished transfers stay
-//!   allocated (MPI-2). Creating communicators has a timeout. `mpirun` supervises the start of MPI.
+//!   allocated (MPI-2). Creating communicators has a timeout. The start of MPI has none: `mpirun` supervises it.
 //!
 //! MPI chooses the order of additions, so its sums differ by rounding from those of other engines. The MPI standard
 //! recommends, but does not require, that all members get the same bits from an all-reduce. In OpenMPI, they do.
@@ -331,7 +332,8 @@ impl Call<'_> {
         }
     }
 
-    /// Runs `work`, which makes one transfer, with `words` words of scratch memory. Leaks them if MPI may use them.
+    /// Runs `work`, which makes one transfer, with `words` words of scratch memory. If the transfer does not complete,
+    /// leaks the scratch memory, because MPI may still use it.
     fn with_scratch(&mut self, words: usize, work: impl FnOnce(&Self, &mut [f32]) -> CallResult) -> CallResult {
         let mut scratch = mem::take(&mut self.memory.scratch);
         scratch.resize(scratch.len().max(words), 0.0);

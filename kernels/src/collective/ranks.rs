@@ -10,9 +10,9 @@ const LISTED_MAX: usize = 16;
 /// An ordered list of ranks. A list that is a grid is stored as its first rank and its axes, any other list as it is.
 ///
 /// - RANKS-1: equal lists have the same form, so they are equal values with equal hashes. A grid has no axis of one
-///   coordinate, and no two adjacent axes that are one longer axis.
-/// - RANKS-2: in a grid, the distance of an axis's neighbors is more than the extent of all axes of smaller distances.
-///   So the ranks are distinct, and a rank determines its coordinates.
+///   coordinate. Two adjacent axes that form one longer axis are merged.
+/// - RANKS-2: in a grid, the distance `|stride|` of each axis exceeds the sum of `distance * (count - 1)` over the
+///   other axes of no larger distance. So the ranks are distinct, and a rank determines its coordinates.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Ranks(Form);
 
@@ -41,8 +41,8 @@ pub struct RankAxis {
 }
 
 impl Ranks {
-    /// The ranks of a grid, row-major over axes (outermost first). Takes time proportional to the number of axes, unless
-    /// the axes break RANKS-2.
+    /// The ranks of a grid, row-major over axes (outermost first). Takes time proportional to the number of axes,
+    /// unless the axes break RANKS-2.
     pub fn grid(start: usize, axes: impl IntoIterator<Item = RankAxis>) -> Self {
         let mut merged: Vec<RankAxis> = Vec::new();
         for axis in axes {
@@ -162,7 +162,7 @@ impl Grid {
         let mut rest = rank.checked_sub(self.start - descents.sum::<usize>())?;
         let (mut member, mut above) = (0, usize::MAX);
         let distance = |at: &usize| self.axes[*at].distance();
-        // From the axis with the largest distance to the smallest one (RANKS-2).
+        // Visits the axes in the descending order of their distances (RANKS-2).
         while let Some(at) = (0..self.axes.len()).filter(|at| distance(at) < above).max_by_key(distance) {
             let axis = self.axes[at];
             above = axis.distance();
@@ -201,7 +201,7 @@ impl FromIterator<usize> for Ranks {
     }
 }
 
-/// The order of the lists.
+/// Compares the lists of ranks lexicographically.
 impl Ord for Ranks {
     fn cmp(&self, other: &Self) -> Ordering {
         self.iter().cmp(other.iter())
@@ -240,7 +240,7 @@ mod tests {
         hash.finish()
     }
 
-    /// Checks a value against the list that it stands for.
+    /// Checks that `ranks` has the members of `list`, in this order.
     fn check(ranks: &Ranks, list: &[usize]) {
         assert_eq!(ranks.iter().collect::<Vec<_>>(), list);
         assert_eq!((ranks.len(), ranks.is_empty()), (list.len(), list.is_empty()));
@@ -310,7 +310,7 @@ mod tests {
         assert_eq!(Ranks::grid(7, []), vec![7].into());
         assert_eq!(Ranks::grid(7, [axis(1, 0)]), Ranks::of(&[]));
         assert!(Ranks::of(&[5, 3]).is_grid() && Ranks::of(&[6, 4, 2, 7, 5, 3]).is_grid());
-        // Not a grid, a rank twice, and a grid whose coordinates do not follow from the ranks by division.
+        // A list that is no grid, a list with one rank twice, and a grid that breaks RANKS-2.
         for list in [&[4, 2, 9][..], &[1, 1], &[0, 2, 4, 3, 5, 7]] {
             assert!(!Ranks::of(list).is_grid(), "{list:?}");
         }

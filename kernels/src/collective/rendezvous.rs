@@ -1,6 +1,7 @@
 //! The rendezvous of a group's members on the host, for engines whose members all run in this process.
 //!
-//! - MEET-3: a group whose members' calls differ fails permanently, so that no member waits for one that has left.
+//! - MEET-3: if the calls of a group's members differ, the group fails permanently. So no member waits for a member
+//!   that has left.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -131,7 +132,7 @@ pub(crate) struct Rendezvous<M> {
 struct State<M> {
     /// Posts of the waiting members, by member.
     posts: Vec<Option<Post<M>>>,
-    /// The posts that the last member of the current round left for the other members.
+    /// The posts of the current round, which the last member to arrive stores for the other members.
     current: Option<Posts<M>>,
     /// Number of collectives that all members have joined.
     rounds: u64,
@@ -153,7 +154,7 @@ struct Transfer<M> {
 }
 
 pub(crate) enum Arrival<M> {
-    /// All members have arrived. Holds the posts that the last member left for the other members.
+    /// All members have arrived. Holds the result of the `complete` that the last member to arrive ran.
     Complete(Option<Posts<M>>),
     /// The member must pass this to [`Rendezvous::wait_for`].
     Waits(Awaited),
@@ -244,7 +245,7 @@ impl<M: Clone> Rendezvous<M> {
         state
     }
 
-    /// Arrives at a collective. The last member runs `complete` on all posts while the others wait. All get the result.
+    /// Arrives at a collective. The last member to arrive runs `complete` on all posts. All members get its result.
     pub(crate) fn join(
         &self,
         post: Post<M>,

@@ -1,11 +1,12 @@
 //! Collectives between devices of several processes of one node. Members post their calls on a board in shared memory,
 //! and then read each other's arenas directly.
 //!
-//! MEET-1 (see `in_process`) and MEET-3 (see `rendezvous`) hold. These invariants replace MEET-2:
+//! MEET-3 (see `rendezvous`) holds. MEET-1 (see `in_process`) holds except under NODE-2. NODE-1 replaces MEET-2:
 //! - NODE-1: a peer may die or freeze at any time, so every wait ends once any process aborts. Partial results of an
 //!   aborted call are invalid.
-//! - NODE-2: a member copies a small x to the board and leaves as soon as all members have arrived. No other member
-//!   reads the original x, and the copy stays until all members have left (BOARD-3).
+//! - NODE-2: if no member's x in a collective exceeds `COPY_BYTES_MAX`, each member copies its x to the board, and does
+//!   not wait until the others have read the copy. No other member reads the original x. The copy stays unchanged until
+//!   all members have left the call (BOARD-3).
 #![allow(unsafe_code)]
 
 use std::collections::{BTreeMap, HashMap};
@@ -45,7 +46,7 @@ struct GroupProgress {
     progress: Vec<Progress>,
 }
 
-/// Counters of one member, used only by the thread of one stream. They wrap around.
+/// Counters of one member. Only the thread of the member's stream changes them. They wrap around.
 #[derive(Debug, Default)]
 struct Progress {
     calls: AtomicU32,
@@ -100,7 +101,7 @@ impl SharedMemory {
     }
 
     fn check_aborted(&self) -> Result<()> {
-        // Prefers the board's cause: the first of all processes. It is missing if a process died while writing it.
+        // Prefers the cause on the board: the first of all processes. If its writer died, the board has no cause.
         match self.board.aborted() {
             Some(cause) => Err(KernelError::Aborted { cause }),
             None => self.abort_status.check(),
@@ -336,7 +337,7 @@ impl Call<'_> {
         })
     }
 
-    /// Returns `other` if it waits for this member in a collective: then a point-to-point call with it cannot match.
+    /// Returns `other` if that member waits in a collective. A send or receive with that member then cannot match.
     fn in_collective(&self, other: usize) -> Option<usize> {
         self.posted_next(other).map(|_| other)
     }

@@ -172,7 +172,7 @@ fn splits(shape: &[usize], n: usize) -> Vec<Vec<Region>> {
     all
 }
 
-/// These regions as a split of the shape along a dim if they are one, so that engines run both forms.
+/// Returns the regions as a split of the shape along one dim if possible, else as a list. So engines run both forms.
 fn form(shape: &[usize], regions: &[Region]) -> Regions {
     let split = |dim| Regions::split(shape, [SplitAxis { count: regions.len(), dim: Some(dim) }]);
     let found = (0..shape.len()).map(split).find(|split| *split.list() == *regions);

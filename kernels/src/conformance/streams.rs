@@ -271,7 +271,8 @@ fn memory(device: &Device) -> Outcome {
     ensure(device.arena(usize::MAX / 2).is_err(), "an allocation of excessive size succeeded")
 }
 
-/// Tests copies of regions of host tensors to the device and back, through staging memory. The copies check no values.
+/// Tests copies of regions of host tensors to the device and back, through staging memory. Inf/NaN checks are enabled,
+/// but must not make a copy fail.
 fn staging(device: &Device) -> Outcome {
     let (stream, arena) = make(device, 256)?;
     let staging = device.staging(256)?;

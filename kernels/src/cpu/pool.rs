@@ -1,8 +1,9 @@
-//! A stream's fork-join pool: its own thread and `threads - 1` helpers. Each thread runs a fixed part of the work.
+//! A stream's fork-join pool: the stream's thread and `threads - 1` helpers. Each thread runs a fixed part of the work.
 //!
-//! - BITS-1: a result does not depend on the number of threads. Each thread computes a part of the output. A sum that
-//!   spans several threads' parts is split by the shape of the whole op.
-//! - POOL-1: a job is published before `generation` grows, and is not accessed again until `pending` is 0.
+//! - BITS-1: a result does not depend on the number of threads. Each thread computes a part of the output. If several
+//!   threads compute parts of one sum, the op's shape alone determines the terms of each part.
+//! - POOL-1: the owner writes a job before it increments `generation`, and the next job only when `pending` is 0.
+//!   A helper reads the job after it has seen the new `generation` and before it decrements `pending`.
 //! - POOL-2: `Pool::run` returns only when `pending` is 0, so no helper uses a job after the job's borrow ends.
 #![allow(unsafe_code)]
 

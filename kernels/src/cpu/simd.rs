@@ -179,7 +179,7 @@ pub(crate) fn fold<const N: usize>(inputs: [&[f32]; N], f: impl Fn([f32; N]) -> 
     add_partial_sums(sums)
 }
 
-/// Maximum of all elements; `-inf` for an empty slice. Call this inside [`dispatch`].
+/// Maximum of all elements except NaN; `-inf` if there are none. Call this inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn max(x: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };

@@ -84,7 +84,7 @@ fn run_commands(commands: &Receiver<Command>, runner: &Runner, mut metrics: Stre
     }
 }
 
-/// Runs one program. Ignores a panic of the submitter's `notify`, since there is no receiver for its message.
+/// Runs one program. Ignores a panic of the submitter's `notify`, because nothing could receive the panic's message.
 fn run(submission: Submission, mut check_finite: bool, runner: &Runner, metrics: &mut StreamMetrics) {
     let Submission { program, bases, repeat, mut notify } = submission;
     let mut send = |notification| drop(catch_unwind(AssertUnwindSafe(|| notify(notification))));

@@ -55,7 +55,7 @@ struct PassCounters {
 }
 
 impl AttentionCounters {
-    /// Counts a launch, whichever implementation runs it.
+    /// Counts the launch if its op is attention, whichever implementation runs it.
     pub(crate) fn count_launch(&self, op: &Op) {
         let pass = match op {
             Op::Attention { .. } => Pass::Forward,

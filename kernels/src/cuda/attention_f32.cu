@@ -3,9 +3,9 @@
 // computes dk and dv by blocks of keys, another computes dq by blocks of queries. Each sum has one owner and a fixed
 // order.
 //
-// A block is 256 threads, viewed as 16 by 16. Thread (x, y) has rows y * R + i and columns x + 16 j of a tile. D is the
-// head's depth rounded up to a compiled depth. The extra dims are zeros in shared memory. An item is a (batch, head); a
-// block's index is item * blocks + block. The blocks with the most work come first.
+// A block is 256 threads, viewed as 16 by 16. Thread (x, y) has R rows, y * R + i, and the columns x + 16 j of a tile.
+// D is the head's depth rounded up to a compiled depth. The extra dims are zeros in shared memory. An item is a (batch,
+// head); a block's index is item * blocks + block. The blocks with the most work come first.
 
 // Padding, in elements, after the D elements of a tile row, so that 16 rows lie in different banks.
 #define PAD 4

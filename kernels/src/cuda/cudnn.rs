@@ -81,8 +81,8 @@ impl Drop for CudnnHandle {
     }
 }
 
-/// Returns the backward engine and the knobs that sum dq in a fixed order without storing the scores, if the GPU has
-/// such an engine. The knobs and the minimum version are those of NVIDIA's cudnn-frontend 1.32.
+/// Returns the backward engine and the knobs that sum dq in a fixed order without storing the scores, if cuDNN of this
+/// version has such an engine for the GPU. The knobs and the minimum version are those of NVIDIA's cudnn-frontend 1.32.
 fn ordered_engine(capability: (i32, i32), version: usize) -> Option<PinnedEngine> {
     const HOPPER: &[(Knob, i64)] = &[
         (Knob::CUDNN_KNOB_TYPE_TILE_M, 2),

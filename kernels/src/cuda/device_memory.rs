@@ -15,7 +15,7 @@ use crate::memory::{DeviceStorage, Tally, View};
 pub(crate) struct DeviceMemory {
     pub(crate) gpu: Arc<Gpu>,
     rank: usize,
-    /// Stamped after the zeroing of the memory, so each access that has read the address is ordered after the zeroing.
+    /// Stamped after the zeroing, so that for the race checker, a thread that reads the address acts after the zeroing.
     address: Stamped<u64>,
     bytes: usize,
     tally: Arc<Tally>,
@@ -23,7 +23,7 @@ pub(crate) struct DeviceMemory {
 }
 
 impl DeviceMemory {
-    /// Allocates zeroed memory and counts it in `tally`. Nothing else allocates device memory: the tally is complete.
+    /// Allocates zeroed memory and counts it in `tally`. No other code of this crate allocates device memory.
     pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self> {
         let (mut address, place) = (0, gpu.place());
         if bytes > 0 {

@@ -84,7 +84,7 @@ impl Recorded {
 
     /// Makes a stream wait for the event. The stream may belong to another device.
     pub(crate) fn wait_on(&self, stream: Raw<sys::CUstream>, place: &dyn Display) -> Result<()> {
-        // SAFETY: the handles are live. The call captures the event's present state, so the event may be recorded anew.
+        // SAFETY: the handles are live. The call captures the event's state, so the event may be recorded again.
         let result = unsafe { sys::cuStreamWaitEvent(stream.0, self.event.0, 0) };
         self.events.context.check(result, "cuStreamWaitEvent", place)
     }

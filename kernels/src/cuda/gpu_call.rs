@@ -1,4 +1,4 @@
-//! One member's part of a collective on a GPU's stream, with the data that every GPU engine needs.
+//! One member's call of a collective, with the addresses, the shapes and the stream that every GPU engine needs.
 
 use std::sync::Arc;
 

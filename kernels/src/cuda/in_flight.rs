@@ -39,8 +39,8 @@ impl InFlight {
         })
     }
 
-    /// Returns the completion that ends the submission. It releases the submission's memory before it sends the final
-    /// notification, because the receiver may rely on this order.
+    /// Returns the completion that ends the submission. The completion first releases the submission's memory and then
+    /// sends the final notification, because the receiver may rely on the release.
     pub(crate) fn end(self: Arc<Self>, bases: Vec<Base>, result: Result<()>) -> Completion {
         Box::new(move |failed| {
             bases.iter().for_each(|base| base.arena.mark_released());

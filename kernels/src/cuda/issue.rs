@@ -1,12 +1,12 @@
 //! Issues submissions on a CUDA stream: launches as their lowered steps, collectives through the engine, signals and
-//! completions as events that the poller reports. The caller specifies whether issuing may block. If it may not, the
-//! issuer stops before the first step that would block and returns the rest of the submission.
+//! completions as events that the poller reports. The caller specifies whether issuing may block. If it must
+//! not block, the issuer stops before the first step that would block and returns the rest of the submission.
 //!
 //! - ISSUE-1: the memory that a step uses is in bounds (checked by `bound`) and on the stream's own GPU (checked here).
 //!   Only a region copy may read from another GPU, and only a plain copy may use pinned memory. A submission keeps its
-//!   arenas until its final notification.
-//! - ISSUE-2: issuing a prepared program loads, compiles and allocates nothing. The driver may delay loads and
-//!   allocations until the GPU's queues are empty. A collective in these queues may wait for the calling thread.
+//!   arenas until its work on the stream has ended.
+//! - ISSUE-2: issuing a prepared program loads, compiles and allocates nothing. The driver may delay a load or an
+//!   allocation until the GPU's queues are empty. If a collective in a queue waits for the caller, both wait forever.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -44,9 +44,9 @@ pub(crate) struct Run {
     bases: Vec<Base>,
     next_launch: usize,
     next_signal: usize,
-    /// Completes the next launch, a collective that the engine has not put on the stream yet.
+    /// Waits until the engine has put the next launch, a collective, on the stream. `None` if no collective is pending.
     pending_collective: Option<Wait>,
-    /// Held until the last collective is on the stream.
+    /// The submission's place in the issue order (ORDER-1), held until its last collective is on the stream.
     issue_slot: Option<IssueSlot>,
     abort_statuses: Arc<[AbortStatus]>,
     uses_record: bool,
@@ -109,7 +109,8 @@ impl Issuer {
         }
     }
 
-    /// Creates everything that the program's launches need, except memory. Submissions then create nothing (ISSUE-2).
+    /// Creates everything that the program's launches need, except their buffers. Submissions then create nothing
+    /// (ISSUE-2).
     pub(crate) fn prepare(&mut self, program: &Program, lowered: &LoweredProgram) -> Result<()> {
         let stream = self.stream.clone();
         if stream.gpu.test_delays.is_some() {
@@ -134,7 +135,7 @@ impl Issuer {
                 Ok(LoweredLaunch { steps, uses_record }) => {
                     self.prepare_steps(steps, *uses_record, [&launch.reads, &launch.writes])?;
                 }
-                // The launch has no steps, or it will fail when it is issued, after its buffers are checked.
+                // Collectives and custom kernels have no steps. For any other launch, issuing it reports this error.
                 Err(KernelError::Arguments { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -172,13 +173,13 @@ impl Issuer {
         Ok(())
     }
 
-    /// Keeps the stream's own memory alive until the stream has passed all issued work.
+    /// Keeps the staging memory and the error record alive until the stream has passed all issued work.
     pub(crate) fn release_memory(&self) {
         let context = &self.stream.gpu.context;
         let recorded = if context.bind_to_drop() { self.stream.record().ok() } else { None };
         // If no event could be recorded, the context is lost, and nothing can be freed.
         let Some(recorded) = recorded else { return };
-        // The last completion, which releases device memory, keeps the GPU and its poller alive until then.
+        // The last completion holds device memory and thereby the GPU, so the poller lives until the completion runs.
         for memory in self.staging.arena.iter().chain([&self.records.memory]) {
             self.stream.report(recorded.clone(), release(memory.clone(), Event::default()));
         }
@@ -345,7 +346,7 @@ impl Issuer {
             return Ok(false);
         }
         for launch in launches {
-            // Fused launches have no workspace.
+            // Ops that can be fused need no workspace.
             let checked = self.bind(launch, &run.bases).and_then(|bound| check_in_place(launch, &bound));
             if checked.is_err() {
                 return Ok(false);
@@ -435,7 +436,7 @@ impl Issuer {
     fn copy_staged(&self, launch: &Launch, read: &View<'_>, write: &View<'_>) -> Result<()> {
         launch.check_buffers(false)?;
         if launch.accumulate {
-            return Err(launch.refused("accumulate", "a copy between host and GPU, which overwrites", "true"));
+            return Err(launch.refused("accumulate", "false for a copy between host and GPU", "true"));
         }
         self.stream.issue_test_delay()?;
         if read.arena().is_pinned() {
@@ -457,7 +458,7 @@ impl Issuer {
                         Arg::Pointer(place) => address_of(*place)?,
                         Arg::LaunchIndex => index as u64,
                         Arg::ErrorRecord => self.records.address(),
-                        // All other arguments have fixed bits.
+                        // The bits of the other arguments are part of the lowered step.
                         other => other.bits().unwrap_or(0),
                     };
                 }
@@ -486,7 +487,7 @@ impl Issuer {
         let timer = self.metrics.collective(call);
         if let Some(engine) = self.engine.on_device(call) {
             self.stream.issue_test_delay()?;
-            // If this fails, abort: the other members would otherwise wait forever.
+            // If `begin_call` fails, abort: the other members would otherwise wait forever.
             self.stream.begin_call(Some(timer)).inspect_err(|error| self.engine.abort(&error.to_string()))?;
             return match engine.0.enqueue(call, bound, self.stream.clone())? {
                 Enqueued::Issued => self.stream.end_call().map(|()| None),
@@ -517,7 +518,7 @@ fn addresses(product: &Product, address_of: &dyn Fn(Place) -> Result<u64>) -> Re
     Ok([address_of(product.a.place)?, address_of(product.b.place)?, address_of(product.d.place)?])
 }
 
-/// Returns where the library's part of the workspace starts, or 0 without a workspace. The caller has checked its size.
+/// Returns the address of the library's part of the workspace; 0 if there is none. The caller has checked its size.
 fn library_workspace(bound: &Bound<'_>) -> Result<u64> {
     bound.workspace.as_ref().map_or(Ok(0), |view| device_address(view).map(lower::library_start))
 }

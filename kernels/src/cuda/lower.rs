@@ -30,9 +30,9 @@ use kernel::variants;
 /// Alignment of cuBLASLt's and cuDNN's workspaces, in bytes; buffers are aligned to [`ALIGNMENT`].
 const LIBRARY_ALIGNMENT: usize = 256;
 
-/// Returns the steps of a launch; none if there is nothing to write. `accumulate` is true if the launch accumulates and
-/// its submission has `repeat` set. The op then adds to its accumulating write. No kernel uses more dynamic shared
-/// memory than `shared_bytes_max`, the device's limit, which is at least
+/// Returns the steps of a launch; none if there is nothing to write. If `accumulate` is true, the op adds to its
+/// accumulating write; the caller passes true for a launch with `accumulate` in a submission with `repeat`. No kernel
+/// uses more dynamic shared memory than `shared_bytes_max`, the device's limit, which is at least
 /// [`SHARED_BYTES_DEFAULT`](crate::cuda::step::SHARED_BYTES_DEFAULT).
 ///
 /// # Errors

@@ -98,7 +98,7 @@ impl LoweredProgram {
         self.launches[index].get_or_init(|| lower_launch(launch, accumulate, gpu)).as_ref().map_err(Clone::clone)
     }
 
-    /// Returns true if there is certainly no fused kernel for launch `index` and its successor. Ignores their buffers.
+    /// Returns true if launch `index` and its successor certainly cannot be fused. The buffers may still be unchecked.
     pub(crate) fn cannot_fuse(&self, index: usize, [first, second]: [&Launch; 2]) -> bool {
         match self.pairs[index].get() {
             Some(pair) => pair.is_none(),
@@ -113,12 +113,12 @@ impl LoweredProgram {
 }
 
 fn fuse_pair([first, second]: [&Launch; 2], gpu: &Gpu) -> Option<FusedPair> {
-    // Errors are reported when the launches run one by one.
+    // If this fails, the launches run one by one, and the failing one reports the error.
     let FusedLaunches { reads, writes, steps } = fuse(first, second, &overlap).ok()??;
     Some(FusedPair { reads, writes, lowered: prepare_steps(steps, gpu).ok()? })
 }
 
-/// Whether two buffers on one base overlap without being identical. [`FusedPair::bind`] checks buffers on two bases.
+/// Whether two buffers in the same arena (base) overlap but differ. [`FusedPair::bind`] checks buffers in two arenas.
 fn overlap(a: &Buffer, b: &Buffer) -> bool {
     let bytes = |buffer: &Buffer| element_count(&buffer.shape) * buffer.dtype.bytes();
     let (a_bytes, b_bytes) = (bytes(a), bytes(b));
@@ -127,7 +127,7 @@ fn overlap(a: &Buffer, b: &Buffer) -> bool {
 }
 
 impl FusedPair {
-    /// Resolves the pair's buffers. Returns `None` if a write overlaps a buffer on another base (see `overlap`).
+    /// Resolves the pair's buffers. Returns `None` if a write overlaps a buffer that has another base (see `overlap`).
     pub(crate) fn bind<'a>(&'a self, name: &'a str, bases: &'a [Base]) -> Result<Option<Bound<'a>>> {
         let resolve = |buffer| View::resolve(name, buffer, bases);
         let reads = self.reads.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;

@@ -1,8 +1,8 @@
 //! Pinned host memory, and synchronous copies between host and device through a pinned buffer on a dedicated stream.
 //!
 //! - PINNED-1: nobody accesses the part of a pinned buffer that a copy in progress uses. [`HostTransfer`] waits for
-//!   each piece before the next. Streams wait for an event recorded after the copy before they reuse the buffer. Users of
-//!   staging memory ([`crate::device::Device::staging`]) access it only before a submission or after its end.
+//!   each piece before the next. Streams wait for an event recorded after the copy before they reuse the buffer. Users
+//!   of staging memory ([`crate::device::Device::staging`]) access it only before a submission or after its end.
 #![allow(unsafe_code)]
 
 use std::ptr::NonNull;
@@ -23,7 +23,7 @@ pub(crate) struct HostTransfer {
     context: Arc<Context>,
     stream: Raw<sys::CUstream>,
     pinned: Pinned,
-    /// Each user of the buffer renews this stamp after its last access.
+    /// For the race checker: each user of the buffer reads this stamp first, and renews it after the last access.
     released: Stamped<()>,
 }
 

@@ -1,6 +1,6 @@
 // AdamW with decoupled weight decay, in place. Sums of squares and the clipping factor are in reduce.cu.
 
-// Number of packs of four elements per thread. All elements of a block share the two powers that it computes.
+// Number of packs of four elements per thread. A block computes the powers of the two betas once for all its elements.
 #define PACKS_PER_THREAD 4
 
 struct Update {

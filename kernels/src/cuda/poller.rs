@@ -1,8 +1,9 @@
 //! One thread per GPU. It queries, in stream order, whether the work of each stream is done, and reports the result.
 //!
 //! - POLL-1: the completions of a stream are reported in stream order, each only after its work is done.
-//! - POLL-2: the thread parks while no completion is pending and no stream is about to enter or leave a collective.
-//!   Otherwise it spins briefly and then sleeps at most [`SLEEP_MAX`] at a time, which bounds the delay of a report.
+//! - POLL-2: the thread parks while no completion is pending and no stream is about to enter or leave a collective or
+//!   pipe call. Otherwise it spins briefly and then sleeps at most [`SLEEP_MAX`] at a time, which bounds the delay of a
+//!   report.
 //! - POLL-3: if the context is lost (CONTEXT-1), all pending completions fail with the context's error, in order.
 //! - POLL-4: after each round of queries, the thread reads the progress of streams through collectives (PROGRESS-1).
 
@@ -26,7 +27,7 @@ use crate::memory::Arena;
 
 /// How long the thread spins after the last progress.
 const SPIN: Duration = Duration::from_micros(20);
-/// The first sleep after the spin; each following sleep is twice as long.
+/// The first sleep after the spin. Each following sleep is twice as long, up to `SLEEP_MAX`.
 const SLEEP_MIN: Duration = Duration::from_micros(10);
 const SLEEP_MAX: Duration = Duration::from_micros(50);
 /// Interval at which engines check for errors while the thread is not parked.
@@ -192,7 +193,8 @@ impl Shared {
         }
     }
 
-    /// Returns whether no completion is pending and no stream is about to enter or leave a collective or pipe call.
+    /// Returns whether no completion is pending and, unless the context is lost, no stream is about to enter or leave a
+    /// collective or pipe call.
     fn is_idle(&self) -> bool {
         let expects_progress =
             |queue: &Arc<CompletionQueue>| queue.progress.as_ref().is_some_and(|progress| progress.expects_progress());

@@ -64,7 +64,7 @@ struct State {
     begun: u32,
     /// Number of the last call that is completely on the stream.
     ended: u32,
-    /// Calls that no update has seen to be complete.
+    /// The begun calls that `update` has not yet found complete, oldest first.
     open: VecDeque<Open>,
 }
 
@@ -101,7 +101,7 @@ impl CallProgress {
         self.state.lock().begun
     }
 
-    /// Whether the stream will reach or complete a call without further work by the host.
+    /// Whether a word will still change if the host puts no more work on the stream.
     pub(super) fn expects_progress(&self) -> bool {
         let state = self.state.lock();
         state.open.back().is_some_and(|open| !open.reached || open.number == state.ended)

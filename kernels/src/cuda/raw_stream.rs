@@ -38,7 +38,7 @@ impl RowCopy {
         Self { from, to, bytes, count: 1, pitch: (0, 0) }
     }
 
-    /// Appends a row that follows the other rows in source and destination. Returns false if its size or pitch differs.
+    /// Appends a row. Returns false, without effect, if its size differs or it does not continue both pitches.
     pub(crate) fn append(&mut self, next: &RowCopy) -> bool {
         let first = (next.from - self.from, next.to - self.to);
         let pitch = if self.count == 1 { first } else { self.pitch };
@@ -204,7 +204,7 @@ impl RawStream {
         self.call_progress.as_ref().map_or(Ok(()), |call_progress| self.write_word(call_progress.begin(timer)))
     }
 
-    /// Marks on the stream that the last call has ended. The call is already on the stream.
+    /// Marks the end of the last call on the stream. The caller has waited until the call itself is on the stream.
     pub(crate) fn end_call(&self) -> Result<()> {
         self.call_progress.as_ref().map_or(Ok(()), |call_progress| self.write_word(call_progress.end()))
     }

@@ -28,7 +28,7 @@ pub(crate) struct ErrorRecords {
 struct SlotBlock {
     pinned: Pinned,
     free: Mutex<Vec<usize>>,
-    /// Release clocks that were captured when slots were returned.
+    /// For the race checker: the clocks of the threads that returned slots.
     returned: ReleaseClocks,
 }
 

@@ -95,7 +95,7 @@ INLINE float apply_dropout(u64 key, u64 place, u32 threshold, float keep_scale, 
     return bits >= threshold ? x * keep_scale : 0.0f;
 }
 
-// `start` is the offset of the first element in the step's tensor. `stride` is the number of elements per micro-batch.
+// In the tensor of the whole step (all micro-batches), x begins at element rng[1] * stride + start.
 template <class T, class U>
 INLINE void dropout(const T* x, const int* rng, U* y, i64 count, Box box, u64 start, u64 stride, u64 seed, u32 threshold,
                     float keep_scale) {

@@ -2,9 +2,9 @@
 //! the host. The last member to arrive enqueues the parts of all members on their streams, and orders these parts by
 //! events. No host thread waits for a GPU. Data on another GPU is copied to the reader's GPU before a kernel reads it.
 //!
-//! - LOCAL-1: only the last member enqueues the parts. Each earlier member waits for this on its stream's own thread.
-//! - LOCAL-2: a member's stream accesses another member's memory only after that member's `ready` event, and continues
-//!   only after the `done` events of all members. This is the rule MEET-1 of `in_process`, applied to streams.
+//! - LOCAL-1: only the last member enqueues the parts. Until then, the stream threads of the earlier members wait.
+//! - LOCAL-2: a member's stream accesses another member's memory only after that member's `ready` event, and runs
+//!   later work only after all members' parts. This is the rule MEET-1 of `in_process`, applied to streams.
 
 use std::sync::Arc;
 
@@ -135,8 +135,9 @@ fn exchange_chunks(posts: &[Post<Memory>]) -> Result<()> {
     Ok(())
 }
 
-/// Combines the region `part` of each member's x of shape `shape` into `y`, for member `me`. First copies regions that
-/// are not contiguous to slots of the member's workspace. Copies regions on other GPUs there piece by piece.
+/// Combines the region `part` of all members' x (of shape `shape`) into `y`, on the stream of member `me`. If the
+/// region is not contiguous, first copies it from every member to a slot of `me`'s workspace. If it is contiguous,
+/// copies it to slots only from other GPUs, piece by piece.
 fn reduce(posts: &[Post<Memory>], me: usize, op: ReduceOp, (shape, part): (&[usize], &Region), y: u64) -> Result<()> {
     let (own, elements) = (&posts[me], part.element_count());
     let bytes = |elements: usize| elements * own.dtype.bytes();
@@ -190,7 +191,7 @@ impl Enqueue for SharedGpu {
         let ready = stream.record()?;
         let memory = Memory { x, y, workspace, stream: stream.clone(), ready };
         let post = Post::new(call, &bound.reads, &bound.writes, memory);
-        // Enqueueing binds other GPUs' contexts. Each `bind` restores the caller's context, even after an error.
+        // Enqueueing binds other GPUs' contexts. `and(bind(..))` restores the caller's context, even after an error.
         let arrival = if post.ends().is_some() {
             rendezvous.transfer(post, |sender, receiver| {
                 enqueue_transfer(sender, receiver).and(bind(&stream))?;

@@ -37,7 +37,7 @@ impl HostStaging {
         self.stream.gpu.context.check_alive()
     }
 
-    /// Returns an arena of at least `bytes` bytes. A copy may still use it, so wait for a later event first (PINNED-1).
+    /// Returns an arena of at least `bytes` bytes. Earlier copies may still use it: `wait` before an access (PINNED-1).
     fn arena(&mut self, bytes: usize) -> Result<Arena> {
         if let Some(arena) = self.arena.as_ref().filter(|arena| arena.bytes() >= bytes) {
             return Ok(arena.clone());

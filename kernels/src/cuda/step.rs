@@ -193,7 +193,7 @@ pub enum Pass {
 /// A kernel's report of an index out of range, stored in device memory: [`ErrorRecord::WORDS`] 32-bit words per stream,
 /// zeroed before first use and after each read. Kernels do not overwrite an error, so the record holds the stream's
 /// first error. After each submission, the backend copies the record to pinned memory and decodes it before it reports
-/// the end. A kernel treats a bad index like an index that belongs to another shard.
+/// the end. A kernel handles an index out of range like an index in another shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ErrorRecord {
     pub launch: u32,

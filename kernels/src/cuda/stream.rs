@@ -246,8 +246,8 @@ impl Drop for CudaStream {
             stream.close(&stream.gpu.context.mark_lost(error));
         } else {
             stream.close(&KernelError::Closed { device: stream.rank });
-            // The stream's work has ended. This call orders that end before memory is freed. The context keeps any
-            // error.
+            // The stream's work has ended. `synchronize` orders this thread's later frees after that work. The context
+            // keeps any error.
             let _ = stream.synchronize();
         }
         if let Some(thread) = thread {

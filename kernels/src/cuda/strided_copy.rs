@@ -1,4 +1,4 @@
-//! Copies of tensor regions between addresses on a stream, and parts of collectives that all GPU engines share.
+//! Copies tensor regions on a stream, also from other GPUs, and combines the values of a collective's members.
 
 use super::context::Context;
 use super::gpu::Gpu;

@@ -10,7 +10,7 @@ impl Arena {
     /// Writes `bytes` bytes at `offset` to `sink`. The caller guarantees that nothing writes the range meanwhile.
     ///
     /// # Errors
-    /// `InvalidInput` if the range is out of bounds; any error of `sink`.
+    /// `InvalidInput` if the range is out of bounds; any error of `sink` or of the GPU.
     pub fn write_to(&self, offset: usize, bytes: usize, sink: &mut impl Write) -> io::Result<()> {
         self.check_inside(offset, bytes)?;
         if let Some(memory) = self.storage_on_device() {
@@ -31,7 +31,7 @@ impl Arena {
     ///
     /// # Errors
     /// `InvalidInput` if the range is out of bounds or read-only; `UnexpectedEof` if `source` ends early; any error of
-    /// `source`.
+    /// `source` or of the GPU.
     pub fn read_from(&self, offset: usize, bytes: usize, source: &mut impl Read) -> io::Result<()> {
         if !self.is_writable() {
             let message = "the arena is mapped read-only from another process";

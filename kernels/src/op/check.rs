@@ -26,8 +26,8 @@ impl Launch {
     }
 
     /// Checks BF16 buffers. Their ports must support BF16, and all reads that may be BF16 must have one dtype. If that
-    /// dtype is F32, all writes are F32, as only casts convert. If that dtype is BF16, each write may be BF16, or F32
-    /// for a sum that later launches or collectives continue.
+    /// dtype is F32, all writes are F32, as only casts convert. If that dtype is BF16, a write may be BF16 or F32: F32
+    /// is for sums that later launches or collectives continue.
     fn check_bf16(&self) -> Result<()> {
         let is_half = |buffer: &Buffer| buffer.dtype == DType::BF16;
         let ports = |buffers: &[Buffer], may: fn(&Op, usize) -> bool| {

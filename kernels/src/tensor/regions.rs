@@ -102,7 +102,7 @@ impl Regions {
         }
     }
 
-    /// Sum of the regions' sizes.
+    /// Total number of elements of all regions.
     pub(crate) fn elements_sum(&self) -> usize {
         match &self.0 {
             Form::Split { shape, axes } => {
@@ -114,7 +114,7 @@ impl Regions {
     }
 
     /// True if this is a split of a tensor of shape `whole` into rows: parts of one size that lie one after another.
-    /// Other regions may also be rows.
+    /// False for a list, even if its regions are such rows.
     pub(crate) fn is_split_in_rows(&self, whole: &[usize]) -> bool {
         let Form::Split { shape, axes } = &self.0 else { return false };
         let mut dims = axes.iter().filter(|axis| axis.count > 1).map(|axis| axis.dim);

@@ -73,7 +73,7 @@ pub fn time() {
     }
 }
 
-/// Returns once the pollers have parked. If one polled every 50 us, it would switch threads 100 times in 5 ms.
+/// Returns once the pollers have parked. A thread that polls every 50 us is switched out 100 times in 5 ms.
 fn wait_for_pollers_to_park() {
     let context_switches = || {
         let threads = std::fs::read_dir("/proc/self/task").expect("Linux").flatten().map(|thread| thread.path());

@@ -63,9 +63,9 @@ impl Overlap {
 pub(super) struct Side<'a> {
     pub shape: &'a [usize],
     pub sizes: &'a [usize],
-    /// The path's first layout, its last layout, or both: the ones that are on this placement.
+    /// The first and last layout of the path, as far as they are on this placement.
     pub ends: Vec<&'a NdSbp>,
-    /// True if a cheapest path needs no layouts other than `ends` on this placement.
+    /// True if some cheapest path has no layouts other than `ends` on this placement.
     only_ends: bool,
 }
 
@@ -110,8 +110,9 @@ impl<'a> SearchSpace<'a> {
         let mut states = Vec::new();
         for (side, (_, sizes)) in placements.iter().enumerate() {
             let ends = if is_same { vec![&from.sbp, &to.sbp] } else { vec![[&from.sbp, &to.sbp][side]] };
-            // Without a reduction, one step on a placement delivers exactly the elements that each device lacks. A
-            // transfer to other devices delivers the same bytes from every layout.
+            // Without a reduction, one step on a placement delivers only the elements that each device lacks, so no
+            // detour is cheaper. A transfer to other devices delivers the same bytes from every source layout, so an
+            // earlier change of the layout saves nothing.
             let is_direct = is_same || (side == 0 && *overlap == Overlap::Disjoint);
             let only_ends = is_direct && ends.iter().all(|end| end.partial().is_none());
             let layouts = layouts(&Side { shape, sizes, ends, only_ends });
@@ -133,7 +134,7 @@ impl<'a> SearchSpace<'a> {
                 return None;
             }
             let elements_max = elements_max(kind, &axes, self.shape, sizes, [&a.sbp, &b.sbp]);
-            // If the tensor is small, every device may already have its target region.
+            // If the tensor is small, every device may already hold its target region; the step then moves nothing.
             let kind = if is_move(kind) && elements_max == 0 { StepKind::Slice } else { kind };
             (kind, axes, elements_max)
         } else {

@@ -377,7 +377,7 @@ fn preferred(step: &BoxingStep, holders: &Holders, index: usize) -> Option<usize
     })
 }
 
-/// The holder from which the fewest elements were pulled so far. Repeats the choices of the earlier target devices.
+/// The holder from which the target devices before `index` pull the fewest elements. Repeats their choices to count.
 fn least_pulled(step: &BoxingStep, holders: &Holders, index: usize) -> usize {
     let indices = holders.indices(&step.from);
     let mut pulled = vec![0; indices.len()];

@@ -71,7 +71,7 @@ pub enum CheckpointError {
     /// Another process failed, or the processes could not agree.
     #[error("the checkpoint of step {step} was not committed: {source}")]
     Others { step: u64, source: AgreeError },
-    #[error("{place}: rank {rank} {problem}; see its log")]
+    #[error("{place}: rank {rank} {problem}; see the log of rank {rank}")]
     OnRank { place: String, rank: u32, exit: u8, problem: String },
     #[error("cannot start a thread for checkpoints: {0}; {THREADS_HINT}")]
     Thread(std::io::Error),
@@ -110,14 +110,14 @@ impl CheckpointError {
         crate::files::system_error(self).map(std::io::Error::kind)
     }
 
-    /// True if the checkpoint is damaged; an older checkpoint may then be good. False if the checkpoint is unfit,
-    /// deleted or unreachable.
+    /// True if the checkpoint is damaged; an older checkpoint may then be good. False for any other cause, for instance
+    /// if the checkpoint is unfit or deleted.
     pub fn is_damage(&self) -> bool {
         matches!(self, Self::Damaged { .. })
     }
 
-    /// The exit code of a program that ends with this error: 2 for a usage error, 65 for bad data, 73 for a failed
-    /// write, 78 for a refusal.
+    /// The exit code of a program that ends with this error: 2 for a usage error, 65 for bad data or a failed read, 73
+    /// for a failed write or an unusable store, 78 if no thread can start. Another rank's error keeps its code.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Place { .. } | Self::Refused(_) => 2,

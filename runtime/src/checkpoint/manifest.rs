@@ -169,7 +169,7 @@ pub struct StoredTensor {
 pub struct JobTime {
     /// Start of the job as Unix time in milliseconds. All attempts of one job have the same value.
     pub began_ms: u64,
-    /// Time in steps whose updates are part of the model, in milliseconds.
+    /// Total duration of the steps whose updates are part of the model, in milliseconds.
     pub productive_ms: u64,
 }
 

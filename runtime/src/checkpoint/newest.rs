@@ -41,8 +41,8 @@ impl Store {
                     Err(error) => return Err(error),
                 }
             }
-            // A run commits a newer checkpoint before it deletes an older one, so list the checkpoints again. The loop
-            // ends, because saves are slower than this loop.
+            // A run commits a newer checkpoint before it deletes an older one. So if one is gone, list the checkpoints
+            // again. The loop ends, because saves are slower than this loop.
             let listed = self.steps_with_folder()?;
             if !is_any_gone || listed.last() <= steps.last() {
                 return Ok(NewestCheckpoint { reader: None, damaged });

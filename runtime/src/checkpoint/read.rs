@@ -23,7 +23,7 @@ impl Store {
     ///
     /// # Errors
     /// [`CheckpointError`]: `Absent`; `Damaged`, which names the file; `Deleted` if another process has deleted the
-    /// checkpoint; or `Newer`.
+    /// checkpoint; `Newer`; or the store's error.
     pub fn read(&self, step: u64) -> Result<CheckpointReader, CheckpointError> {
         let (file, text) = (self.manifest(step), self.manifest_text(step)?);
         let mut manifest = Manifest::decode(&text).map_err(|why| match newer_version(&text) {
@@ -109,7 +109,7 @@ impl CheckpointReader {
     /// Reads boxes of a tensor. The boxes refer to the program's shape. Each piece is read at most once.
     ///
     /// # Errors
-    /// [`CheckpointError::Unfit`] for an unknown tensor or box; [`CheckpointError::Damaged`] with the altered shard.
+    /// [`CheckpointError`]: `Unfit` for an unknown tensor or a box outside it; else as for [`Store::read`].
     pub fn tensors(&self, name: &str, regions: &[Region]) -> Result<Vec<HostTensor>, CheckpointError> {
         let tensor = self.find(name).ok_or_else(|| CheckpointError::missing(self.name(), name))?;
         let (whole, dtype) = (Region::whole(&tensor.info.shape), tensor.info.dtype);
@@ -171,7 +171,7 @@ impl CheckpointReader {
     /// Reads every shard and verifies its checksum.
     ///
     /// # Errors
-    /// [`CheckpointError::Damaged`] with the first altered shard.
+    /// [`CheckpointError`]: `Damaged` with the first altered shard; `Deleted`; or the store's error.
     pub fn verify(&self) -> Result<(), CheckpointError> {
         for shard in &self.manifest.shards {
             let file = self.store.file(self.manifest.step, &shard.file);

@@ -76,7 +76,7 @@ impl Saver {
             for (attempt, snapshot) in work {
                 let report = save(&store, &snapshot, &options, &attempt, &*agree);
                 publish_metrics(&report);
-                // Release this reference first: dropping the saver after the report must release the lock at once.
+                // Drop this reference to the lock first: a caller that has the report must be able to release the lock.
                 drop(attempt);
                 if done.send((report, snapshot)).is_err() {
                     return;

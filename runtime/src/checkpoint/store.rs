@@ -147,7 +147,7 @@ impl Store {
         self
     }
 
-    /// The place, as the user wrote it.
+    /// Name of the store in messages, such as the path or URL passed to [`Store::open`].
     pub fn place(&self) -> &str {
         &self.place
     }

@@ -29,7 +29,7 @@ pub enum ClusterError {
     Membership(#[from] MembershipError),
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    /// A bug: this process connects to a process that it did not want at the rendezvous.
+    /// A bug: this process connects to a process whose address it did not request at the rendezvous.
     #[error("the rendezvous did not return the address of rank {process}")]
     NotListed { process: u32 },
     #[error("cannot {action}: {cause}")]

@@ -16,7 +16,7 @@ pub(crate) fn exit_of(failure: &Failure) -> Exit {
             PeerError::Lost { .. } | PeerError::Late { .. } => Exit::PeerUnavailable,
             PeerError::Frame(_) | PeerError::Unexpected { .. } | PeerError::Protocol(_) => Exit::Protocol,
             PeerError::Ended => Exit::Internal,
-            // Keep an exit code that a restart cannot fix: a launcher sees only the exit codes of its own node.
+            // If a restart cannot help, exit with the peer's code, because launchers see only processes of their node.
             PeerError::Failed { exit, .. } => match Exit::from_code(*exit) {
                 exit if exit.worth_a_retry() => Exit::PeerUnavailable,
                 exit => exit,
@@ -39,7 +39,7 @@ pub(crate) fn peer_failure(cause: &FirstCause) -> Failure {
     Failure::Peer { process: cause.process, cause: PeerError::Failed { cause: cause.cause.clone(), exit: cause.exit } }
 }
 
-/// True if a peer aborted the collective. The peer reports why, or heartbeats detect its end. MPI errors name no peer.
+/// True if a peer aborted the collective, or for any MPI error: that peer or the heartbeats then report the cause.
 pub(crate) fn is_aborted_by_peer(cause: &KernelError) -> bool {
     matches!(cause, KernelError::Aborted { .. } | KernelError::Mpi { .. })
 }

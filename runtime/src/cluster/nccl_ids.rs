@@ -24,8 +24,8 @@ const CHECK_EVERY: Duration = Duration::from_millis(100);
 /// Bytes of a group's number and id in a message.
 const ENTRY_BYTES: usize = 4 + 128;
 
-/// Returns the ids of these groups: the groups of this process's devices that have several members, and its pipes. All
-/// processes call it, exactly once.
+/// Returns the id of each group: the groups of this process's devices with several members, and its NCCL pipes. Each
+/// process calls this function exactly once.
 pub(super) fn exchange(
     groups: &[Arc<Group>],
     process_map: &ProcessMap,
@@ -88,7 +88,7 @@ fn wait_for_all(membership: &Membership, deadline: Instant) -> Result<(), String
         }
         if Instant::now() >= deadline {
             let rank = membership.missing(ROUND_TOPIC).map_or(0, |(process, _)| process);
-            return Err(format!("rank {rank} did not send its NCCL group ids in time"));
+            return Err(format!("rank {rank} did not finish the exchange of NCCL group ids in time"));
         }
     }
 }

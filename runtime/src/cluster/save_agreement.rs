@@ -15,7 +15,7 @@ use crate::process_map::ProcessMap;
 
 pub(super) const TOPIC: u16 = 1;
 
-/// Minimum timeout of a wait for another process to write its part. The watchdog may allow more time.
+/// Timeout of a wait for another process's report, unless the watchdog allows more time.
 const WAIT_MIN: Duration = Duration::from_secs(600);
 
 /// Maximum number of early messages that are kept. Saves run one after the other, so a peer is at most one save ahead.
@@ -94,7 +94,7 @@ impl ClusterAgreement {
                 .map_err(|e| self.error(sender, format!("sent an invalid message: {e}")))?;
             let mut early = self.early.lock();
             if early.len() >= EARLY_MAX {
-                return Err(self.error(sender, format!("more than {EARLY_MAX} unexpected messages are pending")));
+                return Err(self.error(sender, format!("sent a report, but only {EARLY_MAX} unread reports are kept")));
             }
             early.insert((payload.save, payload.phase, sender), payload.result);
         }

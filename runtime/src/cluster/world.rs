@@ -41,7 +41,7 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A running session's connection to the other processes.
 pub(crate) struct World {
     pub(crate) process_map: ProcessMap,
-    /// The connector's deadline is the deadline of the join.
+    /// The connector of the join, with the join's deadline; [`World::connector`] returns a copy with a new deadline.
     connector: Connector,
     pub(crate) membership: Arc<Membership>,
     monitor: Arc<Monitor>,
@@ -63,7 +63,7 @@ pub struct PeerState {
     pub silent: Option<Duration>,
 }
 
-/// Control-plane topic on which neighbours in the control tree report the busy processes on their side.
+/// Control-plane topic on which each process reports busy processes to its neighbours in the control tree.
 const ACTIVITY_TOPIC: u16 = 3;
 /// Longest interval between two activity reports while activities change.
 const ACTIVITY_EVERY: Duration = Duration::from_millis(250);
@@ -111,8 +111,8 @@ impl State {
     }
 
     /// Returns each report that has changed since the last call, with the neighbour that gets it. A report lists the
-    /// processes on this side that have been busy for longest. Each process thus knows some of the slowest processes,
-    /// and the size of reports is bounded.
+    /// processes that have been busy for longest, except those in the neighbour's direction. Each process thus knows
+    /// some of the slowest processes, and the size of reports is bounded.
     fn activity_reports(&mut self, own: u32, tree: &ControlTree, now: Instant) -> Vec<(u32, Vec<u8>)> {
         let mut reports = Vec::new();
         for neighbour in tree.neighbours(own) {
@@ -215,7 +215,7 @@ impl Monitor {
         control.into_iter().for_each(|control| control.peer_left(process));
     }
 
-    /// Records the first cause and ends the session here. A session that has already failed keeps its own failure.
+    /// Records the first cause and ends this process's session. A session that has failed before keeps its failure.
     fn record_end(&self, cause: FirstCause, listener: &Weak<Listener>) {
         let mut state = self.state.lock();
         let control = state.control.clone();
@@ -224,12 +224,12 @@ impl Monitor {
         self.cause_known.notify_all();
         match control {
             Some(control) => control.fail(peer_failure(&cause)),
-            // Nothing runs yet. Closing the listener ends the waits for connections.
+            // No session runs yet. Closing the listener ends this process's waits for connections.
             None => listener.upgrade().into_iter().for_each(|listener| listener.close()),
         }
     }
 
-    /// Sets the running session's control, and applies departures and an end that came earlier.
+    /// Sets the running session's control, and applies earlier events: departures of peers, or the session's end.
     fn attach(&self, control: Control) {
         let mut state = self.state.lock();
         state.control = Some(control.clone());
@@ -329,7 +329,7 @@ impl World {
         self.here().into_iter().any(|process| process != own && self.connector.shares_memory(own, process))
     }
 
-    /// Adds the mirrors of this node's processes to the memory of the plan, and checks the plan's budget.
+    /// Adds the mirrors of this node's processes ([`Instance::mirrors`]) to the plan's memory, and checks its limit.
     pub(crate) fn count_mirrors(&self, plan: &mut Instance) -> Result<(), PlanError> {
         let here: BTreeSet<u32> = self.here().into_iter().collect();
         for process in here {

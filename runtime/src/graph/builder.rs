@@ -424,7 +424,7 @@ impl Graph {
                 _ => "once per step".to_string(),
             };
             let message = format!(
-                "another input with this name is {:?} {:?} {}, but this one is {dtype:?} {shape:?} {}; inputs with the same name are one tensor of the host and must be equal",
+                "another input with this name is {:?} {:?} {}, but this one is {dtype:?} {shape:?} {}; inputs with the same name are one tensor of the host, so type, shape and batch dim must be equal",
                 other.dtype,
                 other.shape,
                 batch(other.loop_sbp),

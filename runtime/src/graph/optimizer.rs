@@ -13,7 +13,7 @@
 //! - `M' = b1 M + (1 - b1) G` and `V' = b2 V + (1 - b2) G^2`.
 //! - If `|m| <= Q sqrt(v)` for all elements, then `|m'| <= b1 Q sqrt(v) + (1 - b1) |x|`. By Cauchy and Schwarz, this is
 //!   at most `Q' sqrt(v')` with `Q' = sqrt(b1^2 Q^2 / b2 + (1 - b1)^2 / (1 - b2))`. Moments start at 0, with `Q = 0`;
-//!   for moments from a checkpoint, `Q` is unknown.
+//!   for moments from a checkpoint, `Q` is unknown and counts as infinite.
 //! - `p' = p (1 - lr decay) - s m' / (r sqrt(v') + eps)` with `s = lr / (1 - b1^t) <= lr / (1 - b1)` and `r >= 1`. The
 //!   quotient is at most `Q'`, and at most `M' / eps`. Hence `P' = P max(1, |1 - lr decay|) + s min(Q', M' / eps)`, if
 //!   `s M'` is a finite float. The 1 covers tensors without decay.
@@ -22,7 +22,7 @@
 //! `2^-150` rounds to 0, so `v` loses up to `2^-148 / (1 - b2)`. The bound of the quotient then becomes
 //! `Q' max(1, t / eps)` with `t = 2^-74 / sqrt(1 - b2)`.
 
-/// A factor above the relative rounding error of one step's operations.
+/// A factor that exceeds 1 by more than the relative rounding error of one step's operations.
 const ROUNDING: f64 = 1.0 + 1.0 / (1 << 21) as f64;
 
 /// A few times the smallest subnormal float, `2^-149`, and so above the absolute rounding error of subnormal floats.
@@ -112,7 +112,7 @@ pub(crate) struct Bounds {
 
 impl Bounds {
     /// The bounds before a checkpoint is loaded. The checkpoint's values then raise these bounds, except `ratio`, which
-    /// is unknown.
+    /// is infinite because it is unknown.
     pub(crate) const OF_CHECKPOINT: Self = Self { parameter: 0.0, first: 0.0, second: 0.0, ratio: f64::INFINITY };
 
     /// The kind of value that may exceed the largest float, if any.

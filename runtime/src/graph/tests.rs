@@ -202,7 +202,7 @@ fn a_layout_change_is_an_error_under_explicit_boxing_and_listed_otherwise() {
     let explained = explain("tensor=2", &CompileOptions::default(), build);
     let changes = explained.lines().skip_while(|l| !l.starts_with("layout changes")).take_while(|l| !l.is_empty());
     expect![[r#"
-        layout changes (bytes into the busiest device; per micro-batch, in norm and update per step)
+        layout changes (bytes that the busiest device receives in a micro-batch; for norm and update, in a step)
           forward  x: slice over tensor: (B) -> (S0), 0 bytes  (`let x = g.layer_norm(x, weight, 1e-5);`)
           forward  norm.weight: all-gather over tensor: (S0) -> (B), 8 bytes  (`let x = g.layer_norm(x, weight, 1e-5);`)"#]].assert_eq(&changes.collect::<Vec<_>>().join("\n"));
 }
@@ -237,7 +237,7 @@ fn explain_shows_a_plan_on_one_device() {
           up.weight                [16, 4]          (B) on placement 0
           down.weight              [5, 16]          (B) on placement 0
 
-        layout changes (bytes into the busiest device; per micro-batch, in norm and update per step)
+        layout changes (bytes that the busiest device receives in a micro-batch; for norm and update, in a step)
 
         actors
           device 0 compute, by credit
@@ -289,7 +289,7 @@ fn explain_shows_a_data_and_tensor_parallel_plan() {
           up.weight                [16, 4]          (B, S0) on placement 0
           down.weight              [5, 16]          (B, S1) on placement 0
 
-        layout changes (bytes into the busiest device; per micro-batch, in norm and update per step)
+        layout changes (bytes that the busiest device receives in a micro-batch; for norm and update, in a step)
           forward  einsum.7: all-reduce over tensor: (S0, P) -> (S0, B), 120 bytes  (`let loss = g.cross_entropy(logits, targets);`)
           norm     bucket 0: all-reduce of 2 gradients over data, while backward runs
           norm     bucket 1: all-reduce of 1 gradient over data+tensor, while backward runs

@@ -1,5 +1,5 @@
 //! Inserts nodes for layout and placement changes. If a node requires an input in another layout, the pass inserts the
-//! steps of the cheapest boxing plan. Existing versions of a tensor are reused.
+//! steps of the cheapest boxing plan. Each step's result is a version of the tensor, which later readers can reuse.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -113,7 +113,7 @@ impl BoxingPass<'_> {
         let source = &self.rebuilt[self.graph.tensor(current).producer.index()];
         let source_role = (source.role, source.rate);
         for (position, step) in plan.steps.into_iter().enumerate() {
-            // Steps before the transfer have the role of the tensor's producer.
+            // Steps before a transfer have the role of the tensor's producer, unless the tensor is made once per step.
             let before = transfer.is_some_and(|t| position < t) && info.rate == Rate::MicroBatch;
             let role = if before { source_role } else { (reader.role, reader.rate) };
             current = self.push_step(current, &info, step, role, reader);
@@ -134,7 +134,7 @@ impl BoxingPass<'_> {
         let placement = placement.expect("a step starts and ends on placements of the graph");
         let layout = Some(step.to.sbp.clone());
         let name = info.name.clone();
-        // A parameter that is converted in one micro-batch is converted again in the next one.
+        // For a reader that runs in each micro-batch, a parameter is converted again in each micro-batch.
         let info = TensorInfo { layout, rate, saved_shape: None, ..info.clone() };
         let out = self.graph.new_tensor(info, reader.location);
         let node = Node::between(name, NodeOp::Boxing(Arc::new(step)), (input, out), placement, reader);

@@ -2,12 +2,13 @@
 //! [`Problem`] of `sbp::choose`, and writes the solution into the graph.
 //!
 //! The user's layouts restrict the choice:
-//! - LAY-1: parameters and inputs are read in their given layout;
-//! - LAY-2: a split comes from a split. A kernel may read split inputs only if one of them can have that split; the
-//!   first splits come from parameters, inputs and `relayout`s. A kernel may also split an output if all inputs are
-//!   whole;
-//! - LAY-3: if all possible layouts of a tensor split it, a kernel that can work on the parts reads the tensor split;
-//! - LAY-4: terms (`Partial`) come from terms. A kernel may read terms along an axis only if an input can have terms.
+//! - LAY-1: a kernel reads parameters and inputs in their given layout;
+//! - LAY-2: a kernel may read split inputs along a mesh axis only if one of them can already have the required split.
+//!   So splits originate from parameters, inputs and `relayout`s, and from kernels that split only outputs;
+//! - LAY-3: if a tensor can have no entry except one split along an axis, kernels that can read this split do so;
+//! - LAY-4: a kernel may read terms (`Partial`) along an axis only if one of the inputs can already have these terms.
+//!
+//! If the rules leave a kernel no candidate, all its candidates stay.
 //!
 //! Cost decides among the remaining candidates. Without these rules, the cheapest choice would gather weights or
 //! introduce sequence parallelism on small models, and the program's text would not show these layouts.
@@ -262,8 +263,8 @@ impl Splits {
         inputs.peek().is_none() || inputs.any(|(t, required)| self.can_have(*t, axis, *required) == Some(true))
     }
 
-    /// LAY-3: false if an input can only be split, the signature requires another layout, and another signature reads
-    /// it split.
+    /// LAY-3: false if an input can have only one split, the signature requires another entry, and another signature
+    /// reads that split.
     fn stays_split(&self, spec: &NodeSpec, signature: &Signature<Sbp>, all: &[Signature<Sbp>], axis: usize) -> bool {
         (0..spec.inputs.len()).all(|input| {
             let only = self.0[spec.inputs[input]].get(axis).filter(|e| e.len() == 1).and_then(|e| e.first());

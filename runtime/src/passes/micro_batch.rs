@@ -1,6 +1,6 @@
-//! Divides the batch into micro-batches. Each forward tensor gets its shape in one micro-batch, and a loop SBP: its
-//! layout along all micro-batches. The loop SBP determines an element's index in the whole tensor (for dropout), and
-//! how outputs are combined.
+//! Divides the batch into micro-batches. Each forward tensor gets its shape in one micro-batch, and a loop SBP: whether
+//! its values in the micro-batches are parts, copies or terms of the whole tensor. The loop SBP determines an element's
+//! index in the whole tensor (for dropout), and how outputs are combined.
 
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::Op;

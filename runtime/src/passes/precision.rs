@@ -88,7 +88,7 @@ pub fn narrow(graph: &mut Graph) {
 enum ReadType {
     /// The type of the node's output, which shares the input's memory.
     SharedMemory,
-    /// The type that the node writes. Hence the terms of an f32 sum over devices or over uses of a weight are f32 too.
+    /// The type that the node writes. So the terms of a sum that must be f32 (over uses of a weight) are f32 too.
     AsWritten,
     Bf16,
     F32,
@@ -122,8 +122,8 @@ fn bf16_ports(node: &Node) -> impl Iterator<Item = usize> + '_ {
     })
 }
 
-/// For each tensor: true if it is an input, a parameter, or a slice or a transfer of an input or a parameter. Such a
-/// tensor exists before any computation; if it were bf16, its readers would have to wait for a cast.
+/// For each tensor: true if it is an input, a parameter, or a relayout, slice or transfer of one. Such a tensor exists
+/// before any computation; if it were bf16, its readers would have to wait for a cast.
 fn sources(graph: &Graph) -> Vec<bool> {
     let mut sources = vec![false; graph.tensors.len()];
     for node in &graph.nodes {

@@ -17,11 +17,11 @@ pub enum BaseKey {
     Input(usize),
     /// The current slot of an output port.
     Output(usize),
-    /// The firing's slot in the staging memory of an action of the host.
+    /// The slot of staging memory that a firing of a host action uses.
     Staging,
 }
 
-/// The host's transfer in an action, whose launches copy between a slot of staging memory and the device.
+/// What the host transfers in an action. The action's launches copy between a slot of staging memory and the device.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostPort {
     /// What the host does.
@@ -45,7 +45,7 @@ pub struct ActionPlan {
     pub launches: Vec<Launch>,
     /// The node of each launch.
     pub nodes: Vec<NodeId>,
-    /// Early signals: `(number of completed launches, output port)`.
+    /// Output ports that are signalled before the action ends: `(number of launches to complete first, output port)`.
     pub signals: Vec<(usize, u32)>,
     /// The meaning of each base index in the launches' buffers.
     pub bases: Vec<BaseKey>,

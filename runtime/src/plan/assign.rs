@@ -1,6 +1,6 @@
-//! Assigns storage to each tensor's part on the devices of a class. A part is in an action's scratch if no other action
-//! reads it, in a register if others do, and at a fixed address if nothing replaces it. Tensors of one segment with the
-//! same readers share a register.
+//! Assigns storage to each tensor's part on the devices of a class. A part is in a register if an action writes it and
+//! another action reads it. A parameter or state without such a reader, or a part that no action writes, has a fixed
+//! address. Any other part is in scratch. Tensors of one segment with the same readers and rate share a register.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,7 +15,7 @@ pub enum Storage {
     Scratch,
     /// A register, by index into [`ClassStorage::registers`].
     Register(usize),
-    /// A fixed address for the whole session.
+    /// A fixed address for the whole session, for a part that no action writes or that only its own update reads.
     Fixed,
 }
 
@@ -27,7 +27,7 @@ pub struct RegisterPlan {
     pub readers: Vec<SegmentId>,
     /// The transfers by which other devices read the register, sorted.
     pub transfers: Vec<SegmentId>,
-    /// How often the register gets a new piece.
+    /// How often the register gets a new piece, that is, new values of its tensors.
     pub rate: Rate,
     /// True if the register holds piece 0 from the start (parameters).
     pub initial: bool,

@@ -90,7 +90,7 @@ pub fn classify(graph: &Graph) -> Classes {
 struct Work<'a> {
     tensors: BTreeSet<(&'a [usize], &'a NdSbp)>,
     steps: Vec<&'a BoxingStep>,
-    /// Layouts of gradients whose squares are summed. Only the first copy of a gradient counts.
+    /// Layouts of gradients whose squares are summed. Of several copies of a part, only the first copy is summed.
     counted: BTreeSet<&'a NdSbp>,
 }
 
@@ -146,8 +146,8 @@ fn append_step(step: &BoxingStep, position: usize, traits: &mut Traits) {
     }
 }
 
-/// The lists of regions of a collective. In a step, each device's lists split the same axes, so they have parts of the
-/// same sizes if the bounds are equal.
+/// The lists of regions of a collective. In one step, the lists of all devices come from the same splits, so lists with
+/// equal bounds have parts of equal sizes.
 fn parts(kind: &CollectiveKind) -> impl Iterator<Item = &Regions> {
     let (first, second) = match kind {
         CollectiveKind::AllGather { parts } | CollectiveKind::ReduceScatter { parts, .. } => (Some(parts), None),

@@ -15,8 +15,8 @@ use crate::plan::groups::collective_axes;
 use crate::plan::memory::{Interval, align, local_part, local_shape, pack};
 use crate::plan::segments::{HostTransfer, Segment, SegmentId, Segments};
 
-/// Finds the accumulations to fuse. The value must be made by a kernel of the same action that can add to its output,
-/// and nothing else may read the value.
+/// Finds the accumulations to fuse into the kernel that computes the value. This kernel must be in the same action and
+/// able to add to its output, and nothing else may read the value.
 pub fn fuse_accumulation(graph: &Graph, segments: &Segments) -> BTreeMap<Var, Var> {
     let mut readers: BTreeMap<Var, usize> = BTreeMap::new();
     for var in graph.nodes.iter().flat_map(|n| &n.inputs).chain(graph.outputs.iter().map(|o| &o.tensor)) {
@@ -72,8 +72,8 @@ pub fn emit(plan: &Plan, device: usize, segment: SegmentId) -> EmittedAction {
     EmittedAction { plan, inputs, outputs, scratch_bytes }
 }
 
-/// The registers that a segment's action reads on a device: the device's own, and those that a transfer reads on other
-/// devices.
+/// The registers that a segment's action on `device` reads: the device's own registers and, in a transfer, registers of
+/// other devices.
 pub fn inputs(plan: &Plan, device: usize, segment: SegmentId) -> Vec<DeviceRegister> {
     let own = plan.class_plan(device).storage.ports.get(&segment).into_iter().flat_map(|ports| &ports.reads);
     let mut inputs: Vec<DeviceRegister> = own.map(|register| DeviceRegister { device, register: *register }).collect();
@@ -133,7 +133,7 @@ impl Emitter<'_> {
         Buffer { base, offset, shape, dtype }
     }
 
-    /// Index of the base of a register's slot. If the action reads and writes it, this is the output port's base.
+    /// Index of a register's base: the output port's base if the action writes the register, else the input port's.
     fn port_base(&self, at: DeviceRegister) -> usize {
         let output = self.outputs.iter().position(|r| at.device == self.device && *r == at.register);
         let input = || self.inputs.iter().position(|r| *r == at);
@@ -240,7 +240,7 @@ impl Emitter<'_> {
         let Some(position) = placement.index_of(self.device) else { return };
         match step.local(position) {
             LocalStep::Keep => {
-                // If the step changes the part of another device, the output has its own buffer on this device too.
+                // The output shares the input's memory only if the step keeps the part on all devices; else copy.
                 if self.plan.aliases.resolve(node.outputs[0]) == node.outputs[0] {
                     let (read, write) = (self.buffer(node.inputs[0]), self.buffer(node.outputs[0]));
                     self.launch(Op::Copy, vec![read], vec![write], false);

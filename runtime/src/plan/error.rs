@@ -12,7 +12,7 @@ pub enum PlanError {
     )]
     CollectiveOrder { group: u32, first: (usize, String), second: (usize, String) },
     #[error(
-        "the plan does not fit: a device has {budget} bytes\n{table}reduce the batch, use more micro-batches or more devices"
+        "the plan does not fit: each device may use {budget} bytes\n{table}reduce the batch, use more micro-batches or devices"
     )]
     Memory { budget: usize, table: String },
     #[error(

@@ -82,7 +82,7 @@ impl Patterns {
         self.0.iter().filter(is_member).map(group)
     }
 
-    /// The group of a device. Patterns of one stream that give the device the same members use the first pattern's id.
+    /// The group of a device. If several patterns of one stream have this group, its id is that of the first pattern.
     pub fn group(
         &self,
         graph: &Graph,

@@ -35,7 +35,7 @@ pub struct Instance {
     pub actions: Table<ActorId, Vec<ActionPlan>>,
     /// The memory of each register of `spec`.
     pub registers: Table<RegisterId, RegisterPlace>,
-    /// Bytes that the mirrors of this node's processes take, by device.
+    /// For each device of this node's processes: bytes of its mirrors ([`DeviceMemory::mirror_bytes`]).
     pub mirrors: BTreeMap<usize, usize>,
     numbering: Numbering,
 }
@@ -99,8 +99,8 @@ impl Plan {
         Arc::new(self).instance_of(devices)
     }
 
-    /// The actors and registers of these devices. The time and the memory do not depend on the number of other devices,
-    /// except for one number for each device.
+    /// The actors and registers of these devices. Only the table of first ids grows with the number of other devices:
+    /// it has one entry for each device of the mesh.
     pub fn instance_of(self: Arc<Self>, devices: Range<usize>) -> Instance {
         let numbering = Numbering::new(&self, 0..self.device_count());
         let mut known = BTreeSet::new();
@@ -143,9 +143,10 @@ impl Plan {
     }
 }
 
-/// The actors and registers of one device of each class. A register has the readers of all devices of its class. An
-/// action is in one group for each set of classes that occurs in its devices' groups. So a cycle of waits among devices
-/// is also a cycle among classes, and a quotient without a cycle proves that the plan is live.
+/// The actors and registers of one device of each class, which stands for all devices of the class. A register has the
+/// readers of all these devices. A group of devices becomes a group of its members' classes, and an action is in the
+/// groups of all these devices. So a cycle of waits among devices is also a cycle among classes. Hence the plan is live
+/// if the quotient has no cycle.
 pub(crate) struct Quotient {
     pub(crate) spec: Spec,
     pub(crate) actions: Table<ActorId, Vec<ActionPlan>>,
@@ -226,9 +227,10 @@ struct Builder<'a> {
     plan: &'a Plan,
     view: View,
     numbering: Numbering,
-    /// Ids of firing groups, by segment and members: classes, or with [`View::Devices`] the id of the communicator. The
-    /// next field has ids of communicators, by stream and classes.
+    /// Ids of firing groups, by segment and members. The members are classes or, with [`View::Devices`], the id of
+    /// their communicator.
     firing_groups: BTreeMap<(SegmentId, Vec<usize>), u32>,
+    /// For [`View::Classes`]: ids of communicators, by stream and classes of the members.
     communicators: BTreeMap<(StreamKind, Vec<usize>), u32>,
     /// Sets of classes, by placement and axes.
     class_sets: BTreeMap<(usize, Vec<usize>), ClassSets>,
@@ -370,7 +372,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Other devices that read from `device` in a transfer. A class has the readers of all its devices, as stand-ins.
+    /// Other devices that read from `device` in a transfer. With [`View::Classes`]: stand-ins of the class's readers.
     fn reading_devices(&self, transfer: NodeId, device: usize) -> BTreeSet<usize> {
         let classes = &self.plan.classes;
         let readers = |own: usize| classes.readers(transfer, own).iter().copied().filter(move |other| *other != own);
@@ -445,7 +447,7 @@ impl<'a> Builder<'a> {
                 continue;
             }
             let member_sets = match self.view {
-                // The id stands for the members.
+                // The communicator's id identifies its members.
                 View::Devices { .. } => BTreeSet::from([vec![call.group.id as usize]]),
                 View::Classes => self.class_sets(node.placement, axes.clone(), device),
             };
@@ -484,7 +486,7 @@ impl<'a> Builder<'a> {
         sets.get(&class).cloned().unwrap_or_default()
     }
 
-    /// The list of an actor that calls collectives. All members of a group must fire in the same order.
+    /// The order of firings of an actor that calls collectives, because all members of a group must use one order.
     fn list(&self, device: usize, stream: StreamKind, ids: &[SegmentId], specs: &[ActionSpec]) -> Firing {
         let action = |id: &SegmentId| ids.binary_search(id).ok().map(|action| action as u32);
         Firing::Ordered(match self.plan.site_of[device].filter(|_| stream == StreamKind::Compute) {

@@ -19,8 +19,8 @@ use crate::plan::segments::{Segments, divide};
 use crate::plan::slots::Times;
 use crate::plan::{ClassPlan, Plan, most_by_stream};
 
-/// Lowers a graph on which the layout, boxing and bucket passes have run. A schedule that needs more than `memory_bytes`
-/// on a device is planned again to save memory.
+/// Lowers a graph on which the layout, boxing and bucket passes have run. If a device then needs more than
+/// `memory_bytes`, plans the schedule again with fewer micro-batches in flight.
 pub fn lower(
     mut graph: Graph,
     micro_batches: usize,
@@ -82,7 +82,7 @@ fn schedule_step(plan: &mut Plan, work: &WorkGraph, saves_memory: bool) {
     plan.set_threads(plan.threads_per_device);
 }
 
-/// Emits the actions of each class's representative. Places their scratch after the registers, and their staging slots.
+/// Emits the actions of each class's representative. Places their scratch after the registers, and lays out staging.
 fn emit_classes(plan: &mut Plan) {
     for class in plan.classes.ids() {
         let device = plan.classes.representative(class);
@@ -121,7 +121,7 @@ fn add_fetches(graph: &mut Graph) {
     }
 }
 
-/// For each placement: the maximum number of micro-batches between forward and backward.
+/// For each placement: the maximum number of micro-batches that forward has begun and backward has not ended.
 fn in_flight(graph: &Graph, segments: &Segments, work: &WorkGraph, step: &StepPlan) -> Vec<u32> {
     let mut out = vec![1; graph.placements.len()];
     for (work, in_flight) in work.work.iter().zip(&step.in_flight) {

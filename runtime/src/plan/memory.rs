@@ -69,8 +69,8 @@ pub struct DeviceMemory {
     /// Bytes that the device's streams allocate outside the arena. On CPUs, this is scratch of kernel threads and f32
     /// copies of bf16 tensors. It depends on the process's number of threads, so it is not part of the plan's hash.
     pub stream_bytes: usize,
-    /// Bytes of mirrors of registers that other processes write. It is 0 until a session has assigned devices to
-    /// processes.
+    /// Bytes of mirrors, which are copies of registers that other processes write. It is 0 until a session has assigned
+    /// devices to processes.
     pub mirror_bytes: usize,
 }
 

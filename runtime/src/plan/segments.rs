@@ -1,8 +1,8 @@
 //! Divides a graph into segments, the units of work. The nodes of a segment run as one action on each device.
 //!
 //! In program order, a node joins the newest segment of its placement, stream, rate and role. But if an input of the
-//! node depends on that segment through another segment, the node opens a new one, a further chunk of the placement. So
-//! the graph of segments has no cycle, whatever the placements are.
+//! node depends on that segment through another segment, the node opens a new segment: a further chunk of the
+//! placement. So the graph of segments has no cycle, whatever the placements are.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -196,8 +196,8 @@ impl Builder {
     }
 }
 
-/// Parameters that other placements read and nothing updates. A placement of such parameters gets an update segment, if
-/// it has none. This segment is the producer of the parameters' register.
+/// Parameters that other placements read and nothing updates. Their register needs a producer, which is the update
+/// segment of their placement. If the placement has none, [`divide`] adds an empty one.
 fn untrained_parameters(graph: &Graph) -> BTreeSet<Var> {
     let updated: BTreeSet<Var> = graph.nodes.iter().flat_map(|node| &node.updates).copied().collect();
     let is_transfer = |node: &&Node| matches!(&node.op, NodeOp::Boxing(step) if step.kind == StepKind::Transfer);

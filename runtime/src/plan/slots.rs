@@ -1,5 +1,6 @@
 //! Counts the slots of each register: the maximum number of pieces that are alive at once when the step's lists run
-//! with unlimited slots. The same run is possible with this number of slots, so the plan cannot deadlock at any timing.
+//! with unlimited slots. The same run is possible with this number of slots. One action alone writes a register, so no
+//! two actions compete for slots, and a plan that completes at one timing completes at any timing.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ pub struct Slots {
 }
 
 impl Slots {
-    /// The fewest slots for pieces with these lifetimes, in ticks. Uses a ring if it needs no more slots than a table.
+    /// The fewest slots for pieces with these lifetimes (in ticks). Uses a table only if a ring needs more slots.
     fn of(lifetimes: &[(u64, u64)]) -> Self {
         let fits = |count: &usize| lifetimes.iter().zip(&lifetimes[*count..]).all(|(piece, next)| piece.1 <= next.0);
         let ring = (1..lifetimes.len()).find(fits).unwrap_or(lifetimes.len()).max(1);

@@ -216,7 +216,7 @@ fn a_fetch_of_an_update_output_is_refused() {
         segments.reads[fetch.0 as usize].insert(update);
     };
     let error = refused("stage=2", Schedule::OneFOneB, fetch_an_update);
-    expect!["the plan cannot run to completion: fetch (step) waits for update, but the host starts update only after it has seen the results"].assert_eq(&error);
+    expect!["the plan cannot run to completion: fetch (step) waits for update, but the host starts update only after fetch (step) has ended"].assert_eq(&error);
 }
 
 #[test]

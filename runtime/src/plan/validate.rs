@@ -17,7 +17,7 @@ use crate::plan::segments::HostTransfer;
 use crate::plan::segments::SegmentId;
 use crate::plan::{ClassPlan, Plan};
 
-/// Minimum number of simulated steps: enough to reuse every register's slots.
+/// Minimum number of simulated steps. The second step reuses the slots of the first.
 const STEPS: u32 = 2;
 
 /// Checks the order of collectives, bounds, memory and liveness, for one device of each class.
@@ -114,8 +114,7 @@ fn check_decisions(plan: &Plan) -> Result<(), PlanError> {
     for id in fetches {
         if let Some(source) = segments.reads[id.index()].iter().find(|source| follows_decision(source)) {
             let [fetch, source] = [id, *source].map(|id| &segments.get(id).name);
-            let why =
-                format!("{fetch} waits for {source}, but the host starts {source} only after it has seen the results");
+            let why = format!("{fetch} waits for {source}, but the host starts {source} only after {fetch} has ended");
             return Err(PlanError::Liveness(why));
         }
     }

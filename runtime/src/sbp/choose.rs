@@ -1,16 +1,17 @@
 //! The layout search: chooses a signature for each op of an abstract [`Problem`], such that the total cost is small.
 //!
 //! The **objective** is the sum of
-//! - CH-1: for each tensor, one boxing to each distinct layout that its readers require;
+//! - CH-1: for each tensor, the boxing to its pinned layout, if it is produced in another one, and one boxing to each
+//!   distinct layout that its readers require;
 //! - CH-2: for a tensor that is an output or has no reader, the reduction of `Partial` to `Broadcast`;
 //! - CH-3: for each op, the compute on its busiest device.
 //!
 //! [`eliminate`] solves a large problem exactly while its tables stay small, in time that is linear in the number of
 //! layers. A beam search in topological order solves a small problem. Sweeps follow, which change one op at a time
-//! while the cost decreases. The beam merges assignments that leave the same layouts to later ops, so it is exact while
-//! it is wide enough. It ranks assignments by the cost so far plus the **pending** cost of reducing `Partial` tensors
-//! that are not reduced yet. (A pending cost for gathering slices of a `Broadcast` tensor was tried. The results were
-//! the same or worse.)
+//! while the cost decreases. The beam merges assignments that leave the same layouts to later ops. It finds the optimum
+//! if it has room for all assignments that remain after each op. It ranks assignments by the cost so far plus the
+//! **pending** cost of reducing `Partial` tensors that are not reduced yet. (A pending cost for gathering slices of a
+//! `Broadcast` tensor was tried. The results were the same or worse.)
 
 mod eliminate;
 
@@ -29,14 +30,14 @@ use crate::layout_error::LayoutError;
 use crate::placement::Placement;
 
 /// Maximum number of nodes for the beam search, whose time grows with the square of this number. Smaller problems keep
-/// the beam search, because the bits of existing programs depend on its choices. Some of these choices are not the
-/// cheapest.
+/// the beam search, although some of its choices are not the cheapest, because the result bits of existing programs
+/// depend on these choices.
 const BEAM_NODES_MAX: usize = 512;
 
 /// Minimum number of assignments that the beam keeps after each op.
 const BEAM_WIDTH_MIN: usize = 16;
 
-/// Target number of extensions per node: the beam is wide where nodes have few candidates.
+/// Target number of extensions (assignment and candidate) per node: the beam is wide where nodes have few candidates.
 const EXTENSIONS: usize = 512;
 
 const SWEEPS_MAX: usize = 16;
@@ -171,7 +172,7 @@ struct LiveTensor {
 struct Assignment {
     cost_seconds: f64,
     live: Vec<LiveTensor>,
-    /// Index of the last choice in the list of choices; each entry links to the previous one.
+    /// Index of the last choice in the beam's list of choices, in which each choice links to its predecessor.
     last: Option<usize>,
 }
 
@@ -332,7 +333,7 @@ impl<'a> Chooser<'a> {
     }
 
     fn unreachable_error(&self, node: usize) -> LayoutError {
-        let why = "no candidate's layouts can be reached from the node's inputs".into();
+        let why = "the inputs cannot be converted to the layouts of any candidate".into();
         LayoutError::Choice { node: self.problem.nodes[node].name.clone(), why }
     }
 

@@ -1,6 +1,7 @@
 //! Checks values that must be equal on all ranks: in each step, the learning rate and the elements that several ranks
-//! feed; in each load, the tensors. The control tree compares values on their way up, and all ranks report the same
-//! error. A step's numbers share a message with stop requests, so the only cost is a digest of the shared elements.
+//! feed; in each load, the tensors, the counters and the seed. Processes compare the values on the way up the control
+//! tree, and all ranks report the same error. A step's numbers share a message with stop requests, so the only cost is
+//! a digest of the shared elements.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -35,7 +36,7 @@ const TENSORS_MAX: usize = 4096;
 pub struct RankDisagreement {
     /// The step, or the file or checkpoint that was loaded.
     pub context: String,
-    /// The learning rate, an input or a parameter.
+    /// The learning rate, an input, or a value of a load, such as a tensor or the seed.
     pub name: String,
     /// Each rank's value, or a digest of it.
     pub values: Vec<(u32, String)>,

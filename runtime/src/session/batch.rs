@@ -27,7 +27,7 @@ pub enum Batch<'a> {
     /// Whole tensors; every rank supplies all of them.
     Whole(&'a [(&'a str, HostTensor)]),
     /// This data rank's part of each input. A dim that is split over the mesh axis `data` (or an axis before it) has
-    /// only the elements of this rank's devices; other dims are whole. The parts of micro-batches follow in order.
+    /// only the elements of this rank's devices; other dims are whole. The parts of micro-batches are joined in order.
     /// Leave out an input that no device of this rank reads. [`crate::session::Session::local_batch`] cuts such parts.
     Local(&'a [(&'a str, HostTensor)]),
 }

@@ -20,7 +20,7 @@ use crate::plan::instance::Instance;
 use crate::plan::{ActionPlan, BaseKey, DeviceMemory, HostTransfer, StagingPlace, threads_of};
 use crate::process_map::ProcessMap;
 
-/// A plan in the form that the shell runs, with the session's side of its tensors.
+/// A plan in the form that the shell runs, and the session's access to its inputs and outputs.
 pub(super) struct Loaded {
     pub(super) plan: LoadedPlan,
     pub(super) host_io: HostIo,

@@ -45,7 +45,7 @@ pub(super) struct TrainingTime {
     started: Instant,
     /// Time of the job before `started`.
     earlier: Duration,
-    /// Nanoseconds in steps whose updates are part of the current model.
+    /// Total duration, in nanoseconds, of the steps whose updates are part of the current model.
     productive_ns: AtomicU64,
 }
 

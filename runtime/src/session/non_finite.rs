@@ -14,8 +14,9 @@ use crate::graph::optimizer::Bounds;
 use crate::graph::{Node, NodeOp, Rate, Var};
 use crate::plan::HostTransfer;
 
-/// Where a non-finite tensor was computed. Origins are ordered by their fields, and the smallest origin is the cause of
-/// the others. A micro-batch runs its nodes in the program's order. Tensors of the whole step come last.
+/// Where a non-finite tensor was computed. Origins are ordered by their fields: micro-batches come first, each with its
+/// nodes in the program's order, then tensors of the whole step. No tensor depends on one with a greater origin, so the
+/// smallest origin is the first cause.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Origin {
     once_per_step: bool,
@@ -92,7 +93,7 @@ impl Session {
         let action = found.action as usize;
         let (spec, plan) = (self.plan.spec.actor(found.actor), &self.plan.actions[found.actor][action]);
         let graph = &self.plan.graph;
-        // A decision copies the NaN learning rate that cancelled the update, and a fetch what other actions computed.
+        // No origins: a decision copies the NaN learning rate that cancelled the update, and a fetch copies results.
         if plan.host.as_ref().is_some_and(|host| host.transfer != HostTransfer::Feed) {
             return None;
         }

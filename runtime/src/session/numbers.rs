@@ -16,7 +16,7 @@ use crate::cluster::world::WAITING;
 /// Interval at which a waiting process checks which process has not supplied its numbers yet.
 const CHECK_EVERY: Duration = Duration::from_millis(50);
 
-/// The occasions on which processes combine numbers. Each topic numbers its rounds in the order of the program.
+/// The occasions on which processes combine numbers. Each topic numbers its own rounds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Topic {
     Step = 0,
@@ -136,7 +136,7 @@ impl Session {
         let (Some(running), Some(_)) = (&self.running, &self.world) else { return Ok(()) };
         running.quiesce(QUIESCE_TIMEOUT)?;
         let pending = self.supply(Topic::Finish, &[].into(), Vec::new())?;
-        // A peer that is late or has left needs nothing from this process.
+        // This process has finished its work, so it ends even if a peer is late or has left.
         let _ = self.combined_within(pending, Some(QUIESCE_TIMEOUT));
         Ok(())
     }

@@ -13,7 +13,7 @@ use shardflow_actors::label::Role;
 use crate::graph::optimizer::Overflow;
 use shardflow_job::text::counted;
 
-/// How a step with an Inf or NaN loss or gradient is handled. Such a step never updates the weights.
+/// How a non-finite step (see the module's documentation) is handled. Such a step never updates the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnNonFinite {
     /// [`super::Session::step`] fails with [`super::SessionError::NonFinite`] on all processes. Weights are unchanged.

@@ -174,7 +174,7 @@ impl Observer {
     }
 
     /// Transport of a register's bytes to a reader: `device`, `process`, `shared_memory`, `socket` or `nccl`. The
-    /// transport between two other processes is unknown here and reported as `shared_memory`.
+    /// transport between two other processes is unknown in this process and reported as `shared_memory`.
     pub fn transport(&self, register: RegisterId, reader: ActorId) -> &'static str {
         self.sources.transport(register, reader)
     }

@@ -41,7 +41,7 @@ pub struct SessionOptions {
     pub cluster: Cluster,
     /// Requests to this process, such as signals. All processes get them in the same [`super::StepReport::request`].
     pub requests: Option<Arc<Requests>>,
-    /// How a step with an Inf or NaN loss or gradient is handled.
+    /// How a non-finite step is handled, see [`super::numerics`].
     pub on_non_finite: OnNonFinite,
     /// Threads of each CPU device; results do not depend on this number.
     pub threads: Threads,

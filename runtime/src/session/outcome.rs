@@ -101,7 +101,7 @@ impl Outcomes {
         let [first] = array(reduced, 1);
         let absent = match &reduced.difference {
             Some(found) => found.values.iter().filter(|(_, absent)| *absent != 0).map(|(rank, _)| *rank).collect(),
-            // All ranks have the same value. If the worst rank found nothing, no rank found anything.
+            // Without a difference, all ranks agree: if the worst rank found nothing, no rank found anything.
             None if worst.outcome == Outcome::Absent => (0..processes).collect(),
             None => Vec::new(),
         };
@@ -132,7 +132,8 @@ mod tests {
         assert_eq!(ALL.map(|outcome| Outcome::from_pair(outcome.to_pair())), ALL);
         assert!(worst(&ALL[..3]).check("/run", "cannot read it").is_ok());
         let error = worst(&ALL).check("/run", "cannot read it").unwrap_err();
-        assert_eq!((error.to_string().as_str(), error.exit_code()), ("/run: rank 3 cannot read it; see its log", 73));
+        let expected = "/run: rank 3 cannot read it; see the log of rank 3";
+        assert_eq!((error.to_string().as_str(), error.exit_code()), (expected, 73));
         for (processes, outcome) in (1..).zip(&ALL[..4]) {
             let expected = Worst { outcome: *outcome, rank: processes - 1 };
             assert_eq!(worst(&ALL[..processes as usize]), expected);

@@ -35,9 +35,9 @@ impl Saver {
 }
 
 impl Session {
-    /// Starts a saver, like [`Saver::new`], for this session's processes and job. All processes call it. It detects
-    /// faults that prevent later saves. Process 0 takes the store's lock and checks free space for all checkpoints.
-    /// Every process writes, renames and deletes a file, and must see the file of process 0.
+    /// Starts a saver, like [`Saver::new`], for this session's processes and job. All processes call it. The call
+    /// detects faults that prevent later saves: process 0 takes the store's lock, and checks that all checkpoints have
+    /// space. Every process writes, renames and deletes a file, and must see the file of process 0.
     ///
     /// # Errors
     /// On all processes, [`CheckpointError`]: `Held`, `NoRoom`, `NotShared`, or the store's error.
@@ -49,7 +49,7 @@ impl Session {
         let job = options.job.or_else(|| self.job.0.clone());
         let saver = Saver::new(store.clone(), agree, SaverOptions { member, plan, job, ..options });
         let nanoseconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
-        // The number differs between the processes of this job.
+        // The lowest 16 bits come from the rank, so the number differs between the processes of this job.
         let number = (nanoseconds & !0xffff) | u64::from(member.process & 0xffff);
         let probed = saver.and_then(|saver| {
             if member.process == 0 {
@@ -68,7 +68,7 @@ impl Session {
         let outcomes = self.combine_outcomes(probed.as_ref().err().map_or(Outcome::Good(number), failed))?;
         let saver = probed?;
         let delete = || store.operations.delete(&probe(store, number));
-        outcomes.worst.check(store.place(), "cannot use it").inspect_err(|_| drop(delete()))?;
+        outcomes.worst.check(store.place(), "cannot use this store").inspect_err(|_| drop(delete()))?;
         let seen = store.operations.wait_visible(|| store.operations.size(&probe(store, outcomes.first)));
         let own = match &seen {
             Ok(Some(_)) => Outcome::Good(0),
@@ -79,7 +79,7 @@ impl Session {
         let deleted = delete();
         seen?;
         deleted?;
-        outcomes.worst.check(store.place(), "cannot read it")?;
+        outcomes.worst.check(store.place(), "cannot read this store")?;
         let ranks: Vec<String> = outcomes.absent.iter().map(|rank| format!("rank {rank}")).collect();
         if ranks.is_empty() {
             return Ok(saver);

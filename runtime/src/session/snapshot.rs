@@ -72,8 +72,8 @@ impl Session {
         self.snapshot_of(self.process_map.own(), spare)
     }
 
-    /// Like [`Session::snapshot`], for these devices. If several devices of a placement hold a part, the first gives
-    /// it.
+    /// Like [`Session::snapshot`], for these devices. If several devices of a placement hold a part, the part of
+    /// the first one is copied.
     pub fn snapshot_of(&self, devices: Range<usize>, spare: Option<Snapshot>) -> Result<Snapshot, SessionError> {
         self.check_not_failed()?;
         let mut spare = spare.map(|s| s.pieces).unwrap_or_default().into_iter();
@@ -194,7 +194,7 @@ impl Session {
             // Process 0 decides which step is loaded and which checkpoints are damaged.
             let chosen = Outcome::from_pair(self.of_first(own.to_pair())?);
             let (reader, numbers) = found?;
-            chosen.check(0, store.place(), "cannot read it")?;
+            chosen.check(0, store.place(), "cannot read this store")?;
             let step = match chosen {
                 Outcome::Good(step) => step,
                 Outcome::Absent => return Ok(Restored { found: None, damaged: Vec::new(), notes: Vec::new() }),
@@ -243,7 +243,8 @@ impl Session {
     }
 
     /// Looks for a checkpoint on process 0. The other processes do not read the store and return no checkpoint. Also
-    /// returns the newest step with a checkpoint (0 if none is damaged), and a digest of the found checkpoint's cursor.
+    /// returns two numbers: the newest step with a checkpoint (0 if no newer checkpoint is damaged), and a digest of
+    /// the found checkpoint's cursor.
     fn look_up(
         &self,
         store: &Store,

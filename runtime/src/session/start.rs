@@ -74,8 +74,9 @@ impl Session {
     /// Joins the processes, allocates arenas, creates weights, starts actors. All processes call it with the same plan.
     ///
     /// # Errors
-    /// Returns an error if memory, threads or peers are unavailable. [`crate::plan::error::PlanError::NodeMemory`]
-    /// comes before any allocation.
+    /// Returns an error if memory, threads, devices or peers are unavailable, or if processes differ in a value that
+    /// must be equal. [`crate::plan::error::PlanError::NodeMemory`] comes before any allocation. Under
+    /// `shardflow plan`, the plan is written, and the error is [`SessionError::PlanWritten`].
     pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
         if plan_files::write_requested(&plan).map_err(|(path, source)| SessionError::PlanFile { path, source })? {
             return Err(SessionError::PlanWritten);
@@ -146,7 +147,7 @@ impl Session {
     /// Creates each device's part of each parameter.
     fn initialize(&mut self) -> Result<(), SessionError> {
         let plan = self.plan.clone();
-        // The bound includes the parameters of other processes.
+        // The bound covers the parameters of all processes, because it must be equal on all of them.
         let largest = plan.graph.nodes().iter().map(|node| match node.op {
             NodeOp::Parameter { init } => init.magnitude_bound(),
             _ => 0.0,
@@ -261,7 +262,8 @@ fn declared(plan: &Instance, options: &SessionOptions) -> Declarations {
     declared.declare(OPTIMIZER, adamw, OnResume::Warn).declare(MAX_NORM, adamw.max_norm, OnResume::Warn)
 }
 
-/// Values besides the build that must be equal on all processes. The plan depends on most others, so the plan is last.
+/// Values besides the build that must be equal on all processes. An error names the first one that differs. The plan is
+/// last, because it depends on most of the others.
 fn facts(plan: &Instance, options: &SessionOptions) -> Result<Vec<Fact>, ClusterError> {
     let cluster = &options.cluster.options;
     let kernels = match plan.device {
@@ -283,7 +285,7 @@ fn facts(plan: &Instance, options: &SessionOptions) -> Result<Vec<Fact>, Cluster
     Ok(facts)
 }
 
-/// The error of a failed join. If another process ended during the join, it is the same error as after the join.
+/// The error of a failed join. If another process caused it, returns [`SessionError::Failed`], as after the join.
 fn failed_join(error: ClusterError) -> SessionError {
     match error {
         ClusterError::Membership(MembershipError::Ended(cause)) => SessionError::Failed(peer_failure(&cause)),
@@ -315,7 +317,7 @@ pub(super) fn cannot_start(world: &World, error: SessionError) -> SessionError {
     }
 }
 
-/// True if another process interrupted the start. It reports the cause itself, or heartbeats detect its loss.
+/// True if another process interrupted the start. That process reports the cause, or heartbeats detect its loss.
 fn is_interrupted_start(error: &SessionError) -> bool {
     match error {
         SessionError::Cluster(ClusterError::Transport(broken)) => {

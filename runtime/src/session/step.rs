@@ -103,7 +103,7 @@ impl Session {
         ended.map(drop).map_err(|failure| self.fail(failure))
     }
 
-    /// Feeds a batch and adds the tokens of all other external actions.
+    /// Feeds a batch, and lets all other actions that wait for the host start, except the update.
     pub(super) fn start_step(&self, inputs: &Inputs<'_>) -> Result<(), Failure> {
         let part = |var, device, micro_batch| self.part(var, device, micro_batch, inputs);
         self.host_io.feed(self.running()?, HostTransfer::Feed, part)
@@ -113,7 +113,7 @@ impl Session {
     fn part<'a>(&self, var: Var, device: usize, micro_batch: usize, inputs: &Inputs<'a>) -> Part<'a> {
         let graph = &self.plan.graph;
         if graph.producer(var).name == RNG_INPUT {
-            // The seed offsets the counter, so masks depend on the seed and not on the mesh.
+            // The step number is offset by a hash of the seed, so masks depend on the seed and not on the mesh.
             let step = (init::mix(self.progress.seed) as i32).wrapping_add(self.progress.steps as i32);
             return (Cow::Owned(HostTensor::i32(&[2], vec![step, micro_batch as i32])), Region::whole(&[2]));
         }

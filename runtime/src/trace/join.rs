@@ -139,7 +139,8 @@ fn events_of<T: DeserializeOwned>(text: &str) -> serde_json::Result<Vec<T>> {
     })
 }
 
-/// True if a file's length was written but its end was not: the text ends with zeros or a partial character.
+/// True if a file's last bytes were not written, although its length counts them: it ends with zeros or a partial
+/// character.
 fn is_torn_text(text: &str) -> bool {
     text.ends_with(['\0', char::REPLACEMENT_CHARACTER])
 }

@@ -29,8 +29,8 @@ pub struct ActorShare {
     /// Share of the time in which the actor was idle because a written piece had not arrived yet. The piece was delayed
     /// by messages or by thread scheduling.
     pub link: f64,
-    /// Share of the time in which the actor was idle because a piece was not yet written. At most the actor's idle time
-    /// in the simulator's run.
+    /// Share of the time in which the actor was idle because a piece was not yet written. If the trace has a
+    /// prediction, this time is limited to the actor's idle time in the simulator's run; the rest is `imbalance`.
     pub bubble: f64,
     /// Share of the time beyond `bubble` in which the actor was idle because a piece was not yet written. The reason is
     /// that firings took longer than their mean time.

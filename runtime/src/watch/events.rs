@@ -49,8 +49,8 @@ pub(super) struct Event {
     /// Time since a firing last began or ended, in microseconds.
     pub idle_us: u64,
     pub steps: u64,
-    /// Passes over the plan at which the step number jumps, and the number of steps done before each pass. The numbers
-    /// of firings count passes, not steps.
+    /// For each pass over the plan at which the step number jumps, such as after a rollback: the pass's number, and the
+    /// number of steps done before this pass. The numbers of firings count passes, not steps.
     pub passes: Vec<(u64, u64)>,
     /// Total number of steps that the program plans.
     pub steps_planned: Option<u64>,

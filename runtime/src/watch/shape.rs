@@ -7,8 +7,8 @@ use shardflow_actors::spec::{ActionRef, ActionSpec, ActorId, ActorSpec, Register
 use crate::session::observer::{Observer, PeerState};
 use crate::trace::category;
 
-/// The actors and registers that this process knows, in the order of their ids: its own, and those of other processes
-/// with which its actors exchange registers.
+/// The actors and registers that this process knows, in the order of their ids: those of this process, and those of
+/// other processes that share a register with an actor of this process.
 pub(super) fn shape(observer: &Observer) -> Value {
     let (plan, process_map) = (observer.plan(), observer.process_map());
     let action = |action: &ActionSpec| {

@@ -67,7 +67,8 @@ const OPENMPI: [&str; 4] =
 struct Names {
     /// If any of these variables is set, this launcher may have started the process.
     markers: &'static [&'static str],
-    /// The variable with the number of restarts. `mpirun` never restarts a process, and a pod does not get its count.
+    /// The variable with the number of restarts. `None` for MPI, which never restarts a process, and for a pod, which
+    /// does not get its restart count.
     restart: Option<&'static str>,
     /// The variables whose values make up the job's name.
     run_id: &'static [&'static str],
@@ -92,12 +93,13 @@ fn find_launcher(variables: &Variables) -> Option<(LaunchedBy, &'static str)> {
     use LaunchedBy::{Kubernetes, Mpich, OpenMpi, Shardflow, Slurm, Torchrun};
     let is = |name: &str, value: &str| get(variables, name) == Some(value);
     let (tasks, has) = (slurm_tasks(variables).1, |name: &str| get(variables, name).is_some());
-    // MPICH's launcher Hydra also starts its helpers with `srun`. Only Hydra sets `MPI_LOCALNRANKS`.
+    // MPICH's launcher Hydra also starts helpers with `srun`. Only Hydra sets `MPI_LOCALNRANKS`. If the world sizes of
+    // Hydra and Slurm differ, the Slurm variables describe a helper.
     let is_helper = || has("MPI_LOCALNRANKS") && has("PMI_SIZE") && !is("PMI_SIZE", tasks);
     [Shardflow, Torchrun, OpenMpi, Slurm, Mpich, Kubernetes].into_iter().find_map(|source| {
         let marker = names(source).markers.iter().find(|name| has(name))?;
         let is_launcher = match source {
-            // An sbatch script runs outside of any step. The shell of an interactive step is the step's only task.
+            // Excludes an sbatch script, which runs outside of any step, and the only task of an interactive step.
             Slurm => has("SLURM_PROCID") && tasks != "1" && !is_helper(),
             Mpich => !is("PMI_SIZE", "1"),
             _ => true,

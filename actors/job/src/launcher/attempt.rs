@@ -21,7 +21,8 @@ use crate::output;
 
 /// How long to wait before SIGKILL if the ended processes blame all remaining processes, which are usually frozen.
 const BLAMED_WAIT: Duration = Duration::from_secs(2);
-/// Maximum of `failure_wait` if others wait in vain for the failed process. Others with the same failure can still end.
+/// Maximum of `failure_wait` if the job has one node, whose other processes wait in vain for the failed one. In this
+/// time, processes with the same failure can still end by themselves.
 const UNJOINED_WAIT: Duration = Duration::from_millis(500);
 /// Interval at which the launcher checks whether processes wait in vain for a process that has ended.
 const ABSENCE_POLL: Duration = Duration::from_millis(500);

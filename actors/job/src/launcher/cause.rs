@@ -126,7 +126,7 @@ impl Restarts {
     }
 
     /// Pause before the next attempt: 0 before the first restart, and `first` before the second. Each later pause is
-    /// twice as long, up to [`RESTART_WAIT_MAX`] or `first`, whichever is longer.
+    /// twice the previous one, but at most the larger of [`RESTART_WAIT_MAX`] and `first`.
     pub(super) fn pause(&self, first: Duration) -> Duration {
         match self.made {
             0 | 1 => Duration::ZERO,

@@ -89,8 +89,8 @@ pub fn guard(folder: &Path, from: impl BufRead) -> Exit {
 pub fn child_command(helper: &Path, program: &Path, args: &[OsString]) -> Command {
     let mut command = Command::new(helper);
     command.arg("child").arg("--parent").arg(std::process::id().to_string()).arg("--").arg(program).args(args);
-    // With a group of its own, a child gets a terminal's signal only once, because the launcher forwards it. The
-    // launcher's signals also reach the child's own children.
+    // Each child gets its own process group. So a signal of the terminal reaches the child only once, through the
+    // launcher, and the launcher's signals also reach the child's own children.
     command.process_group(0);
     command
 }

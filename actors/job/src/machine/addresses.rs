@@ -5,12 +5,12 @@ use std::{fs, io};
 
 use crate::transport::{Address, first_success, resolve};
 
-/// The addresses to which process 0's `HOST:PORT` resolves on this node.
+/// The addresses at which this node may reach process 0's `HOST:PORT`.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Targets {
     pub(crate) addresses: Vec<SocketAddr>,
-    /// True if other nodes cannot use any of the addresses, because each is a loopback address or unspecified
-    /// (`0.0.0.0`). For example, a node's own name may resolve to loopback.
+    /// True if the job spans nodes, but the host, such as this node's own name, resolves only to addresses that other
+    /// nodes cannot use: loopback or unspecified (`0.0.0.0`). False for a literal loopback address.
     pub(crate) is_hidden: bool,
 }
 
@@ -34,9 +34,9 @@ fn targets(name: &str, addresses: Vec<SocketAddr>, spans_nodes: bool) -> Targets
     Targets { addresses: if is_hidden { addresses } else { external }, is_hidden }
 }
 
-/// Returns the local address, with port 0, from which this node reaches `HOST:PORT`. If the host is this node's own
-/// name and the job spans nodes, returns an address that other nodes may reach. Fails if the name does not resolve yet,
-/// or if there is no route to its address.
+/// Returns the local address, with port 0, from which this node reaches `HOST:PORT`. If the addresses are hidden
+/// ([`Targets::is_hidden`]), returns an address that other nodes may reach. Fails if the name does not resolve yet, or
+/// if there is no route to its address.
 pub(crate) fn address_towards(name: &str, spans_nodes: bool) -> io::Result<SocketAddr> {
     let Targets { addresses, is_hidden } = Targets::of(name, spans_nodes)?;
     if let Some(outward) = outward_address().filter(|_| is_hidden) {

@@ -107,7 +107,8 @@ fn cgroups(cgroups: &str, mounts: &str, read: &dyn Fn(&Path) -> Option<String>) 
             _ => continue,
         };
         let Some((root, mount)) = mounts.lines().find_map(|line| mount_of(line, kind)) else { continue };
-        // In a container, the process's own cgroup may be mounted as the root, although `path` comes from the host.
+        // In a container, `path` may be the host's path, which is not below `root`. Then the mount point itself is the
+        // process's own cgroup.
         let folder =
             Path::new(path).strip_prefix(&root).map_or(mount.clone(), |below| mount.join(below).components().collect());
         for (index, folder) in folder.ancestors().take_while(|folder| folder.starts_with(&mount)).enumerate() {

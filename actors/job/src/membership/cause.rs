@@ -9,11 +9,11 @@
 //! 2. a peer's own failure, unless that peer already knew of another process's own failure;
 //! 3. secondary failures: the reporter already knew of another process's failure;
 //! 4. symptoms (lost connection, missing heartbeats): the process with the most first-hand accusers wins (reporters
-//!    that knew of no other report). A tie goes to the process with the most accusers of any kind.
+//!    that knew of no report about another process). A tie goes to the process with the most accusers of any kind.
 //!
-//! If a tie remains, the lower process number wins. After the first report, the decision waits for a grace window, in
-//! which reports of a better class can arrive. So processes that receive the same reports in any order decide on the
-//! same cause. Only this process's own failure (class 1) is decided at once.
+//! If a tie remains, the lower process number wins. A process with a failure of class 1 decides on itself at once. Any
+//! other process first waits for a grace window after its first report, in which reports of a better class can arrive.
+//! So processes without a failure of class 1 that receive the same reports, in any order, decide on the same cause.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -107,7 +107,7 @@ impl Arbiter {
         Report { by: self.own, about, kind: Kind::Lost, follows, cause, exit }
     }
 
-    /// The process that this process lost before it knew of another report: the lowest number, if there are several.
+    /// The process that this process lost while it knew of no report about another one. Of several, the lowest number.
     pub(crate) fn lost_by_own(&self) -> Option<u32> {
         let lost = self.reports.values().find(|r| r.by == self.own && r.kind == Kind::Lost && !r.follows);
         lost.map(|r| r.about)

@@ -17,7 +17,8 @@ use super::outbox::{Outbox, Waiting};
 use super::shared::{JoinOnDrop, Shared};
 use crate::transport::{Connection, Socket};
 
-/// Starts the control thread. Drop the first value to end it. A peer counts as connected after its first message.
+/// Starts the control thread. Dropping the first returned value ends the thread. A peer counts as connected after its
+/// first message.
 pub(super) fn start(
     shared: Arc<Shared>,
     connections: BTreeMap<u32, Connection>,
@@ -55,7 +56,7 @@ async fn exchange(shared: Arc<Shared>, process: u32, connection: AsyncConnection
     shared.disconnected(process, &how(ended));
 }
 
-/// How a control connection ended. The end of the peer closes or resets it; any other error is of the network.
+/// Describes the end of a control connection: a close or a reset comes from the peer, other errors from the network.
 fn how(ended: io::Result<()>) -> String {
     use ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
     match ended {

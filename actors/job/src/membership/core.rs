@@ -152,8 +152,8 @@ impl Core {
     }
 
     /// The content of the next heartbeats: for each neighbour, its number, the process that this process has lost, and
-    /// the most silent process on this side of the edge to the neighbour. Empty if the session has ended and this
-    /// process has lost no other. Neighbours then detect that this process is silent.
+    /// the most silent process on this side of the edge to the neighbour. If the session has ended and this process has
+    /// lost no other, there are no heartbeats, and the neighbours detect that this process is silent.
     pub(crate) fn heartbeats(&self, now: Duration) -> Vec<(u32, Option<u32>, Option<MostSilent>)> {
         let lost = self.arbiter.lost_by_own();
         if self.first.is_some() && lost.is_none() {
@@ -202,7 +202,7 @@ impl Core {
                     self.report_lost(process, format!("no heartbeat for {:.1} s", silent.as_secs_f64()), now);
                 }
                 Event::Paused { pause } => {
-                    tracing::warn!(pause_ms = pause.as_millis() as u64, "this process was stopped or starved");
+                    tracing::warn!(pause_ms = pause.as_millis() as u64, "this process was stopped or got no CPU time");
                 }
             }
         }
@@ -425,8 +425,8 @@ impl Core {
     }
 
     /// The time since the last sign of life of each other process, or `None` if that process has left. For a process
-    /// behind a neighbour, this is the neighbour's own time. If the neighbour reports that process as the most silent
-    /// one, the reported silence is added.
+    /// behind a neighbour, this is the time since the neighbour's last heartbeat. If the neighbour reports that process
+    /// as the most silent one, the reported silence is added.
     pub(crate) fn silent_times(&self, now: Duration) -> Vec<(u32, Option<Duration>)> {
         let silent = |process: u32| {
             let hop = self.tree.next_hop(self.own, process).filter(|_| !self.departed.contains(&process))?;

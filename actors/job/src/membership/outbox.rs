@@ -1,7 +1,7 @@
 //! Control messages that wait until they are written to a peer's connection.
 //!
-//! - **OB-1**: at most [`MESSAGES_MAX`] application messages wait, with at most [`BYTES_MAX`] bytes in total. So a peer
-//!   that does not read its messages uses no memory beyond this limit and the buffers of its socket.
+//! - **OB-1**: at most [`MESSAGES_MAX`] application messages wait, with at most [`BYTES_MAX`] bytes in total. So if a
+//!   peer reads no messages, this process uses at most this memory for the peer, besides the buffers of the socket.
 
 use std::sync::Arc;
 

@@ -1,8 +1,8 @@
 //! Rounds that combine numbers of all processes. The numbers travel up the control tree to process 0, and the result
 //! travels down. Each topic has its own rounds. This module is pure.
 //!
-//! - **GR-1**: a topic's rounds run one after another. A child is at most one round ahead of the results that it has
-//!   received. So a process keeps at most one message per child and topic.
+//! - **GR-1**: a topic's rounds run one after another. A child sends the numbers of a round only after it has received
+//!   the result of the previous round. So a process keeps at most one message per child and topic.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;

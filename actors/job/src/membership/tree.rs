@@ -38,8 +38,8 @@ impl ControlTree {
         tree
     }
 
-    /// Adds the first node below `parent`, and the other nodes below the first node's leader, in up to [`FAN_OUT`]
-    /// parts.
+    /// Adds the first node below `parent`. Splits the other nodes into up to [`FAN_OUT`] parts, and adds each part
+    /// below the first node's leader.
     fn place(&mut self, nodes: &[Vec<u32>], parent: Option<u32>) {
         let Some((first, rest)) = nodes.split_first() else { return };
         let leader = first[0];

@@ -48,7 +48,7 @@ pub struct RendezvousConfig {
     pub timeout: Duration,
     /// Interval between reports of the ranks that are missing.
     pub report_every: Duration,
-    /// How long to retry if an earlier attempt of the world is still running, because it may be about to end.
+    /// How long to retry while an earlier attempt of the world is still running. That attempt may be about to end.
     pub late_grace: Duration,
     /// After a conflict, how long to accept more processes, so that these are also refused.
     pub conflict_grace: Duration,
@@ -84,7 +84,7 @@ impl RendezvousConfig {
 }
 
 /// The local address to listen on, with port 0: `interface`, or the address from which this node reaches the
-/// coordinator. If the coordinator has a Unix socket, the address is loopback. Retries until the deadline, because the
+/// coordinator. If `coordinator` is a Unix socket, the address is loopback. Retries until the deadline, because the
 /// coordinator's name may be registered later.
 pub fn local_address(
     coordinator: &Address,
@@ -157,7 +157,7 @@ pub(super) fn is_in_use(error: &TransportError) -> bool {
     matches!(error, TransportError::Listen { cause, .. } if cause.kind() == io::ErrorKind::AddrInUse)
 }
 
-/// The [`Hello`] of a process that has no session yet. Its connection is encrypted if it uses TCP.
+/// The [`Hello`] of a process that has no session yet. A connection over TCP is encrypted.
 pub(super) fn hello(config: &RendezvousConfig, from: u32) -> Hello {
     let sealed = matches!(config.coordinator, Address::Tcp(_));
     let session = SessionId::default();

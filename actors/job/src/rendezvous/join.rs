@@ -52,7 +52,8 @@ pub(crate) fn send_failure(
     let hello = hello(config, from);
     loop {
         let connection = match connect(&config.coordinator, &config.secret, &hello, deadline) {
-            // The previous attempt still runs. After it has failed, process 0 of the next attempt waits for this node.
+            // The previous attempt refuses this report. Process 0 of the next attempt needs it, so as not to wait for
+            // this node.
             Err(error) if report.departed && error.refusal().is_some() && Instant::now() < deadline => {
                 std::thread::sleep(RETRY);
                 continue;

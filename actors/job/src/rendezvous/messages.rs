@@ -22,7 +22,7 @@ const ADDRESSES_MAX: usize = 8;
 const ADDRESS_BYTES_MAX: usize = 512;
 /// Number of 64-bit words for 1024 cores, the size of the kernel's affinity mask.
 const CORES_WORDS_MAX: usize = 16;
-/// Number of ranges for every second rank.
+/// Maximum number of ranges of wanted ranks. A process reaches it if it wants every second rank.
 const WANTED_MAX: usize = PROCESSES_MAX as usize / 2;
 /// Maximum number of ranks or conflicts that a message lists. Further ones are only counted.
 const LISTED_MAX: usize = 16;
@@ -102,22 +102,23 @@ impl JoinInfo {
         let all_bytes = self.facts.iter().map(|fact| fact.name.len() + fact.value.len()).sum();
         let wanted = self.wanted.iter().map(Range::len).sum();
         let fixed = [
-            ("node", member.node.len(), NAME_BYTES_MAX),
-            ("host name", member.host.len(), NAME_BYTES_MAX),
-            ("mask of cores", member.cores.len(), CORES_WORDS_MAX),
-            ("list of cgroups", member.memory.cgroups.len(), CGROUPS_MAX),
-            ("list of addresses", member.addresses.len(), ADDRESSES_MAX),
-            ("address", longest, ADDRESS_BYTES_MAX),
-            ("list of facts", self.facts.len(), FACTS_MAX),
-            ("list of wanted ranks", self.wanted.len(), WANTED_MAX),
-            ("number of wanted ranks", wanted, PROCESSES_MAX as usize),
+            ("bytes in its node id", member.node.len(), NAME_BYTES_MAX),
+            ("bytes in its host name", member.host.len(), NAME_BYTES_MAX),
+            ("64-bit words in its core mask", member.cores.len(), CORES_WORDS_MAX),
+            ("cgroups", member.memory.cgroups.len(), CGROUPS_MAX),
+            ("addresses", member.addresses.len(), ADDRESSES_MAX),
+            ("bytes in an address", longest, ADDRESS_BYTES_MAX),
+            ("facts", self.facts.len(), FACTS_MAX),
+            ("ranges of wanted ranks", self.wanted.len(), WANTED_MAX),
+            ("wanted ranks", wanted, PROCESSES_MAX as usize),
         ];
         // Checks each fact before the total, because the name of a long fact is the more helpful error.
-        let facts = self.facts.iter().map(|fact| (fact.name.as_str(), fact.value.len(), VALUE_BYTES_MAX));
-        let total = ("text of all facts", all_bytes, FACTS_BYTES_MAX);
-        for (part, length, length_max) in fixed.into_iter().chain(facts).chain([total]) {
+        let name = |fact: &Fact| fact.name.chars().take(NAME_BYTES_MAX).collect::<String>();
+        let part = |fact: &Fact| (format!("bytes in its fact '{}'", name(fact)), fact.value.len(), VALUE_BYTES_MAX);
+        let fixed = fixed.map(|(part, length, length_max)| (part.to_owned(), length, length_max));
+        let total = ("bytes in its facts".to_owned(), all_bytes, FACTS_BYTES_MAX);
+        for (part, length, length_max) in fixed.into_iter().chain(self.facts.iter().map(part)).chain([total]) {
             if length > length_max {
-                let part = part.chars().take(NAME_BYTES_MAX).collect();
                 return Err(RendezvousError::TooLong { process: member.label(), part, length, length_max });
             }
         }
@@ -251,7 +252,7 @@ pub enum RendezvousError {
     Late { process: u32, epoch: u64, coordinator: Address },
     #[error("rank {process} in a world of {processes}: ranks begin at 0, and a world has 1 to 4096 processes")]
     Rank { process: u32, processes: u32 },
-    #[error("{process}: {part} has length {length}, but the maximum is {length_max}")]
+    #[error("{process} has {length} {part}, but the maximum is {length_max}")]
     TooLong { process: ProcessLabel, part: String, length: usize, length_max: usize },
     #[error("cannot read this process's {part}: {cause}")]
     Identity { part: &'static str, cause: io::Error },

@@ -4,7 +4,7 @@
 //! not grow with the square of the world size.
 //!
 //! - **RO-1**: a roster lists process 0, the processes of the receiver's node, the receiver's neighbours in the control
-//!   tree, and the ranks that the receiver wants. [`Layout::listed`] states this for both sides.
+//!   tree, and the ranks that the receiver wants. Process 0 and the receiver compute this list by [`Layout::listed`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -82,11 +82,12 @@ pub struct Roster {
     pub nodes: Vec<NodeRun>,
     /// The members that this process needs (RO-1), sorted by rank.
     pub members: Vec<Member>,
-    /// The first processes of one node that cannot open each other's Unix sockets; the same for all members.
+    /// Two processes of one node that cannot open each other's Unix sockets, if any; the same pair for all members.
     pub apart: Option<Apart>,
 }
 
-/// Consecutive ranks: `ranks` on each of `nodes` nodes. Nodes are numbered in order of their first ranks.
+/// Consecutive ranks on `nodes` consecutive nodes from number `first`, with `ranks` ranks on each of these nodes. Nodes
+/// are numbered in the order of their lowest ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the comment explains the fields")]
 pub struct NodeRun {
@@ -128,13 +129,13 @@ impl Roster {
         self.nodes.iter().copied().flat_map(NodeRun::numbers).collect()
     }
 
-    /// A process of this node, or another process that the roster lists.
+    /// The member with this rank, if the roster lists it.
     pub fn member(&self, process: u32) -> Option<&Member> {
         let index = self.members.binary_search_by_key(&process, |member| member.process).ok()?;
         Some(&self.members[index])
     }
 
-    /// The listed members on the node of this one, which are all processes of its node if this one received the roster.
+    /// The listed members on the node of `process`. The roster of `process` itself lists all members of that node.
     pub fn on_node_of(&self, process: u32) -> impl Iterator<Item = &Member> {
         let node = self.member(process).map(|member| &member.node);
         self.members.iter().filter(move |member| Some(&member.node) == node)
@@ -159,7 +160,7 @@ impl Roster {
     }
 }
 
-/// The first processes of one node that cannot open each other's Unix sockets, as in containers with separate `/tmp`.
+/// Two processes of one node that cannot open each other's Unix sockets, as in containers with separate `/tmp`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the names explain the fields")]
 pub struct Apart {
@@ -170,7 +171,7 @@ pub struct Apart {
 }
 
 impl Apart {
-    /// Compares the members of each node. Of several pairs, returns the one with the lowest first rank.
+    /// Compares the members of each node. Of several pairs, returns the one with the lowest rank.
     pub fn find(members: &[Member]) -> Option<Self> {
         // If all processes are near the first process of their node, they are near each other.
         let mut first_of: BTreeMap<&str, &Member> = BTreeMap::new();

@@ -382,9 +382,9 @@ fn oversized_facts_and_invalid_ranks_are_refused() {
     let facts =
         |count: usize, bytes: usize| (0..count).map(|i| Fact::new(format!("f{i}"), "x".repeat(bytes))).collect();
     for (facts, expected) in [
-        (facts(1, 1025), "f0 has length 1025, but the maximum is 1024"),
-        (facts(97, 1), "list of facts has length 100, but the maximum is 96"),
-        (facts(10, 1000), "text of all facts has length "),
+        (facts(1, 1025), "1025 bytes in its fact 'f0', but the maximum is 1024"),
+        (facts(97, 1), "100 facts, but the maximum is 96"),
+        (facts(10, 1000), " bytes in its facts, but the maximum is "),
     ] {
         let error = rendezvous(&RendezvousConfig { facts, ..config(&address, 0, 1) }, |_| {}).unwrap_err();
         assert!(matches!(error, RendezvousError::TooLong { .. }) && error.to_string().contains(expected), "{error}");

@@ -87,8 +87,8 @@ impl Connection {
         self.seal.is_some()
     }
 
-    /// Writes as much of `first` and then `second` as possible without blocking. An encrypted connection writes one
-    /// record.
+    /// Writes as much of `first` and then `second` as the socket accepts at once. An encrypted connection writes at
+    /// most one record.
     pub fn write_both(&self, first: &[u8], second: &[u8]) -> io::Result<usize> {
         match &self.seal {
             Some(seal) => each!(self, stream => seal.write(stream, first, second)),

@@ -39,7 +39,8 @@ pub fn connect(
     })
 }
 
-/// Like [`connect`], but calls `pause` between attempts. Fails with [`TransportError::Closed`] if it returns true.
+/// Like [`connect`], but calls `pause` between attempts, and fails with [`TransportError::Closed`] if `pause` returns
+/// true.
 pub(super) fn connect_unless(
     address: &Address,
     secret: &Secret,

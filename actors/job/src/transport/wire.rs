@@ -48,9 +48,9 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     if bytes.len() > MESSAGE_BYTES_MAX {
         return Err(WireError::TooLong { bytes: bytes.len(), bytes_max: MESSAGE_BYTES_MAX });
     }
-    // bincode allocates memory for a text of the claimed length before it reads the text. So short messages have a
-    // lower limit: 16 times the maximum size of their class. Less than 8 times is not possible, because bincode counts
-    // a number that is encoded in one byte as eight bytes.
+    // bincode allocates memory for a text of the claimed length before it reads the text. So a message of at most 4 KiB
+    // has a limit of 64 KiB, and one of at most 64 KiB has a limit of 1 MiB. A factor below 8 would be too small,
+    // because bincode counts a number that is encoded in one byte as eight bytes.
     let decoded = match bytes.len() {
         0..=0x1000 => bincode::serde::decode_from_slice(bytes, CONFIG.with_limit::<0x1_0000>()),
         0x1001..=0x1_0000 => bincode::serde::decode_from_slice(bytes, CONFIG.with_limit::<0x10_0000>()),

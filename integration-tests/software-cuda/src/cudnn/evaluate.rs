@@ -73,7 +73,7 @@ pub fn run(accessor: &mut Accessor, execution: &GraphExecution) {
         }
         let to = &execution.graph.tensors[&write];
         let mut made = evaluate(&execution.graph, node, &known);
-        // If a later operation reads a product, NVIDIA's engines add the product to the old values in its memory.
+        // If a product is an f32 tensor in memory and is read later, NVIDIA's engines add it to the old values.
         let is_read = || execution.graph.nodes.iter().any(|other| other.ids().0.contains(&write));
         if matches!(node, Node::Matmul { .. }) && !to.is_virtual && to.data == FLOAT && is_read() {
             let Some(before) = load(accessor, execution.addresses[&write], to) else { return };

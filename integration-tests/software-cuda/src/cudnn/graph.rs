@@ -91,7 +91,7 @@ pub(super) fn check_tensor(descriptor: &Descriptor) -> Result<(), CudnnStatus> {
     let tensor = tensor(descriptor);
     let extents = || tensor.dims.iter().chain(&tensor.strides);
     if tensor.dims.len() != tensor.strides.len() || extents().any(|&extent| extent == 0) {
-        return invalid("a tensor's dims and strides do not match");
+        return invalid("a tensor's dims and strides differ in number or contain a 0");
     }
     if !tensor.alignment.is_power_of_two() || (tensor.is_virtual && tensor.is_by_value) {
         return invalid("a tensor's alignment or memory flags are invalid");
@@ -244,7 +244,7 @@ impl Graph {
     }
 
     /// Whether a fused attention engine supports the graph. Such a graph has at least two products, and its head depths
-    /// are multiples of 8.
+    /// are multiples of 8 up to 256.
     pub(super) fn has_engine(&self) -> bool {
         let products = self.nodes.iter().filter(|node| matches!(node, Node::Matmul { .. })).count();
         let has_valid_depth = |t: &Tensor| {

@@ -6,7 +6,8 @@
 //! The calls of a group on one communicator and stream form one operation; each call is a part of the operation. The
 //! operation starts when it is first in its stream. The partners of a part are the matching calls of other ranks. A
 //! part executes after its partners have started, and the operation ends after its last part. On a non-blocking
-//! communicator, the call returns "in progress", and its stream gets the operation only after the host has polled.
+//! communicator, a call returns "in progress". Its operation is put on the stream only after the host has polled, or
+//! after [`DEFERRED_FOR`].
 //!
 //! A clique is the set of ranks that share one unique id. If other processes have ranks of a clique, the first message
 //! between two ranks stays "in progress" until both ranks have called, because NCCL connects the two ranks only then. A
@@ -131,8 +132,8 @@ pub(crate) struct Comm {
     received: HashMap<usize, u64>,
     /// Asynchronous error.
     pub error: Option<ncclResult_t>,
-    /// Operations whose calls are in progress. These operations are submitted to their streams after the host has
-    /// polled, or after [`DEFERRED_FOR`] without a poll.
+    /// Operations whose calls are in progress. These operations are submitted to their streams at the host's second
+    /// poll, or after [`DEFERRED_FOR`].
     pub deferred: Vec<Deferred>,
     /// Whether the host has polled since the last call.
     pub was_polled: bool,
@@ -147,7 +148,7 @@ pub(crate) struct Deferred {
     since: Instant,
 }
 
-/// How long operations stay deferred if the host never polls.
+/// How long operations stay deferred if the host does not poll twice.
 const DEFERRED_FOR: Duration = Duration::from_millis(5);
 
 /// The ranks that share one unique id.
@@ -280,8 +281,9 @@ impl Comms {
         (tag, self.check_order(own, device, number))
     }
 
-    /// Checks NC-2 when `device` issues the `number`-th collective of the clique `own`. For each other clique, `device`
-    /// must have issued the same number of collectives that the first device had issued before this collective.
+    /// Checks NC-2 when `device` issues the `number`-th collective of the clique `own`. Compares with the first device
+    /// that issued this collective: for each other clique with both devices, both must have issued the same number of
+    /// collectives before this one.
     fn check_order(&mut self, own: u64, device: usize, number: u64) -> Option<Disorder> {
         let before: BTreeMap<u64, u64> = self
             .cliques
@@ -406,7 +408,9 @@ pub fn blockers(state: &State, own: u64, group: &Group) -> Vec<Blocker> {
                 Some((other, _)) if *other != own => {
                     blockers.push(Blocker::Stream(*other, format!("rank {rank} has not reached this call there")));
                 }
-                Some(_) => blockers.push(Blocker::Stream(own, format!("rank {rank}, whose call is behind this one"))),
+                Some(_) => {
+                    blockers.push(Blocker::Stream(own, format!("rank {rank}, whose call is queued behind this one")));
+                }
                 None => blockers.push(Blocker::Missing(format!("rank {rank}, which has not issued this call"))),
             }
         }
@@ -569,7 +573,8 @@ fn submit_deferred(machine: &SoftwareMachine, state: &mut State, comm: u64) {
     }
 }
 
-/// Submits the operations that have been deferred for [`DEFERRED_FOR`] without a poll. Returns whether there were any.
+/// Submits all deferred operations of each communicator that has deferred one for [`DEFERRED_FOR`]. If a peer has not
+/// made its call for a first message, first waits for the deadlock limit. Returns whether there were any.
 pub fn submit_old_deferred(machine: &SoftwareMachine, state: &mut State) -> bool {
     let is_old = |c: &Comm| c.deferred.iter().any(|d| d.since.elapsed() > DEFERRED_FOR);
     let is_left = |c: &Comm| c.deferred.iter().any(|d| d.since.elapsed() > machine.config.deadlock);

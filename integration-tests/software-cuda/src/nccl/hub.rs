@@ -41,7 +41,7 @@ struct Post {
 
 struct Connection {
     out: UnixStream,
-    /// Ranks of this process that are not closed.
+    /// Ranks of the connected process that are not closed.
     open: Vec<usize>,
     is_own: bool,
 }
@@ -112,7 +112,7 @@ fn serve(connection: u64, stream: UnixStream) {
 }
 
 impl HubGroup {
-    /// Sends a message to all processes except `except`. Ignores errors, because the reading thread notices them.
+    /// Sends a message to all processes except `except`. Ignores errors, because [`serve`] notices them.
     fn send_to_others(&self, except: Option<u64>, message: &HubMessage) {
         for (_, other) in self.connections.iter().filter(|(number, _)| Some(**number) != except) {
             drop(write_message(&other.out, message, &[]));
@@ -177,8 +177,8 @@ impl HubGroup {
         let answer = HubMessage::ExchangeResult { exchange, mismatch };
         let takes_part = |number: &u64| posts.iter().any(|post| post.connection == *number);
         let mut receivers: Vec<_> = self.connections.iter().filter(|(number, _)| takes_part(number)).collect();
-        // Send to this process last. This process may exit when it has its result, so the other processes must get
-        // their results first.
+        // Send to the hub's own process last. The process may exit when it has its result, so the other processes must
+        // get their results first.
         receivers.sort_by_key(|(_, connection)| connection.is_own);
         receivers.into_iter().for_each(|(_, connection)| drop(write_message(&connection.out, &answer, &whole)));
     }

@@ -49,7 +49,7 @@ pub(crate) struct Program {
     pub headers: Vec<(String, String)>,
 }
 
-/// Options that have no effect here.
+/// Options that have no effect here, except that the architecture sets `__CUDA_ARCH__`.
 const IGNORED: &[&str] = &[
     "--gpu-architecture",
     "-arch",
@@ -133,7 +133,7 @@ fn unique_path(folder: &Path, ending: &str) -> PathBuf {
     folder.join(format!("partial-{}-{}{ending}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)))
 }
 
-/// Writes a file atomically.
+/// Writes a file atomically, unless it exists.
 fn write(path: &Path, text: &str) -> Result<(), String> {
     if path.exists() {
         return Ok(());

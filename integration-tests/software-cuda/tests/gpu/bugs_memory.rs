@@ -109,8 +109,8 @@ fn write_after_write(loaded: &LoadedKernels, planted: bool) {
     d.close();
 }
 
-/// Only the accesses to the last words of a buffer conflict. The kernel's quick checks must detect this conflict,
-/// because the first check of the region does not.
+/// Only the accesses to the last words of a buffer conflict. The kernel's quick check must detect this conflict,
+/// because the full check at the kernel's first access sees only the first words.
 fn few_read(loaded: &LoadedKernels, planted: bool) {
     let d = Fixture::new();
     cuda!(cuMemsetD32Async(d.a + 4 * (N as u64 - 3), 0, 3, d.s[0]));

@@ -317,7 +317,7 @@ fn early_abort(_: &LoadedKernels, planted: bool) {
     }
     drop(held);
     if planted {
-        // The communicators of the first set were closed above.
+        // The communicators of the first set were aborted above.
         let Pair { s, x, comms } = p;
         let rest = [Vec::new(), comms[1].clone()];
         return Pair { s, x, comms: rest }.close();

@@ -22,11 +22,12 @@ use shardflow_kernels::tensor::element_count;
 use crate::model::{On, token};
 use crate::{Found, Result};
 
-/// Duration of a series of launches in milliseconds. It is long enough to make the cost of submission negligible.
+/// Target duration of a series of launches in milliseconds. It is long enough to make submission costs negligible.
 const ROUND_MS: f64 = 20.0;
 const ROUNDS: usize = 5;
 const SERIES_MAX: usize = 200;
-/// Total bytes of the buffers that a series of launches uses in turn. This is more than the cache of any GPU holds.
+/// On a GPU, the launches of a series use copies of the buffers in turn: enough copies for this number of bytes, but at
+/// most [`COPIES_MAX`]. This is more than the cache of any GPU holds.
 const ROUND_BYTES: usize = 256 << 20;
 const COPIES_MAX: usize = 8;
 /// Number of elements that the host writes at once.

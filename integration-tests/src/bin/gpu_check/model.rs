@@ -28,7 +28,8 @@ pub struct ModelArgs {
     /// Rows of the embedding table and of the head matrix: GPT-2's 50257 tokens, rounded up.
     #[arg(long, default_value_t = 50304)]
     pub vocabulary: usize,
-    /// Samples per step; 0 selects the largest power of two, up to 16, whose plan fits into half the GPU's free memory.
+    /// Samples per step; 0 selects the largest of 16, 8, 4, 2 whose plan needs at most half the GPU's free memory, or
+    /// else 1. On CPUs, 0 selects 16.
     #[arg(long, default_value_t = 0)]
     pub batch: usize,
     #[arg(long, default_value_t = 1)]

@@ -58,7 +58,7 @@ pub fn run(args: &TrainArgs) -> Result<Found> {
     let median = median(ms);
     let tokens_per_s = median.map(|ms| (batch * model.context) as f64 / ms * 1e3);
     let wrong = losses.iter().position(|loss| !loss.is_some_and(f32::is_finite));
-    let wrong = wrong.map(|step| format!("the loss of step {step} is Inf or NaN: {:?}", losses[step]));
+    let wrong = wrong.map(|step| format!("the loss of step {step} is missing, Inf or NaN"));
     let json = json!({
         "program": "shardflow", "model": model.json(batch), "weights": weights, "lr": args.lr, "losses": losses,
         "ms_per_step": median, "timed_steps": args.timed, "tokens_per_s": tokens_per_s, "started_s": started_s,

@@ -56,8 +56,8 @@ pub fn run(args: &VirtualArgs) -> Result<Found> {
         let differ: Vec<u64> = differ.into_iter().map(|(seed, _)| *seed).collect();
         let difference = undelayed.iter().flatten().zip(cpu.iter().flatten());
         let difference = difference.map(|(a, b)| (a - b).abs() / a.abs().max(b.abs())).reduce(f64::max);
-        if difference.is_some_and(|difference| difference.is_nan() || difference > CPU_MAX) {
-            wrong.push(format!("losses differ from the CPU backend's by {difference:?}, more than {CPU_MAX}"));
+        if let Some(most) = difference.filter(|most| most.is_nan() || *most > CPU_MAX) {
+            wrong.push(format!("losses differ from the CPU backend's by {most:e} (relative), more than {CPU_MAX:e}"));
         }
         runs.push(json!({
             "precision": precision, "losses": undelayed, "seeds": args.seeds, "seeds_that_differ": differ,

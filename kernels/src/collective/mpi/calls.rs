@@ -172,7 +172,7 @@ fn check(call: &'static str, code: c_int) -> Result<()> {
     Err(failed(call, &String::from_utf8_lossy(&bytes)))
 }
 
-/// A communicator. One thread at a time uses it.
+/// The handle of a communicator.
 #[derive(Debug)]
 pub(super) struct Comm {
     raw: MPI_Comm,
@@ -310,7 +310,7 @@ impl Comm {
     /// Runs a transfer. Calls `interrupt` while the transfer is in flight.
     ///
     /// # Safety
-    /// If this fails, everything that the transfer borrows must stay in place, unused, until the process exits (MPI-2).
+    /// After an error, all that the transfer borrows must stay in place, unused, until the process exits (MPI-2).
     pub(super) unsafe fn run(&self, mut transfer: Transfer<'_>, interrupt: &mut CheckInterrupt<'_>) -> Result<()> {
         let name = transfer.name();
         let mut request = mem::MaybeUninit::uninit();

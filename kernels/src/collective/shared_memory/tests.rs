@@ -136,7 +136,8 @@ fn inconsistent_boards_groups_and_arenas_are_rejected() {
     let own = engine.arenas[&0].clone();
     assert!(run(group(3, &[0, 1]), &own).contains("a group of this node"));
     assert!(run(group(1, &[0, 2]), &own).contains("a group of this node"));
-    // Peers map only the arena that the engine knows, not other mappings of it. A read-only arena cannot be written.
+    // Buffers must be in the arena that the engine knows: another mapping of its memory is refused. So is a y in a
+    // read-only mapping.
     assert!(run(group(1, &[0, 1]), &mapped(&own, Access::ReadWrite)).contains("the shared arena of rank 0"));
     assert!(run(group(2, &[1, 2]), &mapped(&own, Access::Read)).contains("writable memory"));
 }

@@ -24,7 +24,7 @@ const CONFIGURATIONS_MAX: usize = 8;
 pub(super) enum Target<'a> {
     Handle(Raw<cudnnHandle_t>),
     /// A device that is given by its description. The machine may lack such a device.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for a check without a GPU"))]
+    #[cfg_attr(not(test), expect(dead_code, reason = "only tests describe a device"))]
     Described([&'a Descriptor; 1]),
 }
 
@@ -104,7 +104,7 @@ impl Plan {
                 Storage::Virtual => continue,
                 Storage::Buffer(place) => address_of(*place)?,
                 Storage::Workspace(start) => workspace + *start as u64,
-                // cuDNN reads the scalar before the plan is dropped.
+                // The graph owns the scalar, and cuDNN reads it before `execute` returns.
                 Storage::HostScalar(value) => std::ptr::from_ref(value).expose_provenance() as u64,
             };
             if !matches!(tensor.storage, Storage::HostScalar(_)) && pointer % ALIGNMENT != 0 {
@@ -294,7 +294,7 @@ impl Builder<'_> {
 }
 
 impl Target<'_> {
-    /// Returns the target as an attribute named `handle` or `device`, depending on the kind of target.
+    /// Returns the target as the attribute `handle` (a cuDNN handle) or `device` (a description), or none.
     fn attribute(&self, handle: Option<Attribute>, device: Option<Attribute>) -> Option<(Attribute, Values<'_>)> {
         match self {
             Target::Handle(raw) => handle.map(|name| (name, Values::Handle(*raw))),

@@ -2,7 +2,7 @@
 //! pack, and the workspace that the engines need. Pure functions.
 //!
 //! - STAGE-1: an engine uses at most [`workspace_bytes`] of a launch's workspace. The plan does not know which engine
-//!   will run, so this is the maximum over all engines.
+//!   will run, so that function returns the maximum over all engines.
 
 use std::borrow::Cow;
 
@@ -39,7 +39,7 @@ pub(crate) fn are_rows(parts: &Regions, whole: &[usize]) -> bool {
     elements * parts.len() == element_count(whole) && parts.iter().enumerate().all(in_place)
 }
 
-/// Each member's source and target regions, for kinds that have both; `y_shape` is the shape of the gathered tensor.
+/// Each member's source and target regions, for all-gathers (whose y has shape `y_shape`) and all-to-alls.
 pub(crate) fn regions<'a>(kind: &'a CollectiveKind, y_shape: &[usize]) -> Option<[Cow<'a, [Region]>; 2]> {
     match kind {
         CollectiveKind::AllGather { parts } => Some([parts.list(), vec![Region::whole(y_shape); parts.len()].into()]),

@@ -21,7 +21,7 @@ pub(super) fn map(args: &Args<'_>, names: [&'static str; 3], more: &[Arg]) -> St
 pub(super) fn fill(args: &Args<'_>, value: f32) -> Steps {
     let words = args.written(0);
     if args.write_dtype(0) == DType::BF16 {
-        // A kernel is needed: two bf16 elements fill one word, but the buffer may begin in the middle of a word.
+        // [`Step::Fill`] fills whole 32-bit words, but a bf16 buffer may begin or end in the middle of one.
         return threads("fill_bf16", words.div_ceil(BF16_PACK), vec![write(0), long(words), Arg::F32(value)]);
     }
     let fill = Step::Fill { to: Place::write(0), word: value.to_bits(), words };

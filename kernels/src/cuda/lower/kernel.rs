@@ -61,7 +61,7 @@ pub(super) fn write(i: usize) -> Arg {
     Arg::Pointer(Place::write(i))
 }
 
-/// An argument for a count, extent or index. It fits, since no tensor has 2^63 elements.
+/// An argument for a count, extent or index. It fits in an i64, since no tensor has 2^63 elements.
 pub(super) fn long(value: usize) -> Arg {
     Arg::I64(value as i64)
 }

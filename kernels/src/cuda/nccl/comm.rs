@@ -59,7 +59,7 @@ pub(super) struct Comm {
     api: &'static Api,
     /// `None` after the communicator has ended. Locked during NCCL calls (NCCL-1).
     handle: Mutex<Option<Raw<ncclComm_t>>>,
-    /// This is not the `Gpu`, because the GPU's poller may hold the last reference to the communicator.
+    /// Not the `Gpu`: the GPU's poller may drop the last reference to the communicator, and must not drop its own GPU.
     context: Arc<Context>,
     place: String,
     call_log: Mutex<CallLog>,
@@ -291,7 +291,7 @@ impl Drop for Comm {
     }
 }
 
-/// Finalizes communicators after pending work completes. Aborts those that do not finish in time.
+/// Finalizes communicators, which waits for their pending work. Aborts those that do not finish in time.
 pub(super) fn finalize(comms: &[&Arc<Comm>], within: Duration) {
     let deadline = Instant::now() + within;
     let each = |step: &dyn Fn(&Comm, ncclComm_t) -> bool| {

@@ -165,7 +165,7 @@ impl ErrorCheck for Inner {
     }
 }
 
-/// `Inner` must not block in a `drop`, because a poller may hold the last reference to it. So `Nccl` does this work.
+/// Finalizes the communicators, which blocks. `Inner` may be dropped by a poller, and so must not block in its `drop`.
 impl Drop for Nccl {
     fn drop(&mut self) {
         if self.0.abort_status.aborted().is_none() {
@@ -234,7 +234,7 @@ impl MemberCall<'_> {
     }
 
     /// Reduce-scatters parts that are uneven or not contiguous. First copies each part to a slot of the workspace. All
-    /// slots have the size of the longest part. The results for their padding are ignored.
+    /// slots have the size of the longest part. The results for the padding after shorter parts are ignored.
     fn reduce_parts(&self, op: ReduceOp, parts: &[Region]) -> Result<Vec<Unpack>> {
         let longest = parts.iter().map(Region::element_count).max().unwrap_or(0);
         let slot = longest * self.of.dtype.bytes();

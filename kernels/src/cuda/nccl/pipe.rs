@@ -1,13 +1,13 @@
 //! One-way byte transfer from a GPU of one process to a GPU of another process. A pipe has a communicator of the two
 //! GPUs, and a dedicated stream on each side, so that a transfer waits only for earlier transfers.
 //!
-//! - PIPE-1: both ends make their calls in the order in which the sender announces its sends. A thread that waits for
-//!   nothing else makes each receive call when the matching send is announced.
-//! - PIPE-2: a send is announced after NCCL's send call and before any wait, as NCCL may wait for the other end's call.
-//! - PIPE-3: the data is written before the send is called, and nobody reads the destination during the transfer. The
-//!   register protocol guarantees both, so neither stream waits for another. The memory stays allocated until the
-//!   stream has used it.
-//! - PIPE-4: the stream writes its progress before and after each call, as for collectives, to identify a hanging pipe.
+//! - PIPE-1: the sender announces its sends to the receiver in the order of its NCCL send calls. The receiver makes a
+//!   receive call when the announcement arrives, on a thread that waits only for announcements and transfers.
+//! - PIPE-2: the sender calls NCCL's send, announces it, and only then waits: NCCL may wait for the receiver's call.
+//! - PIPE-3: the sender's data is complete before the send call, and nobody reads the destination during the transfer.
+//!   The register protocol guarantees both, so a pipe's stream waits for no other stream. Each end keeps its memory
+//!   allocated until its stream has passed the call.
+//! - PIPE-4: each end's stream writes its progress before and after each call (PROGRESS-1), to identify a hanging pipe.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -98,17 +98,17 @@ impl Pipe {
         self.call(true, arena, ranges)
     }
 
-    /// Waits until the last send, which reads `arena`, is on the stream. NCCL may need the other end's call for this.
+    /// Waits until NCCL has put the last send, which reads `arena`, on the stream (PIPE-2).
     ///
     /// # Errors
     /// [`KernelError::Cuda`]; [`KernelError::Aborted`].
     pub fn settle(&self, arena: &Arena) -> Result<Sent> {
-        // Without a timeout, `settle` always returns a result.
+        // `Inner::settle` returns `None` only after a timeout, and there is none here.
         self.inner.settle(&self.comm, None).unwrap_or(Ok(()))?;
         self.record_end(arena)
     }
 
-    /// Records the end of the last call, which is on the stream.
+    /// Marks the end of the last call, which NCCL has put on the stream. Keeps `arena` until the stream is there.
     fn record_end(&self, arena: &Arena) -> Result<Sent> {
         self.stream.end_call().map_err(|error| self.inner.abort_on_error(error))?;
         let event = Event::default();
@@ -180,7 +180,8 @@ impl Pipe {
         self.comm.transfer(&transfers, None, &self.stream).map_err(|error| self.inner.abort_on_error(error))
     }
 
-    /// Waits for pending work. Returns whether the work ended in time.
+    /// Waits until the stream is idle or the device is lost. Returns false after [`DRAIN_WITHIN`]. Also returns false,
+    /// at once, if NCCL has not put the last call on the stream.
     fn drain(&self) -> bool {
         if self.pending.lock().is_some() {
             return false;

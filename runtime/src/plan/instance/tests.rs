@@ -11,7 +11,7 @@ use crate::plan::Schedule;
 use crate::plan::tests::gpt;
 use crate::process_map::ProcessMap;
 
-/// The actor without ids of groups, which number the groups of a part.
+/// The actor without group ids, because each part numbers its own groups.
 fn without_groups(actor: &ActorSpec) -> ActorSpec {
     let mut actor = actor.clone();
     actor.actions.iter_mut().for_each(|action| action.groups.clear());
@@ -35,7 +35,7 @@ fn the_parts_of_all_processes_are_the_whole_plan() {
                     neighbours += 1;
                     assert!(part.actions.get(id).is_none() && actor.name == of_plan.name, "{at}");
                     assert_eq!(actor.firing, of_plan.firing, "{at}, {}", actor.name);
-                    // A neighbour has the ports of the part's registers, and no others.
+                    // A neighbour has only the ports whose registers are in the part.
                     let is_known = |register: &RegisterId| part.spec.registers.get(*register).is_some();
                     for (action, of_plan) in actor.actions.iter().zip(&of_plan.actions) {
                         let inputs = of_plan.inputs.iter().filter(|input: &&InputSpec| is_known(&input.register));

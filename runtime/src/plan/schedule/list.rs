@@ -1,5 +1,6 @@
-//! Simulates a step in virtual time. Whenever the sites of ready work are free, the work with the lowest priority value
-//! runs. So the lists cannot deadlock, and all sites run shared work in the same order.
+//! Simulates a step in virtual time. If the sites (sets of devices) of ready work are free, the work with the lowest
+//! priority value starts. The lists record this run. So they cannot deadlock, and all sites run shared work in the same
+//! order.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap};
@@ -116,7 +117,7 @@ impl<'a> Player<'a> {
         }
     }
 
-    /// Starts all work that can start now. Ready work reserves its sites, so work of a later priority cannot take them.
+    /// Starts all work that can start now. Ready work whose sites are busy reserves them, so no later work takes them.
     fn start_ready(&mut self) {
         let mut reserved: BTreeSet<usize> = BTreeSet::new();
         let candidates: Vec<usize> = self.enabled.iter().map(|(_, Reverse(index))| *index).collect();

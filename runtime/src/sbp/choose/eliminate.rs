@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::ops::AddAssign;
 use std::rc::Rc;
 
-/// Maximum number of sums to eliminate one variable. If every variable needs more sums, a neighbour of one is fixed.
+/// Maximum number of sums to eliminate one variable. If every variable needs more, one is fixed at a value.
 pub(super) const ENTRIES_MAX: usize = 1 << 16;
 
 /// Two sums count as equal if they differ by less than this fraction of the total of the tables' largest costs, because

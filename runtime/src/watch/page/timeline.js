@@ -1,5 +1,5 @@
-// One step of the pipeline on a canvas: one row per actor, with the simulator's prediction above the measurement. Only visible
-// rows are drawn.
+// One step of the pipeline on a canvas: one row per actor, with the simulator's prediction above the measurement. Only
+// visible rows are drawn.
 
 import { at, colour, duration, key, make, setText, share } from './format.js';
 
