@@ -14,7 +14,7 @@ use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::op::{CustomKernel, Op};
 use shardflow_kernels::tensor::{DType, Region};
 
-use crate::boxing::step::BoxingStep;
+use crate::boxing::step::{BoxingStep, StepKind};
 use crate::init::Init;
 use crate::layout_error::LayoutError;
 use crate::placement::{Mesh, Placement};
@@ -182,6 +182,10 @@ impl NodeOp {
     /// True if the tensor stays allocated from the start: parameters, their bf16 copies and states.
     pub fn is_resident(&self) -> bool {
         matches!(self, Self::Parameter { .. } | Self::State | Self::Bf16Copy { .. })
+    }
+
+    pub(crate) fn is_transfer(&self) -> bool {
+        matches!(self, Self::Boxing(step) if step.kind == StepKind::Transfer)
     }
 }
 

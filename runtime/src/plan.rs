@@ -36,7 +36,7 @@ pub(crate) mod slots;
 pub mod validate;
 
 /// The plan of one class of devices.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct ClassPlan {
     pub(crate) storage: ClassStorage,
     /// The slots of each register.

@@ -225,8 +225,8 @@ impl Splits {
         let along = |(axis, all): (usize, &Vec<Signature<Sbp>>)| {
             let allowed = |signature: &&Signature<Sbp>| {
                 self.keeps_given_layouts(spec, &given, signature, axis)
-                    && self.split_exists(spec, signature, axis)
-                    && self.term_exists(spec, signature, axis)
+                    && self.exists(spec, signature, axis, |sbp| sbp.split_dim().is_some())
+                    && self.exists(spec, signature, axis, Sbp::is_partial)
                     && self.stays_split(spec, signature, all, axis)
             };
             all.iter().filter(allowed).cloned().collect()
@@ -256,10 +256,11 @@ impl Splits {
         inputs.all(|((given, tensor), required)| !given || self.can_have(*tensor, axis, *required) != Some(false))
     }
 
-    /// LAY-2: false if a signature splits inputs along the axis and no input can have that split.
-    fn split_exists(&self, spec: &NodeSpec, signature: &Signature<Sbp>, axis: usize) -> bool {
+    /// LAY-2 for splits, LAY-4 for terms: false if a signature requires such entries along the axis and no input can
+    /// have its entry.
+    fn exists(&self, spec: &NodeSpec, signature: &Signature<Sbp>, axis: usize, is_such: fn(Sbp) -> bool) -> bool {
         let inputs = spec.inputs.iter().zip(&signature.inputs);
-        let mut inputs = inputs.filter(|(_, required)| required.split_dim().is_some()).peekable();
+        let mut inputs = inputs.filter(|(_, required)| is_such(**required)).peekable();
         inputs.peek().is_none() || inputs.any(|(t, required)| self.can_have(*t, axis, *required) == Some(true))
     }
 
@@ -271,13 +272,6 @@ impl Splits {
             let Some(entry @ Sbp::Split(_)) = only else { return true };
             signature.inputs[input] == *entry || !all.iter().any(|other| other.inputs[input] == *entry)
         })
-    }
-
-    /// LAY-4: false if a signature reads terms along the axis and no input can have terms.
-    fn term_exists(&self, spec: &NodeSpec, signature: &Signature<Sbp>, axis: usize) -> bool {
-        let inputs = spec.inputs.iter().zip(&signature.inputs);
-        let mut inputs = inputs.filter(|(_, required)| required.is_partial()).peekable();
-        inputs.peek().is_none() || inputs.any(|(t, required)| self.can_have(*t, axis, *required) == Some(true))
     }
 }
 

@@ -48,24 +48,24 @@ impl NeededTypes {
 
 /// Sets the type of tensors to bf16 where possible, and inserts the required casts.
 pub fn narrow(graph: &mut Graph) {
-    let (classes, sources) = (TypeClasses::of(graph), sources(graph));
+    let (roots, sources) = (roots(graph), sources(graph));
     let mut needed = vec![NeededTypes::default(); graph.tensors.len()];
     // The host fetches f32.
     for output in &graph.outputs {
-        needed[classes.root(output.tensor)].f32 = true;
+        needed[roots[output.tensor.index()]].f32 = true;
     }
     // In reverse order, so that the types of a node's outputs are known before those of its inputs.
     for node in graph.nodes.iter().rev() {
         for (port, output) in node.outputs.iter().enumerate() {
-            needed[classes.root(*output)].f32 |= !may_write_bf16(graph, &sources, node, port);
+            needed[roots[output.index()]].f32 |= !may_write_bf16(graph, &sources, node, port);
         }
-        let is_bf16 = |port: usize| needed[classes.root(node.outputs[port])].is_bf16();
+        let is_bf16 = |port: usize| needed[roots[node.outputs[port].index()]].is_bf16();
         let writes_bf16 = bf16_ports(node).next().is_some() && bf16_ports(node).all(is_bf16);
         if matches!(node_read_type(graph, node), ReadType::AsWritten) && !writes_bf16 {
-            bf16_ports(node).for_each(|port| needed[classes.root(node.outputs[port])].f32 = true);
+            bf16_ports(node).for_each(|port| needed[roots[node.outputs[port].index()]].f32 = true);
         }
         for (port, input) in node.inputs.iter().enumerate() {
-            let needed = &mut needed[classes.root(*input)];
+            let needed = &mut needed[roots[input.index()]];
             match read_type(graph, node, port) {
                 ReadType::SharedMemory => {}
                 ReadType::Bf16 => needed.bf16 = true,
@@ -75,7 +75,7 @@ pub fn narrow(graph: &mut Graph) {
         }
     }
     for index in 0..graph.tensors.len() {
-        let is_bf16 = needed[classes.root(graph.var(index))].is_bf16();
+        let is_bf16 = needed[roots[index]].is_bf16();
         let tensor = &mut graph.tensors[index];
         if tensor.dtype == DType::F32 && is_bf16 {
             tensor.dtype = DType::BF16;
@@ -102,7 +102,7 @@ fn node_read_type(graph: &Graph, node: &Node) -> ReadType {
             _ => ReadType::AsWritten,
         },
         _ if shares_memory(node) => ReadType::SharedMemory,
-        _ if is_transfer(node) => ReadType::AsWritten,
+        op if op.is_transfer() => ReadType::AsWritten,
         _ => ReadType::F32,
     }
 }
@@ -129,7 +129,7 @@ fn sources(graph: &Graph) -> Vec<bool> {
     for node in &graph.nodes {
         let is_source = match &node.op {
             NodeOp::Input | NodeOp::Parameter { .. } => true,
-            _ => (shares_memory(node) || is_transfer(node)) && node.inputs.iter().all(|input| sources[input.index()]),
+            op => (shares_memory(node) || op.is_transfer()) && node.inputs.iter().all(|input| sources[input.index()]),
         };
         node.outputs.iter().for_each(|output| sources[output.index()] = is_source);
     }
@@ -145,10 +145,6 @@ fn shares_memory(node: &Node) -> bool {
     }
 }
 
-fn is_transfer(node: &Node) -> bool {
-    matches!(&node.op, NodeOp::Boxing(step) if step.kind == StepKind::Transfer)
-}
-
 /// True for nodes that may compute on bf16: those that run in each micro-batch, except ops on scalars such as losses.
 fn may_compute_in_bf16(graph: &Graph, node: &Node) -> bool {
     let is_scalar = node.outputs.iter().all(|output| graph.shape(*output).is_empty());
@@ -158,32 +154,17 @@ fn may_compute_in_bf16(graph: &Graph, node: &Node) -> bool {
 fn may_write_bf16(graph: &Graph, sources: &[bool], node: &Node, port: usize) -> bool {
     match &node.op {
         NodeOp::Kernel(op) => may_compute_in_bf16(graph, node) && op.writes_bf16(port),
-        _ => (shares_memory(node) || is_transfer(node)) && !sources[node.outputs[port].index()],
+        op => (shares_memory(node) || op.is_transfer()) && !sources[node.outputs[port].index()],
     }
 }
 
-/// Classes of tensors that must have the same type because they share memory.
-struct TypeClasses(Vec<usize>);
-
-impl TypeClasses {
-    fn of(graph: &Graph) -> Self {
-        let mut classes = Self((0..graph.tensors.len()).collect());
-        for node in graph.nodes.iter().filter(|node| shares_memory(node)) {
-            for (input, output) in node.inputs.iter().zip(&node.outputs) {
-                let (from, to) = (classes.root(*input), classes.root(*output));
-                classes.0[to] = from;
-            }
-        }
-        classes
+/// For each tensor: the first of the tensors with which it shares memory. They must have the same type.
+fn roots(graph: &Graph) -> Vec<usize> {
+    let mut roots: Vec<usize> = (0..graph.tensors.len()).collect();
+    for node in graph.nodes.iter().filter(|node| shares_memory(node)) {
+        roots[node.outputs[0].index()] = roots[node.inputs[0].index()];
     }
-
-    fn root(&self, var: Var) -> usize {
-        let mut index = var.index();
-        while self.0[index] != index {
-            index = self.0[index];
-        }
-        index
-    }
+    roots
 }
 
 /// Inserts a cast, or a parameter's bf16 copy, where a node reads an f32 input in bf16. Nodes of one role share a cast.
@@ -207,7 +188,7 @@ fn insert_casts(graph: &mut Graph) {
             let producer = &rebuilt[graph.tensor(input).producer.index()];
             let has_copy = matches!(producer.op, NodeOp::Parameter { .. }) && producer.placement == node.placement;
             // A cast before a transfer runs on the placement and with the role of the producer.
-            let at = if is_transfer(&node) { producer } else { &node };
+            let at = if node.op.is_transfer() { producer } else { &node };
             let key = (input, (!has_copy).then_some(at.role));
             node.inputs[port] = match casts.get(&key) {
                 Some(cast) => *cast,

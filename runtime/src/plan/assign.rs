@@ -4,9 +4,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::boxing::step::StepKind;
-use crate::graph::{Graph, Node, NodeId, NodeOp, Rate, Var};
-use crate::plan::classes::{ClassId, Classes};
+use crate::graph::{Graph, NodeId, NodeOp, Rate, Var};
+use crate::plan::classes::Classes;
 use crate::plan::segments::{SegmentId, Segments, producers};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,7 +78,12 @@ struct Readers {
 pub fn assign(graph: &Graph, segments: &Segments, classes: &Classes) -> (Vec<ClassStorage>, Aliases) {
     let aliases = aliases(graph);
     let producers = producers(graph, segments);
-    let build = |class| ClassBuilder::new(graph, segments, classes, &aliases, class).build(&producers);
+    let build = |class| {
+        let device = classes.representative(class);
+        let is_on = graph.placements.iter().map(|placement| placement.index_of(device).is_some()).collect();
+        let (readers, out) = (BTreeMap::new(), ClassStorage::default());
+        ClassBuilder { graph, segments, classes, aliases: &aliases, device, is_on, readers, out }.build(&producers)
+    };
     (classes.ids().map(build).collect(), aliases)
 }
 
@@ -111,20 +115,7 @@ struct ClassBuilder<'a> {
     out: ClassStorage,
 }
 
-impl<'a> ClassBuilder<'a> {
-    fn new(
-        graph: &'a Graph,
-        segments: &'a Segments,
-        classes: &'a Classes,
-        aliases: &'a Aliases,
-        class: ClassId,
-    ) -> Self {
-        let device = classes.representative(class);
-        let is_on = graph.placements.iter().map(|placement| placement.index_of(device).is_some()).collect();
-        let (readers, out) = (BTreeMap::new(), ClassStorage::default());
-        Self { graph, segments, classes, aliases, device, is_on, readers, out }
-    }
-
+impl ClassBuilder<'_> {
     fn build(mut self, producers: &BTreeMap<Var, SegmentId>) -> ClassStorage {
         for id in self.segments.ids() {
             let segment = self.segments.get(id);
@@ -138,14 +129,12 @@ impl<'a> ClassBuilder<'a> {
         }
         self.add_bucket_signals();
         self.group_registers(producers);
-        let mut ports: BTreeMap<SegmentId, Ports> = BTreeMap::new();
         for (index, register) in self.out.registers.iter().enumerate() {
-            ports.entry(register.producer).or_default().writes.push(index);
+            self.out.ports.entry(register.producer).or_default().writes.push(index);
             for reader in &register.readers {
-                ports.entry(*reader).or_default().reads.push(index);
+                self.out.ports.entry(*reader).or_default().reads.push(index);
             }
         }
-        self.out.ports = ports;
         self.out
     }
 
@@ -154,7 +143,7 @@ impl<'a> ClassBuilder<'a> {
     fn add_reader(&mut self, segment: SegmentId, id: NodeId) -> bool {
         let (node, is_on) = (&self.graph.nodes[id.index()], self.is_on[self.graph.nodes[id.index()].placement]);
         let device = self.device;
-        if is_transfer(node) {
+        if node.op.is_transfer() {
             let sources = self.classes.sources(id, device);
             let others = self.classes.readers(id, device).iter().any(|reader| *reader != device);
             let readers = self.readers.entry(self.aliases.resolve(node.inputs[0])).or_default();
@@ -212,8 +201,8 @@ impl<'a> ClassBuilder<'a> {
             }
             let readers = self.readers.remove(&var).unwrap_or_default();
             let resident = self.graph.producer(var).op.is_resident();
-            let producer = producers.get(&var).copied().filter(|segment| self.runs(*segment));
-            let Some(producer) = producer else {
+            let runs = |segment: &&SegmentId| self.out.segments.binary_search(segment).is_ok();
+            let Some(producer) = producers.get(&var).filter(runs).copied() else {
                 self.out.storage.insert(var, Storage::Fixed);
                 continue;
             };
@@ -234,12 +223,4 @@ impl<'a> ClassBuilder<'a> {
             self.out.storage.insert(var, Storage::Register(register));
         }
     }
-
-    fn runs(&self, segment: SegmentId) -> bool {
-        self.out.segments.binary_search(&segment).is_ok()
-    }
-}
-
-pub fn is_transfer(node: &Node) -> bool {
-    matches!(&node.op, NodeOp::Boxing(step) if step.kind == StepKind::Transfer)
 }

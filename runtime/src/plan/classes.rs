@@ -5,13 +5,12 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use shardflow_kernels::collective::CollectiveKind;
-use shardflow_kernels::tensor::Region;
 use shardflow_kernels::tensor::regions::Regions;
 
 use crate::boxing::step::{BoxingStep, LocalStep, StepKind};
-use crate::graph::{Graph, Node, NodeId, NodeOp};
+use crate::graph::{Graph, NodeId, NodeOp};
 use crate::placement::Placement;
-use crate::sbp::{NdSbp, Sbp, local_region};
+use crate::sbp::{NdSbp, local_region};
 
 /// Index of a class in [`Classes::devices`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -110,17 +109,14 @@ impl<'a> Work<'a> {
     }
 
     fn append_traits(&self, placement: &Placement, position: usize, traits: &mut Traits) {
-        let mut append_size = |region: &Region| traits.extend(&region.size);
         for (shape, layout) in &self.tensors {
-            append_size(&local_region(shape, layout, placement, position));
+            traits.extend(local_region(shape, layout, placement, position).size);
         }
         for step in &self.steps {
             append_step(step, position, traits);
         }
         let coords = placement.coords(position);
-        let is_counted =
-            |layout: &&NdSbp| layout.0.iter().zip(&coords).all(|(sbp, at)| *sbp != Sbp::Broadcast || *at == 0);
-        traits.extend(self.counted.iter().map(|layout| usize::from(is_counted(layout))));
+        traits.extend(self.counted.iter().map(|layout| usize::from(layout.is_first_copy(&coords))));
     }
 }
 
@@ -206,7 +202,7 @@ fn transfers(graph: &Graph) -> BTreeMap<NodeId, Arc<Pairs>> {
     let mut known: Vec<(&BoxingStep, Arc<Pairs>)> = Vec::new();
     let mut transfers = BTreeMap::new();
     for (index, node) in graph.nodes.iter().enumerate() {
-        let Node { op: NodeOp::Boxing(step), .. } = node else { continue };
+        let NodeOp::Boxing(step) = &node.op else { continue };
         if step.kind != StepKind::Transfer {
             continue;
         }

@@ -13,9 +13,8 @@ use crate::plan::emit::{emit, fuse_accumulation};
 use crate::plan::groups::Patterns;
 use crate::plan::memory::{StagingPlace, align, lay_out, residents};
 use crate::plan::schedule::Schedule;
-use crate::plan::schedule::list::{Entry, StepPlan};
 use crate::plan::schedule::work::{WorkGraph, work_graph};
-use crate::plan::segments::{Segments, divide};
+use crate::plan::segments::divide;
 use crate::plan::slots::Times;
 use crate::plan::{ClassPlan, Plan, most_by_stream};
 
@@ -34,12 +33,9 @@ pub fn lower(
     let classes = classify(&graph);
     let (storages, aliases) = assign(&graph, &segments, &classes);
     let (work, site_of) = work_graph(&graph, &segments, micro_batches);
-    let class_plan = |storage| {
-        let (slots, arena, residents, actions) = Default::default();
-        ClassPlan { storage, slots, arena, residents, actions }
-    };
+    let class_plan = |storage| ClassPlan { storage, ..ClassPlan::default() };
     let mut plan = Plan {
-        in_flight: Vec::new(),
+        in_flight: vec![1; graph.placements.len()],
         fused: fuse_accumulation(&graph, &segments),
         patterns: Patterns::of(&graph),
         lists: Vec::new(),
@@ -74,8 +70,12 @@ fn schedule_step(plan: &mut Plan, work: &WorkGraph, saves_memory: bool) {
         *arena = lay_out(&plan.graph, storage, slots, device);
         *of_class = residents(&plan.graph, storage, arena, device);
     }
-    let segments_of = |list: &Vec<Entry>| list.iter().map(|entry| work.work[entry.work].segment).collect();
-    plan.in_flight = in_flight(&plan.graph, &plan.segments, work, &step);
+    plan.in_flight.fill(1);
+    for (work, in_flight) in work.work.iter().zip(&step.in_flight) {
+        let most = &mut plan.in_flight[plan.segments.get(work.segment).placement];
+        *most = (*in_flight).max(*most);
+    }
+    let segments_of = |list: &Vec<usize>| list.iter().map(|index| work.work[*index].segment).collect();
     plan.lists = step.lists.iter().map(segments_of).collect();
     plan.priorities = work.work.iter().map(|work| work.segment).zip(step.priorities).collect();
     emit_classes(plan);
@@ -119,14 +119,4 @@ fn add_fetches(graph: &mut Graph) {
         let (outputs, updates, signature) = (Vec::new(), Vec::new(), None);
         graph.nodes.push(Node { name, op, inputs, outputs, updates, placement, role, rate, location, signature });
     }
-}
-
-/// For each placement: the maximum number of micro-batches that forward has begun and backward has not ended.
-fn in_flight(graph: &Graph, segments: &Segments, work: &WorkGraph, step: &StepPlan) -> Vec<u32> {
-    let mut out = vec![1; graph.placements.len()];
-    for (work, in_flight) in work.work.iter().zip(&step.in_flight) {
-        let own = &mut out[segments.get(work.segment).placement];
-        *own = (*in_flight).max(*own);
-    }
-    out
 }

@@ -125,8 +125,12 @@ pub fn local_bytes(graph: &Graph, var: Var, device: usize) -> usize {
     element_count(&local_shape(graph, var, device)) * graph.tensor(var).dtype.bytes()
 }
 
-/// Returns the offset of each tensor in a register's slot, and the slot's size in bytes.
-fn slot_offsets(graph: &Graph, tensors: &[Var], device: usize) -> (BTreeMap<Var, usize>, usize) {
+/// The offsets of these tensors one after another, and the offset of their end.
+fn offsets<'a>(
+    graph: &Graph,
+    tensors: impl IntoIterator<Item = &'a Var>,
+    device: usize,
+) -> (BTreeMap<Var, usize>, usize) {
     let mut offsets = BTreeMap::new();
     let mut end = 0;
     for var in tensors {
@@ -192,13 +196,11 @@ pub struct ArenaMap {
 pub fn lay_out(graph: &Graph, storage: &ClassStorage, slots: &[Slots], device: usize) -> ArenaMap {
     let mut map = ArenaMap::default();
     let memory = &mut map.memory;
-    for (var, _) in storage.storage.iter().filter(|(_, storage)| **storage == Storage::Fixed) {
-        map.fixed.insert(*var, memory.arena_bytes);
-        memory.arena_bytes = align(memory.arena_bytes + local_bytes(graph, *var, device));
-        memory.fixed_bytes = memory.arena_bytes;
-    }
+    let fixed = storage.storage.iter().filter(|(_, storage)| **storage == Storage::Fixed).map(|(var, _)| var);
+    (map.fixed, memory.fixed_bytes) = offsets(graph, fixed, device);
+    memory.arena_bytes = memory.fixed_bytes;
     for (register, slots) in storage.registers.iter().zip(slots) {
-        let (within_slot, stride) = slot_offsets(graph, &register.tensors, device);
+        let (within_slot, stride) = offsets(graph, &register.tensors, device);
         map.slot_offsets.push(within_slot);
         map.registers.push(RegisterPlace { device, offset: memory.arena_bytes, stride });
         memory.arena_bytes += stride * slots.count as usize;

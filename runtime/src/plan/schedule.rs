@@ -40,7 +40,7 @@ impl Schedule {
             Self::GPipe => gpipe::rules(work),
             Self::OneFOneB => one_f_one_b::rules(work, saves_memory),
         };
-        list::play(work, &rules)
+        list::play(work, rules)
     }
 }
 

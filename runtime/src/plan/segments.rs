@@ -10,7 +10,6 @@ use std::sync::Arc;
 use shardflow_actors::label::{Label, Role};
 use shardflow_actors::spec::StreamKind;
 
-use crate::boxing::step::StepKind;
 use crate::graph::{Graph, Node, NodeId, NodeOp, Rate, Var};
 
 /// Index of a segment in [`Segments::list`].
@@ -73,18 +72,20 @@ impl Segments {
     /// The segment in which the host fetches an output.
     pub fn fetch_of(&self, graph: &Graph, output: Var) -> SegmentId {
         let (rate, placement) = (graph.tensor(output).rate, graph.placement_of(output));
-        let fetches = |id: &SegmentId| {
-            let segment = self.get(*id);
-            (segment.host, segment.rate, segment.placement) == (Some(HostTransfer::Fetch), rate, placement)
-        };
-        self.ids().find(fetches).expect("the host fetches every output")
+        let fetches = |id: &SegmentId| (self.get(*id).rate, self.get(*id).placement) == (rate, placement);
+        self.of_host(HostTransfer::Fetch).find(fetches).expect("the host fetches every output")
     }
 
     /// The inputs that the host feeds before a step's results arrive, in the order of the program.
     pub fn fed<'a>(&'a self, graph: &'a Graph) -> impl Iterator<Item = Var> {
-        let feeds = self.list.iter().filter(|segment| segment.host == Some(HostTransfer::Feed));
-        let nodes = feeds.flat_map(|segment| &segment.nodes).map(|node| &graph.nodes[node.index()]);
+        let nodes = self.of_host(HostTransfer::Feed).flat_map(|id| &self.get(id).nodes);
+        let nodes = nodes.map(|node| &graph.nodes[node.index()]);
         nodes.filter(|node| matches!(node.op, NodeOp::Input)).map(|node| node.outputs[0])
+    }
+
+    /// The segments in which the host does this, in order.
+    pub fn of_host(&self, transfer: HostTransfer) -> impl Iterator<Item = SegmentId> {
+        self.ids().filter(move |id| self.get(*id).host == Some(transfer))
     }
 
     /// All ids, in order.
@@ -98,7 +99,7 @@ type Key = (usize, StreamKind, Rate, Role, Option<NodeId>);
 
 fn key(id: NodeId, node: &Node) -> Key {
     let (stream, own) = match &node.op {
-        NodeOp::Boxing(step) if step.kind == StepKind::Transfer => (StreamKind::Copy, Some(id)),
+        op if op.is_transfer() => (StreamKind::Copy, Some(id)),
         NodeOp::Input | NodeOp::Fetch => (StreamKind::Copy, None),
         NodeOp::Bucket { .. } => (StreamKind::Communication, Some(id)),
         _ => (StreamKind::Compute, None),
@@ -108,67 +109,92 @@ fn key(id: NodeId, node: &Node) -> Key {
 
 /// Divides a graph on which all passes have run. `program` is a part of each segment's label.
 pub fn divide(graph: &Graph, program: &Arc<str>) -> Segments {
-    let mut builder = Builder { of_node: vec![None; graph.nodes.len()], ..Builder::default() };
-    for (index, node) in graph.nodes.iter().enumerate() {
-        let id = NodeId(index as u32);
-        if !node.op.is_resident() {
-            builder.add(graph, id, node);
-        }
+    let out = Segments { of_node: vec![None; graph.nodes.len()], ..Segments::default() };
+    let (readers, levels, newest, alike) = Default::default();
+    let mut builder = Builder { graph, program, out, readers, levels, newest, alike };
+    for (index, node) in graph.nodes.iter().enumerate().filter(|(_, node)| !node.op.is_resident()) {
+        builder.add(NodeId(index as u32), node);
     }
     for var in untrained_parameters(graph) {
         let update = (graph.placement_of(var), StreamKind::Compute, Rate::Step, Role::Update, None);
         if !builder.newest.contains_key(&update) {
-            builder.open(update);
+            builder.open(update, None);
         }
     }
-    let Builder { keys, nodes, of_node, reads, .. } = builder;
-    let mut namer = Namer { graph, alike: HashMap::new() };
-    let segments = keys.into_iter().zip(nodes).map(|(key, nodes)| namer.segment(key, nodes, program));
-    Segments { list: segments.collect(), of_node, reads }
+    builder.out
 }
 
-#[derive(Default)]
-struct Builder {
-    keys: Vec<Key>,
-    nodes: Vec<Vec<NodeId>>,
-    of_node: Vec<Option<SegmentId>>,
-    reads: Vec<BTreeSet<SegmentId>>,
+struct Builder<'a> {
+    graph: &'a Graph,
+    program: &'a Arc<str>,
+    out: Segments,
     readers: Vec<Vec<SegmentId>>,
     /// A segment's level is above the levels of all segments that it reads, so a search for a path can stop early.
     levels: Vec<u32>,
     newest: HashMap<Key, SegmentId>,
+    /// By role and name without the chunk: the placement and chunk of each segment so far.
+    alike: HashMap<(Role, String), Vec<(usize, u16)>>,
 }
 
-impl Builder {
-    fn add(&mut self, graph: &Graph, id: NodeId, node: &Node) {
+impl Builder<'_> {
+    fn add(&mut self, id: NodeId, node: &Node) {
         let key = key(id, node);
-        let producers = node.inputs.iter().filter_map(|input| self.of_node[graph.tensor(*input).producer.index()]);
-        let sources: BTreeSet<SegmentId> = producers.collect();
+        let producer = |input: &Var| self.out.of_node[self.graph.tensor(*input).producer.index()];
+        let sources: BTreeSet<SegmentId> = node.inputs.iter().filter_map(producer).collect();
         let joins = |segment: &SegmentId| {
-            let new =
-                sources.iter().filter(|source| *source != segment && !self.reads[segment.index()].contains(source));
-            new.into_iter().all(|source| !self.depends(*source, *segment))
+            let known = &self.out.reads[segment.index()];
+            let mut new = sources.iter().filter(|source| *source != segment && !known.contains(source));
+            new.all(|source| !self.depends(*source, *segment))
         };
-        let segment = self.newest.get(&key).copied().filter(joins).unwrap_or_else(|| self.open(key));
-        self.nodes[segment.index()].push(id);
-        self.of_node[id.index()] = Some(segment);
+        let segment = self.newest.get(&key).copied().filter(joins).unwrap_or_else(|| self.open(key, Some(node)));
+        self.out.list[segment.index()].nodes.push(id);
+        self.out.of_node[id.index()] = Some(segment);
         for source in sources.into_iter().filter(|source| *source != segment) {
-            if self.reads[segment.index()].insert(source) {
+            if self.out.reads[segment.index()].insert(source) {
                 self.readers[source.index()].push(segment);
                 self.raise(segment, self.levels[source.index()] + 1);
             }
         }
     }
 
-    fn open(&mut self, key: Key) -> SegmentId {
-        let id = SegmentId(self.keys.len() as u32);
-        self.keys.push(key);
-        self.nodes.push(Vec::new());
-        self.reads.push(BTreeSet::new());
+    /// Opens a segment. `first` is its first node.
+    fn open(&mut self, key: Key, first: Option<&Node>) -> SegmentId {
+        let id = SegmentId(self.out.list.len() as u32);
+        let segment = self.segment(key, first);
+        self.out.list.push(segment);
+        self.out.reads.push(BTreeSet::new());
         self.readers.push(Vec::new());
         self.levels.push(0);
         self.newest.insert(key, id);
         id
+    }
+
+    /// The segment with its name and chunk number, without nodes.
+    fn segment(&mut self, (placement, stream, rate, role, own): Key, first: Option<&Node>) -> Segment {
+        let graph = self.graph;
+        let (host, role, name) = match first.map(|node| (&node.op, node)) {
+            Some((NodeOp::Input, _)) if role == Role::Update => {
+                (Some(HostTransfer::Decide), Role::Host, "decide".to_owned())
+            }
+            Some((NodeOp::Input, _)) => (Some(HostTransfer::Feed), Role::Host, format!("feed ({rate})")),
+            Some((NodeOp::Fetch, _)) => (Some(HostTransfer::Fetch), Role::Host, format!("fetch ({rate})")),
+            Some((NodeOp::Bucket { .. }, node)) => (None, Role::Communication, format!("all-reduce {}", node.name)),
+            Some((_, node)) if own.is_some() => {
+                (None, Role::Communication, format!("pull {}", graph.tensor(node.inputs[0]).name))
+            }
+            _ => (None, role, role.to_string()),
+        };
+        let alike = self.alike.entry((role, name.clone())).or_default();
+        let overlaps = |other: usize| {
+            let [own, others] = [placement, other].map(|p| graph.placements[p].devices());
+            other == placement || own.iter().any(|device| others.contains(device))
+        };
+        let last = alike.iter().filter(|(other, _)| overlaps(*other)).map(|(_, chunk)| *chunk).max();
+        let chunk = last.map_or(0, |chunk| chunk + 1);
+        alike.push((placement, chunk));
+        let name = if chunk == 0 { name } else { format!("{name} {chunk}") };
+        let label = Label { role, chunk, program: self.program.clone() };
+        Segment { placement, stream, rate, label, name, host, nodes: Vec::new() }
     }
 
     /// True if `segment` reads from `on`, directly or indirectly.
@@ -179,7 +205,7 @@ impl Builder {
                 return true;
             }
             if self.levels[at.index()] > self.levels[on.index()] && seen.insert(at) {
-                open.extend(&self.reads[at.index()]);
+                open.extend(&self.out.reads[at.index()]);
             }
         }
         false
@@ -200,50 +226,8 @@ impl Builder {
 /// segment of their placement. If the placement has none, [`divide`] adds an empty one.
 fn untrained_parameters(graph: &Graph) -> BTreeSet<Var> {
     let updated: BTreeSet<Var> = graph.nodes.iter().flat_map(|node| &node.updates).copied().collect();
-    let is_transfer = |node: &&Node| matches!(&node.op, NodeOp::Boxing(step) if step.kind == StepKind::Transfer);
-    let read = graph.nodes.iter().filter(is_transfer).map(|node| node.inputs[0]);
+    let read = graph.nodes.iter().filter(|node| node.op.is_transfer()).map(|node| node.inputs[0]);
     read.filter(|var| graph.producer(*var).op.is_resident() && !updated.contains(var)).collect()
-}
-
-/// Gives segments their names and chunk numbers.
-struct Namer<'a> {
-    graph: &'a Graph,
-    /// By role and name without the chunk: the placement and chunk of each segment so far.
-    alike: HashMap<(Role, String), Vec<(usize, u16)>>,
-}
-
-impl Namer<'_> {
-    fn segment(&mut self, key: Key, nodes: Vec<NodeId>, program: &Arc<str>) -> Segment {
-        let (placement, stream, rate, role, own) = key;
-        let graph = self.graph;
-        let first = nodes.first().map(|id| &graph.nodes[id.index()]);
-        let host = match first.map(|node| &node.op) {
-            Some(NodeOp::Input) if role == Role::Update => Some(HostTransfer::Decide),
-            Some(NodeOp::Input) => Some(HostTransfer::Feed),
-            Some(NodeOp::Fetch) => Some(HostTransfer::Fetch),
-            _ => None,
-        };
-        let (role, name) = match first.map(|node| (&node.op, node)) {
-            _ if host == Some(HostTransfer::Decide) => (Role::Host, "decide".to_owned()),
-            Some((NodeOp::Input, _)) => (Role::Host, format!("feed ({rate})")),
-            Some((NodeOp::Fetch, _)) => (Role::Host, format!("fetch ({rate})")),
-            Some((NodeOp::Bucket { .. }, node)) => (Role::Communication, format!("all-reduce {}", node.name)),
-            Some((_, node)) if own.is_some() => {
-                (Role::Communication, format!("pull {}", graph.tensor(node.inputs[0]).name))
-            }
-            _ => (role, role.to_string()),
-        };
-        let alike = self.alike.entry((role, name.clone())).or_default();
-        let overlaps = |other: usize| {
-            let [own, others] = [placement, other].map(|p| graph.placements[p].devices());
-            other == placement || own.iter().any(|device| others.contains(device))
-        };
-        let last = alike.iter().filter(|(other, _)| overlaps(*other)).map(|(_, chunk)| *chunk).max();
-        let chunk = last.map_or(0, |chunk| chunk + 1);
-        alike.push((placement, chunk));
-        let name = if chunk == 0 { name } else { format!("{name} {chunk}") };
-        Segment { placement, stream, rate, label: Label { role, chunk, program: program.clone() }, name, host, nodes }
-    }
 }
 
 /// The segment that makes each tensor or, if the tensor is resident, updates it.

@@ -74,16 +74,13 @@ impl<'a> Times<'a> {
         for source in &self.segments.reads[id.index()] {
             self.place(*source, readers, micro_batches);
         }
-        let sources: Vec<SegmentId> = self.segments.reads[id.index()].iter().copied().collect();
-        let begin = |reader: &SegmentId| {
-            let times =
-                self.by_segment.get(reader).filter(|_| self.segments.get(*reader).stream == StreamKind::Compute)?;
-            (times.len() == firings).then_some(times)
-        };
-        let first_reader = readers[id.index()].iter().filter_map(begin).min_by_key(|times| times.first().copied());
+        let computes = |reader: &&SegmentId| self.segments.get(**reader).stream == StreamKind::Compute;
+        let reading = readers[id.index()].iter().filter(computes).map(|reader| &self.by_segment[reader]);
+        let first_reader = reading.filter(|times| times.len() == firings).min_by_key(|times| times.first().copied());
         let mut times = Vec::with_capacity(firings);
         for iteration in 0..firings {
-            let ready = sources.iter().map(|source| self.end(*source, iteration, firings)).max().unwrap_or(0);
+            let sources = self.segments.reads[id.index()].iter();
+            let ready = sources.map(|source| self.end(*source, iteration, firings)).max().unwrap_or(0);
             let previous = iteration.checked_sub(1).and_then(|previous| Some(first_reader?[previous].0)).unwrap_or(0);
             let start = ready.max(previous);
             times.push((start, start + self.hop_ticks));
@@ -94,9 +91,8 @@ impl<'a> Times<'a> {
     /// The time at which `source` completes the piece that firing `iteration` of `firings` reads.
     fn end(&self, source: SegmentId, iteration: usize, firings: usize) -> u64 {
         let times = &self.by_segment[&source];
-        let last =
-            if firings == 1 { times.len().saturating_sub(1) } else { iteration.min(times.len().saturating_sub(1)) };
-        times.get(last).map_or(0, |time| time.1)
+        let piece = if firings == 1 { None } else { times.get(iteration) };
+        piece.or(times.last()).map_or(0, |time| time.1)
     }
 
     /// The slots of each register of a class.

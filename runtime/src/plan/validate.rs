@@ -13,8 +13,7 @@ use shardflow_kernels::tensor::element_count;
 use crate::plan::action::{BaseKey, DeviceRegister, EmittedAction};
 use crate::plan::error::PlanError;
 use crate::plan::instance::Quotient;
-use crate::plan::segments::HostTransfer;
-use crate::plan::segments::SegmentId;
+use crate::plan::segments::{HostTransfer, SegmentId};
 use crate::plan::{ClassPlan, Plan};
 
 /// Minimum number of simulated steps. The second step reuses the slots of the first.
@@ -110,8 +109,7 @@ fn check_decisions(plan: &Plan) -> Result<(), PlanError> {
         let is_decision = |id: &SegmentId| segments.get(*id).host == Some(HostTransfer::Decide);
         is_decision(id) || reads.into_iter().any(is_decision)
     };
-    let fetches = segments.ids().filter(|id| segments.get(*id).host == Some(HostTransfer::Fetch));
-    for id in fetches {
+    for id in segments.of_host(HostTransfer::Fetch) {
         if let Some(source) = segments.reads[id.index()].iter().find(|source| follows_decision(source)) {
             let [fetch, source] = [id, *source].map(|id| &segments.get(id).name);
             let why = format!("{fetch} waits for {source}, but the host starts {source} only after {fetch} has ended");

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use shardflow_job::membership::MergeRule;
 use shardflow_kernels::tensor::{HostTensor, Region, element_count};
 
-use super::agreement::{SharedInput, digest, rules_of_step};
+use super::agreement::{SharedInput, digest, rules_of_step, shared_inputs};
 use super::error::SessionError;
 use super::tokens::{check_ids, vocabularies};
 use crate::graph::builder::{HYPER_INPUT, RNG_INPUT};
@@ -61,7 +61,8 @@ pub(super) struct BatchRules {
 }
 
 impl BatchRules {
-    pub(super) fn new(plan: &Arc<Instance>, process_map: &ProcessMap, shared_inputs: Vec<SharedInput>) -> Self {
+    pub(super) fn new(plan: &Arc<Instance>, process_map: &ProcessMap) -> Self {
+        let shared_inputs = shared_inputs(plan, process_map);
         Self {
             plan: plan.clone(),
             vocabularies: vocabularies(&plan.graph),

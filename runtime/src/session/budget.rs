@@ -67,19 +67,13 @@ impl Budget {
                 (Some(cgroup), Some(claim)) => *process == process_map.process || claim.cgroups.contains(cgroup),
                 _ => true,
             };
-            let (mut needed, mut extra, mut table) = (0u64, 0u64, String::new());
-            for process in node_processes.iter().copied().filter(shares) {
-                let (own_extra, rows) = (self.extra_bytes(process), &mut table);
-                extra = extra.saturating_add(own_extra);
-                let own_needed = process_bytes(plan, process_map, process, snapshots, rows).saturating_add(own_extra);
-                needed = needed.saturating_add(own_needed);
-                if own_extra > 0 {
-                    table +=
-                        &format!("  rank {process}: {own_extra} bytes that the program allocates besides the plan\n");
-                }
-            }
+            let processes = || node_processes.iter().filter(|process| shares(process)).copied();
+            let uses = processes().flat_map(|process| self.uses(plan, process_map, process, snapshots));
+            let (uses, rows): (Vec<u64>, Vec<String>) = uses.unzip();
+            let needed = uses.into_iter().fold(0, u64::saturating_add);
             if needed > *bytes {
-                let (budget, bound) = (*bytes, bound.to_string());
+                let extra = processes().map(|process| self.extra_bytes(process)).fold(0, u64::saturating_add);
+                let (budget, bound, table) = (*bytes, bound.to_string(), rows.concat());
                 return Err(PlanError::NodeMemory { budget, bound, needed, extra, table });
             }
         }
@@ -89,25 +83,23 @@ impl Budget {
     fn extra_bytes(&self, process: u32) -> u64 {
         self.claims.get(&process).map_or(0, |claim| claim.extra_bytes)
     }
-}
 
-/// Bytes that a process needs for the plan. Adds a row to `table` for each use.
-fn process_bytes(plan: &Instance, process_map: &ProcessMap, process: u32, snapshots: usize, table: &mut String) -> u64 {
-    let devices = process_map.devices_of(process);
-    let mut needed = 0;
-    for device in devices.clone() {
-        needed += plan.memory(device).total_bytes() as u64;
-        *table += &plan.memory(device).row(device);
+    /// The bytes of each use of memory by a process, with a row of the error's table.
+    fn uses(&self, plan: &Instance, process_map: &ProcessMap, process: u32, snapshots: usize) -> Vec<(u64, String)> {
+        let devices = process_map.devices_of(process);
+        let memory = |device| (plan.memory(device).total_bytes() as u64, plan.memory(device).row(device));
+        let mut uses: Vec<(u64, String)> = devices.clone().map(memory).collect();
+        let mut add = |bytes: u64, why: &str| uses.push((bytes, format!("  rank {process}: {bytes} bytes {why}\n")));
+        add(rank_bytes(plan, devices.len()), "for threads, libraries and connections");
+        if snapshots > 0 {
+            let bytes = snapshots as u64 * snapshot_bytes(plan, devices);
+            add(bytes, &format!("for {snapshots} snapshots of checkpoints"));
+        }
+        if self.extra_bytes(process) > 0 {
+            add(self.extra_bytes(process), "that the program allocates besides the plan");
+        }
+        uses
     }
-    let reserve = rank_bytes(plan, devices.len());
-    *table += &format!("  rank {process}: {reserve} bytes for threads, libraries and connections\n");
-    needed += reserve;
-    if snapshots > 0 {
-        let bytes = snapshots as u64 * snapshot_bytes(plan, devices.clone());
-        *table += &format!("  rank {process}: {bytes} bytes for {snapshots} snapshots of checkpoints\n");
-        needed += bytes;
-    }
-    needed
 }
 
 /// Bytes that a process needs to run this plan alone.
@@ -198,7 +190,7 @@ mod tests {
     fn ranks_in_different_cgroups_have_separate_limits() {
         let plan = plan("data=4");
         let process_map = ProcessMap { process: 0, processes: 4, devices: 4 };
-        let one = process_bytes(&plan, &process_map, 0, 0, &mut String::new());
+        let one = plan.memory(0).total_bytes() as u64 + rank_bytes(&plan, 1);
         let (outer, first, second) = ((1, 1), (1, 2), (1, 3));
         let claim = |cgroups: &[CgroupId], extra_bytes| MemoryClaim { cgroups: cgroups.to_vec(), extra_bytes };
         let check = |first_bytes, outer_bytes, machine_bytes, extra_bytes| {

@@ -14,42 +14,13 @@ use crate::graph::optimizer::Bounds;
 use crate::graph::{Node, NodeOp, Rate, Var};
 use crate::plan::HostTransfer;
 
-/// Where a non-finite tensor was computed. Origins are ordered by their fields: micro-batches come first, each with its
-/// nodes in the program's order, then tensors of the whole step. No tensor depends on one with a greater origin, so the
-/// smallest origin is the first cause.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-struct Origin {
-    once_per_step: bool,
-    micro_batch: u32,
-    node: u32,
-    /// Index among the node's outputs.
-    output: u8,
-    device: u32,
-    elements: u32,
-}
+/// Where a non-finite tensor was computed: 1 for a tensor of the whole step, micro-batch, node, index among the node's
+/// outputs, device, and number of elements. Micro-batches come first, each with its nodes in the program's order. No
+/// tensor depends on one with a greater origin, so the smallest origin is the first cause.
+type Origin = [u64; 6];
 
-impl Origin {
-    /// Encodes the origin for an exchange between processes. Encoded pairs have the same order as origins.
-    fn to_pair(self) -> [u64; 2] {
-        let Self { once_per_step, micro_batch, node, output, device, elements } = self;
-        let computed = u64::from(once_per_step) << 63 | u64::from(micro_batch) << 40 | u64::from(node) << 8;
-        [computed | u64::from(output), u64::from(device) << 32 | u64::from(elements)]
-    }
-
-    fn from_pair([computed, place]: [u64; 2]) -> Self {
-        Self {
-            once_per_step: computed >> 63 != 0,
-            micro_batch: (computed << 1 >> 41) as u32,
-            node: (computed >> 8) as u32,
-            output: computed as u8,
-            device: (place >> 32) as u32,
-            elements: place as u32,
-        }
-    }
-}
-
-/// The pair of a process that has found no non-finite tensor.
-const NOT_FOUND: [u64; 2] = [u64::MAX; 2];
+/// The origin of a process that has found no non-finite tensor.
+const NOT_FOUND: Origin = [u64::MAX; 6];
 
 impl Session {
     /// Sets each bound to its largest value on any process. All processes call it after writing their own parts.
@@ -82,10 +53,9 @@ impl Session {
         run?;
         let found = self.running.as_ref().map(|running| running.take_not_finite()).unwrap_or_default();
         let computed = found.iter().filter_map(|found| self.origin(found));
-        let own = computed.chain(self.non_finite_parameters()?).min().map_or(NOT_FOUND, Origin::to_pair);
+        let own = computed.chain(self.non_finite_parameters()?).min().unwrap_or(NOT_FOUND);
         let first = self.largest(own.map(|word| !word))?.map(|word| !word);
-        let first = Some(first).filter(|pair| *pair != NOT_FOUND);
-        let first = first.and_then(|pair| self.describe(Origin::from_pair(pair)));
+        let first = Some(first).filter(|origin| *origin != NOT_FOUND).and_then(|origin| self.describe(origin));
         Ok(NonFinite { first, ..report.overflow(None) })
     }
 
@@ -101,14 +71,9 @@ impl Session {
         let per_step = u64::from(spec.actions[action].per_step).max(1);
         let once_per_step =
             graph.nodes()[node.index()].outputs.first().is_none_or(|v| graph.tensor(*v).rate == Rate::Step);
-        Some(Origin {
-            once_per_step,
-            micro_batch: if once_per_step { 0 } else { (found.firing % per_step) as u32 },
-            node: node.0,
-            output: found.write as u8,
-            device: spec.device as u32,
-            elements: u32::try_from(found.elements).unwrap_or(u32::MAX),
-        })
+        let micro_batch = if once_per_step { 0 } else { found.firing % per_step };
+        let (output, device) = (found.write as u64, spec.device as u64);
+        Some([once_per_step.into(), micro_batch, node.0.into(), output, device, found.elements as u64])
     }
 
     /// Finds parameters with Inf or NaN elements on this process's devices. They may come from a loaded file.
@@ -124,26 +89,25 @@ impl Session {
                 let part = self.arenas[&device].read_host(resident.offset, &resident.region.size, resident.dtype)?;
                 let bad = part.as_f32().unwrap_or_default().iter().filter(|value| !value.is_finite()).count();
                 if bad > 0 {
-                    let (device, elements) = (device as u32, u32::try_from(bad).unwrap_or(u32::MAX));
-                    out.push(Origin { node: node.0, device, elements, ..Origin::default() });
+                    out.push([0, 0, node.0.into(), 0, device as u64, bad as u64]);
                 }
             }
         }
         Ok(out)
     }
 
-    fn describe(&self, origin: Origin) -> Option<FirstNonFinite> {
+    fn describe(&self, [once_per_step, micro_batch, node, output, device, elements]: Origin) -> Option<FirstNonFinite> {
         let graph = &self.plan.graph;
-        let node = graph.nodes().get(origin.node as usize)?;
+        let node = graph.nodes().get(node as usize)?;
         let outputs: Vec<&Var> = node.outputs.iter().chain(&node.updates).collect();
-        let var = outputs.get(usize::from(origin.output)).or(outputs.first());
+        let var = outputs.get(output as usize).or(outputs.first());
         Some(FirstNonFinite {
             tensor: var.map_or(node.name.clone(), |var| graph.tensor(**var).name.clone()),
             op: op_name(node).into(),
             role: node.role,
-            micro_batch: (!origin.once_per_step).then_some(origin.micro_batch as usize),
-            device: origin.device as usize,
-            elements: u64::from(origin.elements),
+            micro_batch: (once_per_step == 0).then_some(micro_batch as usize),
+            device: device as usize,
+            elements,
             location: format!("{}:{}", node.location.file(), node.location.line()),
         })
     }

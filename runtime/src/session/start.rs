@@ -17,7 +17,6 @@ use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::memory::Arena;
 use shardflow_kernels::tensor::HostTensor;
 
-use super::agreement::{SharedInput, shared_inputs};
 use super::batch::BatchRules;
 use super::budget::Budget;
 use super::error::SessionError;
@@ -65,7 +64,6 @@ struct Resources {
     arenas: BTreeMap<usize, Arena>,
     /// Staging memory of this process's devices.
     staging: BTreeMap<usize, Arena>,
-    shared_inputs: Vec<SharedInput>,
     ports: Arc<HostPorts>,
     connections: Connections,
 }
@@ -110,7 +108,7 @@ impl Session {
         world: Option<Arc<World>>,
     ) -> Result<Self, SessionError> {
         let resources = Resources::acquire(&mut plan, process_map, options, &budget, world.as_deref())?;
-        let Resources { node_processes, devices, arenas, staging, shared_inputs, ports, connections } = resources;
+        let Resources { node_processes, devices, arenas, staging, ports, connections } = resources;
         let engine = connections.engine.clone();
         world.iter().for_each(|world| world.doing("preparing kernels"));
         let loaded = load(&plan, &process_map, &devices, [&arenas, &staging], connections, ports)?;
@@ -118,7 +116,7 @@ impl Session {
         let plan = Arc::new(plan);
         let mut session = Self {
             host_io,
-            batch_rules: BatchRules::new(&plan, &process_map, shared_inputs),
+            batch_rules: BatchRules::new(&plan, &process_map),
             progress: Progress { seed: options.seed, ..Progress::default() },
             guard: UpdateGuard { on_non_finite: options.on_non_finite, skipped_in_a_row: 0, bounds: Bounds::default() },
             declared: declared(&plan, options),
@@ -240,7 +238,6 @@ impl Resources {
             arenas.insert(device.rank(), if shared { device.shared_arena(bytes)? } else { device.arena(bytes)? });
             staging.insert(device.rank(), device.staging(memory.staging_end())?);
         }
-        let shared_inputs = shared_inputs(plan, &process_map);
         let ports = Arc::new(HostPorts::new(plan.plan.clone(), process_map, options.outputs));
         set_activity(WAITING);
         let mut connections = match world {
@@ -251,7 +248,7 @@ impl Resources {
             None => Connections::alone(engine),
         };
         arenas.append(&mut connections.mapped);
-        Ok(Self { node_processes, devices, arenas, staging, shared_inputs, ports, connections })
+        Ok(Self { node_processes, devices, arenas, staging, ports, connections })
     }
 }
 

@@ -17,20 +17,11 @@ pub struct Rules {
     pub in_flight_max: Vec<u32>,
 }
 
-/// One firing in a list.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry {
-    /// Index of the work.
-    pub work: usize,
-    /// The micro-batch; 0 for work of the whole step.
-    pub iteration: u32,
-}
-
 /// The order of a step, and the time of each firing.
 #[derive(Clone, Debug, Default)]
 pub struct StepPlan {
-    /// The list of each site.
-    pub lists: Vec<Vec<Entry>>,
+    /// For each site: its firings in order, as indices of the work.
+    pub lists: Vec<Vec<usize>>,
     /// Start and end of each firing in ticks, by work and iteration.
     pub times: Vec<Vec<(u64, u64)>>,
     /// For each work: the maximum number of micro-batches in flight.
@@ -39,7 +30,7 @@ pub struct StepPlan {
     pub priorities: Vec<i32>,
 }
 
-pub(super) fn play(graph: &WorkGraph, rules: &Rules) -> StepPlan {
+pub(super) fn play(graph: &WorkGraph, rules: Rules) -> StepPlan {
     let mut player = Player::new(graph, rules);
     (0..graph.work.len()).for_each(|work| player.enable(work));
     loop {
@@ -47,13 +38,13 @@ pub(super) fn play(graph: &WorkGraph, rules: &Rules) -> StepPlan {
         let Some(Reverse(next)) = player.events.pop() else { break };
         player.now = next;
     }
-    let Player { lists, times, in_flight, .. } = player;
-    StepPlan { lists, times, in_flight, priorities: rules.priorities.clone() }
+    let Player { lists, times, in_flight, rules, .. } = player;
+    StepPlan { lists, times, in_flight, priorities: rules.priorities }
 }
 
 struct Player<'a> {
     graph: &'a WorkGraph,
-    rules: &'a Rules,
+    rules: Rules,
     /// For each work: the work that waits for it.
     readers: Vec<Vec<usize>>,
     now: u64,
@@ -64,13 +55,13 @@ struct Player<'a> {
     /// By priority: work whose next firing needs only firings that have begun. `ready_at` has its earliest start time.
     enabled: BTreeSet<(i32, Reverse<usize>)>,
     ready_at: Vec<u64>,
-    lists: Vec<Vec<Entry>>,
+    lists: Vec<Vec<usize>>,
     times: Vec<Vec<(u64, u64)>>,
     in_flight: Vec<u32>,
 }
 
 impl<'a> Player<'a> {
-    fn new(graph: &'a WorkGraph, rules: &'a Rules) -> Self {
+    fn new(graph: &'a WorkGraph, rules: Rules) -> Self {
         let count = graph.work.len();
         let mut readers: Vec<Vec<usize>> = vec![Vec::new(); count];
         for (index, work) in graph.work.iter().enumerate() {
@@ -135,13 +126,12 @@ impl<'a> Player<'a> {
 
     fn start(&mut self, index: usize) {
         let work = &self.graph.work[index];
-        let iteration = self.times[index].len() as u32;
         let end = self.now + work.ticks;
         self.times[index].push((self.now, end));
         self.in_flight[index] = self.in_flight[index].max(self.open(index));
         for site in &work.sites {
             self.free_at[*site] = end;
-            self.lists[*site].push(Entry { work: index, iteration });
+            self.lists[*site].push(index);
         }
         self.events.push(Reverse(end));
         self.enabled.remove(&(self.rules.priorities[index], Reverse(index)));

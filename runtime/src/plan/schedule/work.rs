@@ -49,11 +49,12 @@ const HOP: u64 = 1;
 
 /// The compute segments of a graph as work, and the site of each device that has work.
 pub fn work_graph(graph: &Graph, segments: &Segments, micro_batches: usize) -> (WorkGraph, Vec<Option<usize>>) {
-    let compute: Vec<SegmentId> = segments.ids().filter(|id| segments.get(*id).stream == StreamKind::Compute).collect();
-    let index_of: BTreeMap<SegmentId, usize> = compute.iter().enumerate().map(|(index, id)| (*id, index)).collect();
+    let compute = segments.ids().filter(|id| segments.get(*id).stream == StreamKind::Compute);
+    let index_of: BTreeMap<SegmentId, usize> = compute.zip(0..).collect();
     let (site_of_device, sites_of_placement) = sites(graph, segments);
-    let mut needs = Needs { segments, index_of: &index_of, through: HashMap::new(), fetches: fetches(segments) };
-    let work = compute.iter().map(|id| {
+    let own = index_of.iter().map(|(id, index)| (*id, BTreeSet::from([*index])));
+    let mut needs = Needs { segments, through: own.collect() };
+    let work = index_of.keys().map(|id| {
         let segment = segments.get(*id);
         Work {
             segment: *id,
@@ -65,7 +66,7 @@ pub fn work_graph(graph: &Graph, segments: &Segments, micro_batches: usize) -> (
                 Role::Backward => BACKWARD,
                 _ => STEP,
             },
-            needs: needs.of(*id).into_iter().collect(),
+            needs: needs.of(*id),
             closed_by: closed_by(segments, &index_of, *id),
         }
     });
@@ -79,72 +80,49 @@ pub fn work_graph(graph: &Graph, segments: &Segments, micro_batches: usize) -> (
 fn sites(graph: &Graph, segments: &Segments) -> (Vec<Option<usize>>, BTreeMap<usize, Vec<usize>>) {
     let used: BTreeSet<usize> =
         segments.list.iter().filter(|s| s.stream == StreamKind::Compute).map(|s| s.placement).collect();
-    let mut placements_of = vec![Vec::new(); graph.mesh.device_count()];
-    for placement in used {
-        for device in graph.placements[placement].devices() {
-            placements_of[*device].push(placement);
-        }
-    }
     let mut known: HashMap<Vec<usize>, usize> = HashMap::new();
     let mut sites_of: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
-    let mut site_of = Vec::new();
-    for placements in placements_of {
-        let count = known.len();
-        let site = (!placements.is_empty()).then(|| {
-            *known.entry(placements.clone()).or_insert_with(|| {
-                placements.iter().for_each(|placement| sites_of.entry(*placement).or_default().push(count));
-                count
-            })
-        });
-        site_of.push(site);
-    }
-    (site_of, sites_of)
-}
-
-/// All segments in which the host fetches results.
-fn fetches(segments: &Segments) -> Vec<SegmentId> {
-    segments.ids().filter(|id| segments.get(*id).host == Some(HostTransfer::Fetch)).collect()
+    let site = |device: usize| {
+        let is_on = |placement: &usize| graph.placements[*placement].index_of(device).is_some();
+        let placements: Vec<usize> = used.iter().copied().filter(is_on).collect();
+        let next = known.len();
+        let mut new_site = |placements: &Vec<usize>| {
+            placements.iter().for_each(|placement| sites_of.entry(*placement).or_default().push(next));
+            next
+        };
+        (!placements.is_empty()).then(|| *known.entry(placements).or_insert_with_key(&mut new_site))
+    };
+    ((0..graph.mesh.device_count()).map(site).collect(), sites_of)
 }
 
 /// Finds the compute segments that a segment waits for, directly or through segments of other streams.
 struct Needs<'a> {
     segments: &'a Segments,
-    index_of: &'a BTreeMap<SegmentId, usize>,
-    /// For each segment of another stream: the work that it waits for.
+    /// For each compute segment: its work. For each segment of another stream that was visited: the work that it waits
+    /// for.
     through: HashMap<SegmentId, BTreeSet<usize>>,
-    fetches: Vec<SegmentId>,
 }
 
 impl Needs<'_> {
-    fn of(&mut self, id: SegmentId) -> BTreeSet<(usize, bool)> {
+    fn of(&mut self, id: SegmentId) -> Vec<(usize, bool)> {
         let mut needs = BTreeSet::new();
         for source in &self.segments.reads[id.index()] {
-            match self.index_of.get(source) {
-                Some(index) => {
-                    needs.insert((*index, false));
-                }
-                None => needs.extend(self.behind(*source).into_iter().map(|index| (index, true))),
-            }
+            let hop = self.segments.get(*source).stream != StreamKind::Compute;
+            needs.extend(self.behind(*source).into_iter().map(|index| (index, hop)));
         }
-        needs
+        needs.into_iter().collect()
     }
 
-    /// The work that a segment of another stream waits for.
+    /// The segment's own work or, if it is of another stream, the work that it waits for.
     fn behind(&mut self, id: SegmentId) -> BTreeSet<usize> {
         if let Some(known) = self.through.get(&id) {
             return known.clone();
         }
-        let mut sources: Vec<SegmentId> = self.segments.reads[id.index()].iter().copied().collect();
-        if self.segments.get(id).host == Some(HostTransfer::Decide) {
-            sources.extend(&self.fetches);
-        }
-        let mut work = BTreeSet::new();
-        for source in sources {
-            match self.index_of.get(&source) {
-                Some(index) => drop(work.insert(*index)),
-                None => work.extend(self.behind(source)),
-            }
-        }
+        let segments = self.segments;
+        let decides = segments.get(id).host == Some(HostTransfer::Decide);
+        let fetches = segments.of_host(HostTransfer::Fetch).filter(|_| decides);
+        let sources = segments.reads[id.index()].iter().copied().chain(fetches);
+        let work: BTreeSet<usize> = sources.flat_map(|source| self.behind(source)).collect();
         self.through.insert(id, work.clone());
         work
     }
