@@ -37,7 +37,7 @@ pub fn insert(graph: &mut Graph, planner: &mut Planner, mode: Boxing) {
                 Err(message) => pass.graph.error(&node.name, message, node.location),
             }
         }
-        pass.push(node);
+        pass.graph.push_rebuilt(&mut pass.rebuilt, node);
     }
     graph.nodes = pass.rebuilt;
 }
@@ -69,10 +69,6 @@ struct BoxingPass<'a> {
 }
 
 impl BoxingPass<'_> {
-    fn push(&mut self, node: Node) {
-        self.graph.push_rebuilt(&mut self.rebuilt, node);
-    }
-
     fn layout(&self, var: Var) -> PlacedLayout {
         let producer = self.graph.tensor(var).producer;
         let placement = self.graph.placements[self.rebuilt[producer.index()].placement].clone();
@@ -138,7 +134,7 @@ impl BoxingPass<'_> {
         let info = TensorInfo { layout, rate, saved_shape: None, ..info.clone() };
         let out = self.graph.new_tensor(info, reader.location);
         let node = Node::between(name, NodeOp::Boxing(Arc::new(step)), (input, out), placement, reader);
-        self.push(Node { role, rate, ..node });
+        self.graph.push_rebuilt(&mut self.rebuilt, Node { role, rate, ..node });
         out
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use shardflow_kernels::device::DeviceKind;
 
 use crate::graph::builder::RNG_INPUT;
-use crate::graph::{Graph, NodeOp, SourceLine, Var};
+use crate::graph::{Graph, NodeOp, Var};
 
 /// Refuses tensors so large that sums of their sizes in bytes could overflow.
 pub fn sizes(graph: &mut Graph) {
@@ -42,12 +42,6 @@ pub fn purpose(graph: &mut Graph) {
             graph.node_error(graph.tensor(output).producer.index(), message);
         }
     }
-    for (kind, name, location) in unused(graph) {
-        graph.error(&name, format!("no output depends on this {kind}; remove it, or use it"), location);
-    }
-}
-
-fn unused(graph: &Graph) -> Vec<(&'static str, String, SourceLine)> {
     let mut used = vec![false; graph.nodes.len()];
     for output in &graph.outputs {
         used[graph.tensor(output.tensor).producer.index()] = true;
@@ -59,13 +53,14 @@ fn unused(graph: &Graph) -> Vec<(&'static str, String, SourceLine)> {
             inputs.for_each(|input| used[graph.tensor(*input).producer.index()] = true);
         }
     }
-    let kind = |op: &NodeOp| match op {
-        NodeOp::Parameter { .. } => Some("parameter"),
-        NodeOp::Input => Some("input"),
-        _ => None,
-    };
-    let unused = graph.nodes.iter().zip(used).filter(|(node, used)| !used && node.name != RNG_INPUT);
-    unused.filter_map(|(node, _)| Some((kind(&node.op)?, node.name.clone(), node.location))).collect()
+    for index in (0..graph.nodes.len()).filter(|index| !used[*index]) {
+        let kind = match graph.nodes[index].op {
+            NodeOp::Parameter { .. } => "parameter",
+            NodeOp::Input if graph.nodes[index].name != RNG_INPUT => "input",
+            _ => continue,
+        };
+        graph.node_error(index, format!("no output depends on this {kind}; remove it, or use it"));
+    }
 }
 
 /// Refuses a loss that depends on no parameter. `grads` is empty for such a loss.

@@ -4,9 +4,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use shardflow_actors::spec::StreamKind;
+
 use crate::graph::{Graph, NodeId, NodeOp, Rate, Var};
 use crate::plan::classes::Classes;
-use crate::plan::segments::{SegmentId, Segments, producers};
+use crate::plan::segments::{Segment, SegmentId, Segments, producers};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Storage {
@@ -166,18 +168,13 @@ impl ClassBuilder<'_> {
     /// For each bucket and each segment that reads the bucket's result, adds a register without bytes, to signal that
     /// the reduction is complete. A bucket is reduced in place, so readers read the register that backward wrote.
     fn add_bucket_signals(&mut self) {
-        let mut waits: BTreeSet<(SegmentId, SegmentId)> = BTreeSet::new();
-        for id in &self.out.segments {
-            for input in self.segments.get(*id).nodes.iter().flat_map(|node| &self.graph.nodes[node.index()].inputs) {
-                let producer = self.graph.tensor(*input).producer;
-                if let (NodeOp::Bucket { .. }, Some(bucket)) =
-                    (&self.graph.producer(*input).op, self.segments.of_node[producer.index()])
-                    && self.is_on[self.segments.get(bucket).placement]
-                {
-                    waits.insert((bucket, *id));
-                }
-            }
-        }
+        let is_bucket = |id: &&SegmentId| {
+            let Segment { stream, placement, .. } = self.segments.get(**id);
+            *stream == StreamKind::Communication && self.is_on[*placement]
+        };
+        let read = self.out.segments.iter().flat_map(|id| self.segments.reads[id.index()].iter().map(move |r| (r, id)));
+        let waits: BTreeSet<_> =
+            read.filter(|(bucket, _)| is_bucket(bucket)).map(|(b, reader)| (*b, *reader)).collect();
         let signal = |(producer, reader)| RegisterPlan {
             producer,
             readers: vec![reader],

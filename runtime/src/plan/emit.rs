@@ -204,17 +204,12 @@ impl Emitter<'_> {
                 self.launch_node(node, Op::Custom(op.kernel(&ins, &outs)), false);
             }
             NodeOp::Accumulate if self.plan.fused.contains_key(&node.inputs[0]) => {}
-            NodeOp::Accumulate => {
-                let (read, write) = (self.buffer(node.inputs[0]), self.buffer(node.outputs[0]));
-                self.launch(Op::Copy, vec![read], vec![write], true);
-            }
+            NodeOp::Accumulate => self.launch_node(node, Op::Copy, true),
             NodeOp::Boxing(step) => self.emit_boxing(node, step),
             NodeOp::Bucket { .. } => self.emit_bucket(node),
             NodeOp::NormSums { indices } => self.emit_norm_sums(node, indices),
             NodeOp::NormTotal => self.emit_norm_total(node),
-            NodeOp::ClipScale { max_norm } => {
-                self.launch_node(node, Op::ClipScale { max_norm: *max_norm }, false);
-            }
+            NodeOp::ClipScale { max_norm } => self.launch_node(node, Op::ClipScale { max_norm: *max_norm }, false),
             NodeOp::Input => self.emit_host_copies(&node.outputs),
             NodeOp::Fetch => self.emit_host_copies(&node.inputs),
             NodeOp::Relayout | NodeOp::Parameter { .. } | NodeOp::State | NodeOp::Bf16Copy { .. } => {}
@@ -242,8 +237,7 @@ impl Emitter<'_> {
             LocalStep::Keep => {
                 // The output shares the input's memory only if the step keeps the part on all devices; else copy.
                 if self.plan.aliases.resolve(node.outputs[0]) == node.outputs[0] {
-                    let (read, write) = (self.buffer(node.inputs[0]), self.buffer(node.outputs[0]));
-                    self.launch(Op::Copy, vec![read], vec![write], false);
+                    self.launch_node(node, Op::Copy, false);
                 }
             }
             LocalStep::Call(call) => {

@@ -72,6 +72,12 @@ impl BatchRules {
         }
     }
 
+    /// The inputs that a whole batch holds, by name.
+    fn expected(&self) -> BTreeMap<&str, Var> {
+        let is_fed = |n: &&Node| matches!(n.op, NodeOp::Input) && n.name != RNG_INPUT && n.name != HYPER_INPUT;
+        self.plan.graph.nodes().iter().filter(is_fed).map(|n| (n.name.as_str(), n.outputs[0])).collect()
+    }
+
     /// Checks the tensors of a step.
     ///
     /// # Errors
@@ -79,9 +85,7 @@ impl BatchRules {
     pub(super) fn check<'a>(&self, batch: Batch<'a>) -> Result<Inputs<'a>, SessionError> {
         let (graph, is_local) = (&self.plan.graph, matches!(batch, Batch::Local(_)));
         let (Batch::Whole(inputs) | Batch::Local(inputs)) = batch;
-        let is_fed = |n: &&Node| matches!(n.op, NodeOp::Input) && n.name != RNG_INPUT && n.name != HYPER_INPUT;
-        let inputs_of_graph = graph.nodes().iter().filter(is_fed);
-        let expected: BTreeMap<&str, Var> = inputs_of_graph.map(|n| (n.name.as_str(), n.outputs[0])).collect();
+        let expected = self.expected();
         let wrong =
             |name: &str, expected: String, got: String| SessionError::Input { name: name.into(), expected, got };
         let mut tensors = BTreeMap::new();
@@ -166,17 +170,18 @@ impl BatchRules {
         whole: &[(&'a str, HostTensor)],
     ) -> Result<Vec<(&'a str, HostTensor)>, SessionError> {
         let inputs = self.check(Batch::Whole(whole))?;
-        let nodes = self.plan.graph.nodes().iter().filter(|node| matches!(node.op, NodeOp::Input));
-        let vars: BTreeMap<&str, Var> = nodes.map(|node| (node.name.as_str(), node.outputs[0])).collect();
+        let expected = self.expected();
         let part = |name: &'a str| {
-            let (region, var) = (self.local_parts.get(name)?, *vars.get(name)?);
-            let dim = batch_dim(self.plan.graph.tensor(var));
-            let micro_batches = if dim.is_some() { self.plan.micro_batches } else { 1 };
-            let parts = (0..micro_batches).map(|index| self.region(var, region.clone(), index, &inputs));
-            let mut parts: Vec<HostTensor> = parts.collect();
+            let (region, var) = (self.local_parts.get(name)?, *expected.get(name)?);
+            let part = |micro_batch| self.region(var, region.clone(), micro_batch, &inputs);
             Some((
                 name,
-                if let (Some(dim), 2..) = (dim, parts.len()) { concat(&parts, dim) } else { parts.swap_remove(0) },
+                match batch_dim(self.plan.graph.tensor(var)) {
+                    Some(dim) if self.plan.micro_batches > 1 => {
+                        concat(&(0..self.plan.micro_batches).map(part).collect::<Vec<_>>(), dim)
+                    }
+                    _ => part(0),
+                },
             ))
         };
         Ok(whole.iter().filter_map(|(name, _)| part(name)).collect())

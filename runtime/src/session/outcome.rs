@@ -38,11 +38,6 @@ impl Outcome {
         }
     }
 
-    /// The value of a process that succeeded, else 0.
-    pub(super) fn value(self) -> u64 {
-        if let Self::Good(value) = self { value } else { 0 }
-    }
-
     /// Returns an error if this outcome of `rank` is a failure. `problem` is what the rank cannot do with `place`.
     pub(super) fn check(self, rank: u32, place: &str, problem: &str) -> Result<(), CheckpointError> {
         let Self::Failed(exit) = self else { return Ok(()) };
@@ -80,7 +75,7 @@ impl Worst {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Outcomes {
     pub(super) worst: Worst,
-    /// The value of process 0, see [`Outcome::value`].
+    /// The value of process 0; 0 if it did not succeed.
     pub(super) first: u64,
     /// The ranks that have found nothing.
     pub(super) absent: Vec<u32>,
@@ -92,7 +87,8 @@ impl Outcomes {
     }
 
     pub(super) fn fields(rank: u32, outcome: Outcome) -> Vec<Vec<u64>> {
-        let first = if rank == 0 { vec![outcome.value()] } else { Vec::new() };
+        let value = if let Outcome::Good(value) = outcome { value } else { 0 };
+        let first = if rank == 0 { vec![value] } else { Vec::new() };
         vec![Worst::words(rank, outcome).to_vec(), first, vec![u64::from(outcome == Outcome::Absent)]]
     }
 

@@ -145,25 +145,21 @@ impl PublishedMetrics {
         let mut bytes: BTreeMap<(&str, &str, &'static str), u64> = BTreeMap::new();
         for snapshot in snapshots {
             // Counts a register once for this reader, even if two of its actions read the register.
-            let mut crossed: BTreeMap<RegisterId, (&str, &'static str, u64)> = BTreeMap::new();
+            let mut read: BTreeMap<RegisterId, u64> = BTreeMap::new();
             let reader = &spec.actors[snapshot.actor];
-            for (index, action) in reader.actions.iter().enumerate() {
-                let completed = snapshot.completed(index as u32);
+            for (index, action) in (0..).zip(&reader.actions) {
                 for input in &action.inputs {
-                    let register = &spec.registers[input.register];
-                    let producer = &spec.actors[register.producer];
-                    if register.producer == snapshot.actor || register.slot_bytes == 0 {
-                        continue;
-                    }
-                    let transport = sources.transport(input.register, snapshot.actor);
-                    let pieces = input.pieces.finished(completed);
-                    let (_, _, max) = crossed.entry(input.register).or_insert((&producer.name, transport, 0));
-                    *max = pieces.max(*max);
+                    let most = read.entry(input.register).or_default();
+                    *most = input.pieces.finished(snapshot.completed(index)).max(*most);
                 }
             }
-            for (register, (from, transport, pieces)) in crossed {
-                let slot_bytes = spec.registers[register].slot_bytes as u64;
-                *bytes.entry((from, &reader.name, transport)).or_default() += pieces * slot_bytes;
+            for (id, pieces) in read {
+                let register = &spec.registers[id];
+                if register.producer != snapshot.actor && register.slot_bytes > 0 {
+                    let from = &spec.actors[register.producer].name;
+                    let transport = sources.transport(id, snapshot.actor);
+                    *bytes.entry((from, &reader.name, transport)).or_default() += pieces * register.slot_bytes as u64;
+                }
             }
         }
         for ((from, to, transport), bytes) in bytes {

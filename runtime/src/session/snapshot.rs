@@ -81,7 +81,9 @@ impl Session {
         for (var, kind) in self.residents() {
             for (device, ResidentTensor { region, dtype, offset, .. }) in saved_parts(&self.plan, var, devices.clone())
             {
-                let mut data = reuse_buffer(spare.next(), dtype, &region);
+                let reused = spare.next().map(|piece| piece.data).filter(|tensor| tensor.dtype() == dtype);
+                let buffer = reused.map_or_else(|| HostData::empty(dtype), |tensor| tensor.data);
+                let mut data = HostTensor { shape: region.size.clone(), data: buffer };
                 self.arenas[&device].read_host_into(offset, &mut data)?;
                 pieces.push(SnapshotPiece { tensor: tensors.len(), region, data });
             }
@@ -277,10 +279,4 @@ impl Session {
         }
         Ok(())
     }
-}
-
-/// Returns a tensor to read into. It reuses the buffer of `spare` if the type matches.
-fn reuse_buffer(spare: Option<SnapshotPiece>, dtype: DType, region: &Region) -> HostTensor {
-    let spare = spare.filter(|piece| piece.data.dtype() == dtype).map(|piece| piece.data.data);
-    HostTensor { shape: region.size.clone(), data: spare.unwrap_or(HostData::empty(dtype)) }
 }

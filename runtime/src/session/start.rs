@@ -64,7 +64,6 @@ struct Resources {
     arenas: BTreeMap<usize, Arena>,
     /// Staging memory of this process's devices.
     staging: BTreeMap<usize, Arena>,
-    ports: Arc<HostPorts>,
     connections: Connections,
 }
 
@@ -108,8 +107,9 @@ impl Session {
         world: Option<Arc<World>>,
     ) -> Result<Self, SessionError> {
         let resources = Resources::acquire(&mut plan, process_map, options, &budget, world.as_deref())?;
-        let Resources { node_processes, devices, arenas, staging, ports, connections } = resources;
+        let Resources { node_processes, devices, arenas, staging, connections } = resources;
         let engine = connections.engine.clone();
+        let ports = Arc::new(HostPorts::new(plan.plan.clone(), process_map, options.outputs));
         world.iter().for_each(|world| world.doing("preparing kernels"));
         let loaded = load(&plan, &process_map, &devices, [&arenas, &staging], connections, ports)?;
         let Loaded { plan: loaded, host_io, mirrored } = loaded;
@@ -238,7 +238,6 @@ impl Resources {
             arenas.insert(device.rank(), if shared { device.shared_arena(bytes)? } else { device.arena(bytes)? });
             staging.insert(device.rank(), device.staging(memory.staging_end())?);
         }
-        let ports = Arc::new(HostPorts::new(plan.plan.clone(), process_map, options.outputs));
         set_activity(WAITING);
         let mut connections = match world {
             Some(world) => {
@@ -248,7 +247,7 @@ impl Resources {
             None => Connections::alone(engine),
         };
         arenas.append(&mut connections.mapped);
-        Ok(Self { node_processes, devices, arenas, staging, ports, connections })
+        Ok(Self { node_processes, devices, arenas, staging, connections })
     }
 }
 
