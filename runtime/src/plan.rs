@@ -19,21 +19,21 @@ pub use segments::HostTransfer;
 use segments::{SegmentId, Segments};
 use slots::Slots;
 
-pub mod action;
+pub(crate) mod action;
 pub(crate) mod assign;
-pub mod classes;
+pub(crate) mod classes;
 pub(crate) mod emit;
 pub mod error;
 pub mod flops;
-pub mod groups;
+pub(crate) mod groups;
 mod hash;
 pub mod instance;
 pub(crate) mod lower;
 pub(crate) mod memory;
-pub mod schedule;
-pub mod segments;
+pub(crate) mod schedule;
+pub(crate) mod segments;
 pub(crate) mod slots;
-pub mod validate;
+pub(crate) mod validate;
 
 /// The plan of one class of devices.
 #[derive(Clone, Debug, Default)]

@@ -12,13 +12,14 @@ use crate::graph::{Graph, Node, NodeOp, Var, ops};
 /// in reverse program order. A contribution covers one micro-batch and is not accumulated yet.
 pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Vec<Var>> {
     let needed = needs_gradient(graph);
-    let mut grads = Gradients::default();
+    // The contributions to the gradient of each tensor.
+    let mut grads: BTreeMap<Var, Vec<Var>> = BTreeMap::new();
     graph.role = Role::Backward;
 
     graph.current_placement = graph.placement_of(loss);
     let location = graph.producer(loss).location;
     let one = graph.layer(location, |graph| graph.kernel("dloss", Op::Fill { value: 1.0 }, &[]))[0];
-    grads.add(loss, one);
+    grads.insert(loss, vec![one]);
 
     for index in (0..graph.nodes.len()).rev() {
         let node = graph.nodes[index].clone();
@@ -26,19 +27,22 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Vec<Var>> {
         if is_source || node.role != Role::Forward || !node.outputs.iter().any(|o| needed[o.index()]) {
             continue;
         }
-        let total = |output: &Var| graph.layer(node.location, |graph| grads.total(graph, *output));
+        let total = |output: &Var| {
+            let parts = grads.remove(output)?;
+            Some(graph.layer(node.location, |graph| total(graph, *output, parts)))
+        };
         let outputs: Vec<Option<Var>> = node.outputs.iter().map(total).collect();
         graph.current_placement = node.placement;
         for (input, grad) in node_backward(graph, &node, &outputs) {
             if needed[input.index()] {
-                grads.add(input, grad);
+                grads.entry(input).or_default().push(grad);
             }
         }
     }
     graph.role = Role::Forward;
     // The remaining gradients belong to tensors without backward nodes: parameters and inputs.
-    grads.0.retain(|var, _| matches!(graph.producer(*var).op, NodeOp::Parameter { .. }));
-    grads.0
+    grads.retain(|var, _| matches!(graph.producer(*var).op, NodeOp::Parameter { .. }));
+    grads
 }
 
 /// For each tensor: true if it depends on a parameter.
@@ -52,37 +56,20 @@ fn needs_gradient(graph: &Graph) -> Vec<bool> {
     needed
 }
 
-/// The contributions to the gradient of each tensor.
-#[derive(Default)]
-struct Gradients(BTreeMap<Var, Vec<Var>>);
-
-impl Gradients {
-    fn add(&mut self, of: Var, part: Var) {
-        self.0.entry(of).or_default().push(part);
-    }
-
-    /// The sum of all contributions. Contributions on one placement are added there, so only their sum is transferred.
-    fn total(&mut self, graph: &mut Graph, of: Var) -> Option<Var> {
-        let parts = self.0.remove(&of)?;
-        let mut by_placement: Vec<(usize, Var)> = Vec::new();
-        for part in parts {
-            let placement = graph.placement_of(part);
-            match by_placement.iter_mut().find(|(p, _)| *p == placement) {
-                Some((_, sum)) => {
-                    graph.current_placement = placement;
-                    *sum = graph.kernel("grad_sum", Op::Add, &[*sum, part])[0];
-                }
-                None => by_placement.push((placement, part)),
-            }
+/// The sum of all contributions to a gradient. Contributions on one placement are added there, so only their sum is
+/// transferred.
+fn total(graph: &mut Graph, of: Var, parts: Vec<Var>) -> Var {
+    let add = |graph: &mut Graph, sum, part| graph.kernel("grad_sum", Op::Add, &[sum, part])[0];
+    let mut sums: Vec<Var> = Vec::new();
+    for part in parts {
+        graph.current_placement = graph.placement_of(part);
+        match sums.iter_mut().find(|sum| graph.placement_of(**sum) == graph.current_placement) {
+            Some(sum) => *sum = add(graph, *sum, part),
+            None => sums.push(part),
         }
-        let mut sums = by_placement.into_iter().map(|(_, sum)| sum);
-        let mut total = sums.next()?;
-        graph.current_placement = graph.placement_of(of);
-        for sum in sums {
-            total = graph.kernel("grad_sum", Op::Add, &[total, sum])[0];
-        }
-        Some(total)
     }
+    graph.current_placement = graph.placement_of(of);
+    sums.into_iter().reduce(|total, sum| add(graph, total, sum)).expect("a gradient has a contribution")
 }
 
 /// Returns the gradients of a node's inputs, given the gradients of its outputs.

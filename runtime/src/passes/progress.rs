@@ -54,10 +54,7 @@ mod tests {
         assert_eq!(result, 7);
         // The reporting thread has ended, so no report comes any more.
         while reports.recv().is_ok() {}
-    }
-
-    #[test]
-    fn fast_work_is_not_reported() {
+        // Fast work is not reported.
         let on_slow = |_, part| panic!("reported {part}");
         assert_eq!(report(Some(on_slow), Duration::from_secs(3600), |_| 7), 7);
         assert_eq!(report(None::<OnSlow>, Duration::ZERO, |_| 7), 7);

@@ -2,22 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use shardflow_kernels::tensor::DType;
-
 use super::*;
 use crate::graph::{AdamW, NodeOp};
-use crate::nn::{GptConfig, batch_layout, gpt};
-use crate::placement::Mesh;
+use crate::nn::GptConfig;
+use crate::plan::tests::gpt_graph;
 
 /// A GPT's graph with layouts and boxing, and the number of edges that the searches for boxing evaluated.
 fn boxed(mesh: &str, layers: usize) -> (Graph, usize) {
     let config = GptConfig { vocabulary: 512, layers, heads: 8, width: 512, context: 256, batch: 32, dropout: 0.0 };
-    let mut graph = Graph::new(&Mesh::parse(mesh).unwrap());
-    let logits = gpt(&mut graph, &config);
-    let layout = batch_layout(&graph);
-    let targets = graph.input("targets", &[config.batch, config.context], DType::I32, layout);
-    let loss = graph.cross_entropy(logits, targets);
-    graph.minimize(loss, AdamW::default());
+    let (mut graph, loss) = gpt_graph(mesh, &config);
     micro_batch::divide(&mut graph, 2);
     let grads = autodiff::backward(&mut graph, loss);
     optimizer::accumulate(&mut graph, loss);

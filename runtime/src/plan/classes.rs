@@ -8,9 +8,9 @@ use shardflow_kernels::collective::CollectiveKind;
 use shardflow_kernels::tensor::regions::Regions;
 
 use crate::boxing::step::{BoxingStep, LocalStep, StepKind};
-use crate::graph::{Graph, NodeId, NodeOp};
+use crate::graph::{Graph, Node, NodeId, NodeOp};
 use crate::placement::Placement;
-use crate::sbp::{NdSbp, local_region};
+use crate::sbp::{NdSbp, Sbp, local_region};
 
 /// Index of a class in [`Classes::devices`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -25,7 +25,6 @@ impl ClassId {
 /// The classes of a mesh's devices, and the devices that transfers connect.
 #[derive(Clone, Debug, Default)]
 pub struct Classes {
-    /// The class of each device.
     pub of: Vec<ClassId>,
     /// For each class: its devices, in order of rank. The first one represents the class.
     pub devices: Vec<Vec<usize>>,
@@ -48,7 +47,6 @@ impl Classes {
         self.devices[class.index()][0]
     }
 
-    /// All ids, in order.
     pub fn ids(&self) -> impl Iterator<Item = ClassId> + use<> {
         (0..self.devices.len() as u32).map(ClassId)
     }
@@ -116,7 +114,9 @@ impl<'a> Work<'a> {
             append_step(step, position, traits);
         }
         let coords = placement.coords(position);
-        traits.extend(self.counted.iter().map(|layout| usize::from(layout.is_first_copy(&coords))));
+        let is_counted =
+            |layout: &&NdSbp| layout.0.iter().zip(&coords).all(|(sbp, at)| *sbp != Sbp::Broadcast || *at == 0);
+        traits.extend(self.counted.iter().map(|layout| usize::from(is_counted(layout))));
     }
 }
 
@@ -202,7 +202,7 @@ fn transfers(graph: &Graph) -> BTreeMap<NodeId, Arc<Pairs>> {
     let mut known: Vec<(&BoxingStep, Arc<Pairs>)> = Vec::new();
     let mut transfers = BTreeMap::new();
     for (index, node) in graph.nodes.iter().enumerate() {
-        let NodeOp::Boxing(step) = &node.op else { continue };
+        let Node { op: NodeOp::Boxing(step), .. } = node else { continue };
         if step.kind != StepKind::Transfer {
             continue;
         }

@@ -209,7 +209,9 @@ impl Emitter<'_> {
             NodeOp::Bucket { .. } => self.emit_bucket(node),
             NodeOp::NormSums { indices } => self.emit_norm_sums(node, indices),
             NodeOp::NormTotal => self.emit_norm_total(node),
-            NodeOp::ClipScale { max_norm } => self.launch_node(node, Op::ClipScale { max_norm: *max_norm }, false),
+            NodeOp::ClipScale { max_norm } => {
+                self.launch_node(node, Op::ClipScale { max_norm: *max_norm }, false);
+            }
             NodeOp::Input => self.emit_host_copies(&node.outputs),
             NodeOp::Fetch => self.emit_host_copies(&node.inputs),
             NodeOp::Relayout | NodeOp::Parameter { .. } | NodeOp::State | NodeOp::Bf16Copy { .. } => {}

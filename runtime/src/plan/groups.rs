@@ -16,9 +16,7 @@ pub struct Pattern {
     pub stream: StreamKind,
     /// Index into [`Graph::placements`].
     pub placement: usize,
-    /// Indices of the placement's axes.
     pub axes: Vec<usize>,
-    /// Id of the pattern's first group.
     pub first_id: u32,
 }
 
@@ -67,7 +65,6 @@ impl Patterns {
         self.0.last().map_or(0, |last| last.first_id + group_count(graph, last.placement, &last.axes))
     }
 
-    /// The ranks of the group with this id.
     pub fn ranks(&self, graph: &Graph, id: u32) -> Option<Ranks> {
         let last = self.0.iter().rev().find(|pattern| pattern.first_id <= id)?;
         let (placement, axes) = (&graph.placements[last.placement], &last.axes);
@@ -75,7 +72,6 @@ impl Patterns {
         (0..placement.device_count()).find(of_group).map(|index| placement.group_ranks(index, axes))
     }
 
-    /// The groups of a device.
     pub fn groups_of(&self, graph: &Graph, device: usize) -> impl Iterator<Item = Arc<Group>> {
         let is_member = move |pattern: &&Pattern| graph.placements[pattern.placement].index_of(device).is_some();
         let group = move |p: &Pattern| self.group(graph, (p.stream, &p.axes), p.placement, device);

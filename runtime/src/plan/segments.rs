@@ -38,9 +38,7 @@ pub enum HostTransfer {
 pub struct Segment {
     /// Index into [`Graph::placements`].
     pub placement: usize,
-    /// The stream that runs the segment.
     pub stream: StreamKind,
-    /// How often the segment runs.
     pub rate: Rate,
     /// Role, chunk and program.
     pub label: Label,
@@ -48,7 +46,6 @@ pub struct Segment {
     pub name: String,
     /// What the host does, if this is a segment of the host.
     pub host: Option<HostTransfer>,
-    /// The nodes, in program order.
     pub nodes: Vec<NodeId>,
 }
 
@@ -64,7 +61,6 @@ pub struct Segments {
 }
 
 impl Segments {
-    /// The segment with this id.
     pub fn get(&self, id: SegmentId) -> &Segment {
         &self.list[id.index()]
     }
@@ -72,8 +68,11 @@ impl Segments {
     /// The segment in which the host fetches an output.
     pub fn fetch_of(&self, graph: &Graph, output: Var) -> SegmentId {
         let (rate, placement) = (graph.tensor(output).rate, graph.placement_of(output));
-        let fetches = |id: &SegmentId| (self.get(*id).rate, self.get(*id).placement) == (rate, placement);
-        self.of_host(HostTransfer::Fetch).find(fetches).expect("the host fetches every output")
+        let fetches = |id: &SegmentId| {
+            let segment = self.get(*id);
+            (segment.host, segment.rate, segment.placement) == (Some(HostTransfer::Fetch), rate, placement)
+        };
+        self.ids().find(fetches).expect("the host fetches every output")
     }
 
     /// The inputs that the host feeds before a step's results arrive, in the order of the program.
@@ -88,7 +87,6 @@ impl Segments {
         self.ids().filter(move |id| self.get(*id).host == Some(transfer))
     }
 
-    /// All ids, in order.
     pub fn ids(&self) -> impl Iterator<Item = SegmentId> + use<> {
         (0..self.list.len() as u32).map(SegmentId)
     }

@@ -13,7 +13,6 @@ use crate::plan::schedule::list::StepPlan;
 use crate::plan::schedule::work::WorkGraph;
 use crate::plan::segments::{SegmentId, Segments};
 
-/// The slots of a register.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slots {
     pub count: u32,
@@ -95,7 +94,6 @@ impl<'a> Times<'a> {
         piece.or(times.last()).map_or(0, |time| time.1)
     }
 
-    /// The slots of each register of a class.
     pub fn slots(&self, storage: &ClassStorage) -> Vec<Slots> {
         storage.registers.iter().map(|register| Slots::of(&self.lifetimes(register))).collect()
     }

@@ -18,7 +18,7 @@ use super::slots::Slots;
 use super::validate::{check_quotient, validate};
 use super::{ClassPlan, Plan, RegisterPlace, Schedule};
 use crate::graph::builder::Layout;
-use crate::graph::{AdamW, Graph, Role};
+use crate::graph::{AdamW, Graph, Role, Var};
 use crate::nn::{self, GptConfig};
 use crate::passes::{CompileError, CompileOptions, compile};
 use crate::placement::Mesh;
@@ -28,14 +28,19 @@ pub(crate) const GPT: GptConfig =
 
 const SCHEDULES: [Schedule; 2] = [Schedule::GPipe, Schedule::OneFOneB];
 
-fn try_gpt(mesh: &str, options: &CompileOptions) -> Result<Plan, CompileError> {
+/// The graph of a GPT, and its loss.
+pub(crate) fn gpt_graph(mesh: &str, config: &GptConfig) -> (Graph, Var) {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
-    let logits = nn::gpt(&mut g, &GPT);
+    let logits = nn::gpt(&mut g, config);
     let layout = nn::batch_layout(&g);
-    let targets = g.input("targets", &[GPT.batch, GPT.context], DType::I32, layout);
+    let targets = g.input("targets", &[config.batch, config.context], DType::I32, layout);
     let loss = g.cross_entropy(logits, targets);
     g.minimize(loss, AdamW::default());
-    compile(g, options)
+    (g, loss)
+}
+
+fn try_gpt(mesh: &str, options: &CompileOptions) -> Result<Plan, CompileError> {
+    compile(gpt_graph(mesh, &GPT).0, options)
 }
 
 pub(crate) fn gpt(mesh: &str, micro_batches: usize, schedule: Schedule) -> Plan {

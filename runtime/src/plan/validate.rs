@@ -20,9 +20,6 @@ use crate::plan::{ClassPlan, Plan};
 const STEPS: u32 = 2;
 
 /// Checks the order of collectives, bounds, memory and liveness, for one device of each class.
-///
-/// # Errors
-/// The first failed check.
 pub fn validate(plan: &Plan) -> Result<(), PlanError> {
     check_decisions(plan)?;
     check_bounds(plan)?;

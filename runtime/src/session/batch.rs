@@ -78,10 +78,7 @@ impl BatchRules {
         self.plan.graph.nodes().iter().filter(is_fed).map(|n| (n.name.as_str(), n.outputs[0])).collect()
     }
 
-    /// Checks the tensors of a step.
-    ///
-    /// # Errors
-    /// [`SessionError::Input`]: a missing or unknown input, a wrong shape or type, or a token outside the vocabulary.
+    /// Refuses missing and unknown inputs, wrong shapes and types, and tokens outside the vocabulary.
     pub(super) fn check<'a>(&self, batch: Batch<'a>) -> Result<Inputs<'a>, SessionError> {
         let (graph, is_local) = (&self.plan.graph, matches!(batch, Batch::Local(_)));
         let (Batch::Whole(inputs) | Batch::Local(inputs)) = batch;

@@ -31,7 +31,7 @@ pub(crate) struct Budget {
     /// before any process of the job allocates for the plan. Empty if it is unknown or not applicable.
     bounds: Vec<(Option<CgroupId>, FreeMemory)>,
     /// The claims of the node's processes, by rank.
-    claims: BTreeMap<u32, MemoryClaim>,
+    pub(super) claims: BTreeMap<u32, MemoryClaim>,
 }
 
 impl Budget {
@@ -46,11 +46,6 @@ impl Budget {
     pub(crate) fn claim(&self, extra_bytes: u64) -> MemoryClaim {
         let cgroups = self.bounds.iter().filter_map(|(cgroup, _)| *cgroup).take(CGROUPS_MAX).collect();
         MemoryClaim { cgroups, extra_bytes }
-    }
-
-    /// Adds the claims of the node's processes, by rank.
-    pub(crate) fn with_claims(self, claims: BTreeMap<u32, MemoryClaim>) -> Self {
-        Self { claims, ..self }
     }
 
     /// Checks that there is memory for these processes, which all run on this node: for their devices and mirrors, for

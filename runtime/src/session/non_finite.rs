@@ -80,13 +80,16 @@ impl Session {
     fn non_finite_parameters(&self) -> Result<Vec<Origin>, SessionError> {
         let graph = &self.plan.graph;
         let mut out = Vec::new();
-        for var in graph.parameters() {
-            let parts = self.plan.resident_parts(var).filter(|(device, ..)| self.process_map.own().contains(device));
-            for (device, _, resident) in parts {
+        for device in self.process_map.own() {
+            for resident in self.plan.residents(device) {
+                let node = graph.tensor(resident.var).producer;
+                if !matches!(graph.nodes()[node.index()].op, NodeOp::Parameter { .. }) {
+                    continue;
+                }
                 let part = self.arenas[&device].read_host(resident.offset, &resident.region.size, resident.dtype)?;
                 let bad = part.as_f32().unwrap_or_default().iter().filter(|value| !value.is_finite()).count();
                 if bad > 0 {
-                    out.push([0, 0, graph.tensor(var).producer.0.into(), 0, device as u64, bad as u64]);
+                    out.push([0, 0, node.0.into(), 0, device as u64, bad as u64]);
                 }
             }
         }

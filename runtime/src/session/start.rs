@@ -86,13 +86,12 @@ impl Session {
             let slow = slow_build_warning(shardflow_kernels::OPT_LEVEL).filter(|_| options.cluster.is_first());
             slow.into_iter().chain(options.cluster.ignored_launcher()).for_each(|text| eprintln!("{text}"))
         });
-        let budget = Budget::measure(&plan);
+        let mut budget = Budget::measure(&plan);
         let (claim, wait_max) = (budget.claim(options.extra_bytes), options.watchdog.wait_max());
         let facts = || facts(&plan, options);
         let joined = World::join(&plan, &options.cluster, process_map, (&claim, facts), wait_max);
         let world = joined.map_err(failed_join)?.map(Arc::new);
-        let claims = world.as_ref().map_or_else(|| [(0, claim)].into(), |world| world.memory_claims());
-        let budget = budget.with_claims(claims);
+        budget.claims = world.as_ref().map_or_else(|| [(0, claim)].into(), |world| world.memory_claims());
         Self::start_in_world(plan, process_map, options, budget, world.clone()).map_err(|error| match world {
             Some(world) => cannot_start(&world, error),
             None => error,

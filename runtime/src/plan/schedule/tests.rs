@@ -34,10 +34,6 @@ fn chain(order: &[usize], micro_batches: u32, (forward, backward, hop_ticks): (u
     WorkGraph { work: (0..2 * chunks).map(work).collect(), sites, micro_batches, hop_ticks }
 }
 
-fn makespan(plan: &StepPlan) -> u64 {
-    plan.times.iter().flatten().map(|time| time.1).max().unwrap_or(0)
-}
-
 /// Checks that each work fires as often as required, after all work that it needs, and that lists are in order of time.
 fn check(graph: &WorkGraph, plan: &StepPlan) {
     for (index, work) in graph.work.iter().enumerate() {
@@ -55,30 +51,22 @@ fn check(graph: &WorkGraph, plan: &StepPlan) {
     }
 }
 
+/// With hops, `2 (p - s) - 1` micro-batches in flight keep stage `s` of `p` busy; without, `p - s`.
 #[test]
 fn pipelines_take_the_known_times() {
-    let stages: Vec<usize> = (0..4).collect();
-    let graph = chain(&stages, 8, (1, 2, 0));
-    let plans = [Schedule::GPipe, Schedule::OneFOneB].map(|schedule| schedule.plan(&graph, false));
-    plans.iter().for_each(|plan| check(&graph, plan));
-    assert_eq!(plans.each_ref().map(makespan), [33, 33]);
-    assert_eq!(plans[0].in_flight[..4], [8, 8, 8, 8]);
-    assert_eq!(plans[1].in_flight[..4], [4, 3, 2, 1]);
-}
-
-/// With hops, `2 (p - s) - 1` micro-batches in flight keep stage `s` of `p` busy. Times are in half ticks.
-#[test]
-fn one_forward_one_backward_runs_further_ahead_when_messages_take_time() {
-    let stages: Vec<usize> = (0..8).collect();
-    let graph = chain(&stages, 32, (2, 4, 1));
-    let plan = Schedule::OneFOneB.plan(&graph, false);
-    check(&graph, &plan);
-    assert_eq!(makespan(&plan), 2 * 124);
-    assert_eq!(plan.in_flight[..8], [15, 13, 11, 9, 7, 5, 3, 1]);
-    let plan = Schedule::OneFOneB.plan(&graph, true);
-    check(&graph, &plan);
-    assert_eq!(makespan(&plan), 2 * 151);
-    assert_eq!(plan.in_flight[..8], [8, 7, 6, 5, 4, 3, 2, 1]);
+    let of = |stages: usize, micro_batches: u32, ticks, schedule: Schedule, saves_memory| {
+        let graph = chain(&(0..stages).collect::<Vec<_>>(), micro_batches, ticks);
+        let plan = schedule.plan(&graph, saves_memory);
+        check(&graph, &plan);
+        let makespan = plan.times.iter().flatten().map(|time| time.1).max();
+        (makespan.unwrap_or(0), plan.in_flight[..stages].to_vec())
+    };
+    assert_eq!(of(4, 8, (1, 2, 0), Schedule::GPipe, false), (33, vec![8, 8, 8, 8]));
+    assert_eq!(of(4, 8, (1, 2, 0), Schedule::OneFOneB, false), (33, vec![4, 3, 2, 1]));
+    // Times are in half ticks.
+    let hops = |saves_memory| of(8, 32, (2, 4, 1), Schedule::OneFOneB, saves_memory);
+    assert_eq!(hops(false), (2 * 124, vec![15, 13, 11, 9, 7, 5, 3, 1]));
+    assert_eq!(hops(true), (2 * 151, vec![8, 7, 6, 5, 4, 3, 2, 1]));
 }
 
 /// The plan ends for every assignment of chunks to three sites, in whatever order the chain visits the sites.

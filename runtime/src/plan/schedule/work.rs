@@ -11,24 +11,18 @@ use crate::plan::segments::{HostTransfer, SegmentId, Segments};
 /// The work of a step on the compute streams.
 #[derive(Clone, Debug, Default)]
 pub struct WorkGraph {
-    /// The compute segments.
     pub work: Vec<Work>,
     /// Number of sites. A site is a set of devices that are in the same placements, so they run the same segments.
     pub sites: usize,
-    /// Number of micro-batches in a step.
     pub micro_batches: u32,
     /// Ticks from the end of work to the start of work that waits for it on another stream or device.
     pub hop_ticks: u64,
 }
 
-/// The work of one compute segment.
 #[derive(Clone, Debug)]
 pub struct Work {
-    /// The segment.
     pub segment: SegmentId,
-    /// The segment's role.
     pub role: Role,
-    /// The sites that run the segment.
     pub sites: Vec<usize>,
     /// Number of firings in a step: 1, or one for each micro-batch.
     pub firings: u32,
