@@ -86,7 +86,7 @@ impl Default for CompileOptions {
 #[derive(Clone, Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages explain variants and fields")]
 pub enum CompileError {
-    #[error("{}", list(.0))]
+    #[error("{}", .0.iter().map(GraphError::to_string).collect::<Vec<_>>().join("\n"))]
     Graph(Vec<GraphError>),
     #[error("mesh {mesh} needs {}, but only {available} are available; choose a smaller mesh", counted(.needed, "device"))]
     Devices { mesh: String, needed: usize, available: usize },
@@ -94,10 +94,6 @@ pub enum CompileError {
     Range { name: &'static str, got: usize, max: usize },
     #[error(transparent)]
     Plan(#[from] PlanError),
-}
-
-fn list(errors: &[GraphError]) -> String {
-    errors.iter().map(GraphError::to_string).collect::<Vec<_>>().join("\n")
 }
 
 /// Compiles a program. The plan is a pure function of the graph and the options.

@@ -12,14 +12,14 @@ use crate::plan::Plan;
 use crate::plan::action::{ActionPlan, BaseKey, DeviceRegister, EmittedAction, HostPort};
 use crate::plan::assign::Storage;
 use crate::plan::groups::collective_axes;
-use crate::plan::memory::{Interval, align, local_part, local_shape, pack};
+use crate::plan::memory::{Interval, align, local_part, pack};
 use crate::plan::segments::{HostTransfer, Segment, SegmentId, Segments};
 
 /// Finds the accumulations to fuse into the kernel that computes the value. This kernel must be in the same action and
 /// able to add to its output, and nothing else may read the value.
 pub fn fuse_accumulation(graph: &Graph, segments: &Segments) -> BTreeMap<Var, Var> {
     let mut readers: BTreeMap<Var, usize> = BTreeMap::new();
-    for var in graph.nodes.iter().flat_map(|n| &n.inputs).chain(graph.outputs.iter().map(|o| &o.tensor)) {
+    for var in graph.nodes.iter().flat_map(|n| &n.inputs) {
         *readers.entry(*var).or_default() += 1;
     }
     let mut fused = BTreeMap::new();
@@ -119,7 +119,7 @@ impl Emitter<'_> {
         let plan = self.plan;
         let var = plan.aliases.resolve(var);
         let var = plan.fused.get(&var).copied().unwrap_or(var);
-        let shape = local_shape(&plan.graph, var, device);
+        let shape = local_part(&plan.graph, var, device).size;
         let dtype = plan.graph.tensor(var).dtype;
         let class = plan.class_plan(device);
         let storage = class.storage.storage.get(&var).copied().unwrap_or(Storage::Scratch);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use shardflow_actors::spec::StreamKind;
 use shardflow_kernels::memory::ALIGNMENT;
-use shardflow_kernels::tensor::{DType, Region, element_count};
+use shardflow_kernels::tensor::{DType, Region};
 
 use crate::graph::{Graph, Node, NodeOp, Var};
 use crate::plan::assign::{ClassStorage, Storage};
@@ -110,11 +110,6 @@ pub fn align(bytes: usize) -> usize {
     bytes.next_multiple_of(ALIGNMENT)
 }
 
-/// Shape of a tensor's part on one device.
-pub fn local_shape(graph: &Graph, var: Var, device: usize) -> Vec<usize> {
-    local_part(graph, var, device).size
-}
-
 pub fn local_part(graph: &Graph, var: Var, device: usize) -> Region {
     let placement = &graph.placements[graph.placement_of(var)];
     let index = placement.index_of(device).expect("callers pass only devices of the tensor's placement");
@@ -122,7 +117,7 @@ pub fn local_part(graph: &Graph, var: Var, device: usize) -> Region {
 }
 
 pub fn local_bytes(graph: &Graph, var: Var, device: usize) -> usize {
-    element_count(&local_shape(graph, var, device)) * graph.tensor(var).dtype.bytes()
+    local_part(graph, var, device).element_count() * graph.tensor(var).dtype.bytes()
 }
 
 /// The offsets of these tensors one after another, and the offset of their end.

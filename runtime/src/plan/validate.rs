@@ -150,13 +150,10 @@ fn check_disjoint(plan: &Plan) -> Result<(), PlanError> {
 
 /// Checks that every buffer ends within the memory of its base.
 fn check_bounds(plan: &Plan) -> Result<(), PlanError> {
-    for class in plan.classes.ids() {
-        let device = plan.classes.representative(class);
-        for action in &plan.class_plans[class.index()].actions {
-            check_action_bounds(plan, device, action)?;
-        }
-    }
-    Ok(())
+    let mut devices = plan.classes.ids().map(|class| plan.classes.representative(class));
+    devices.try_for_each(|device| {
+        plan.class_plan(device).actions.iter().try_for_each(|action| check_action_bounds(plan, device, action))
+    })
 }
 
 fn check_action_bounds(plan: &Plan, device: usize, action: &EmittedAction) -> Result<(), PlanError> {
