@@ -20,7 +20,7 @@ use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::element_count;
 
 use crate::boxing::Planner;
-use crate::graph::{Graph, Node, NodeOp, Rate, SourceLine, Var, ops};
+use crate::graph::{Graph, Node, NodeOp, Rate, Var, ops};
 use crate::layout_error::LayoutError;
 use crate::passes::optimizer::owner_sums;
 use crate::sbp::choose::{Candidate, NodeSpec, Problem, TensorSpec, choose as choose_layouts};
@@ -55,22 +55,18 @@ pub fn choose(graph: &mut Graph, planner: &mut Planner) {
             for (tensor, layout) in graph.tensors.iter_mut().zip(choice.layouts) {
                 tensor.layout = Some(layout.sbp);
             }
-            copy_layouts_to_sums(graph);
+            // An accumulated sum has the layout of its input.
+            let sums = graph.nodes.iter().filter(|node| matches!(node.op, NodeOp::Accumulate));
+            for (output, input) in sums.map(|node| (node.outputs[0], node.inputs[0])) {
+                graph.tensors[output.index()].layout = graph.tensors[input.index()].layout.clone();
+            }
         }
         Err(e) => {
-            let location = error_location(graph, &e);
-            graph.error("layout", e.to_string(), location);
+            let is_named = |n: &&Node| matches!(&e, LayoutError::Choice { node, .. } if *node == n.name);
+            let node = graph.nodes.iter().find(is_named).or(graph.nodes.first());
+            graph.error("layout", e.to_string(), node.map_or(Location::caller(), |n| n.location));
         }
     }
-}
-
-/// The source line of the node that the error names.
-fn error_location(graph: &Graph, error: &LayoutError) -> SourceLine {
-    let found = match error {
-        LayoutError::Choice { node, .. } => graph.nodes.iter().find(|n| n.name == *node),
-        _ => None,
-    };
-    found.or(graph.nodes.first()).map_or(Location::caller(), |n| n.location)
 }
 
 /// Sets the layouts of the tensors that the norm and the update produce. The search does not choose these layouts.
@@ -87,17 +83,6 @@ fn set_update_layouts(graph: &mut Graph) {
         };
         for output in node.outputs {
             graph.tensors[output.index()].layout.get_or_insert_with(|| layout.clone());
-        }
-    }
-}
-
-/// Gives each accumulated sum the layout of its input.
-fn copy_layouts_to_sums(graph: &mut Graph) {
-    for index in 0..graph.nodes.len() {
-        let node = &graph.nodes[index];
-        if matches!(node.op, NodeOp::Accumulate) {
-            let (output, layout) = (node.outputs[0], graph.tensor(node.inputs[0]).layout.clone());
-            graph.tensors[output.index()].layout = layout;
         }
     }
 }
@@ -135,18 +120,22 @@ fn spec(
     tensors: &[TensorSpec],
     splits: &mut Splits,
 ) -> Result<Option<NodeSpec>, LayoutError> {
-    let placement = &graph.placements[node.placement];
-    let indices = |vars: &[Var]| -> Vec<usize> { vars.iter().map(|v| source(graph, *v).index()).collect() };
+    let mut spec = NodeSpec {
+        name: node.name.clone(),
+        placement: graph.placements[node.placement].clone(),
+        inputs: node.inputs.iter().map(|v| source(graph, *v).index()).collect(),
+        outputs: node.outputs.iter().map(|v| v.index()).collect(),
+        candidates: Vec::new(),
+    };
     let shapes: Vec<&[usize]> = node.inputs.iter().map(|v| graph.shape(*v)).collect();
     let rule = match &node.op {
         NodeOp::Kernel(Op::AdamW { .. }) => {
             // The gradient must have the parameter's layout.
             let required = graph.layout(node.updates[0]).clone();
             let signature = NdSignature { inputs: vec![required], outputs: Vec::new() };
-            let candidates = vec![Candidate { signature, compute_seconds: 0.0 }];
-            let inputs = indices(&node.inputs[..1]);
-            let (name, placement) = (node.name.clone(), placement.clone());
-            return Ok(Some(NodeSpec { name, placement, inputs, outputs: Vec::new(), candidates }));
+            spec.candidates.push(Candidate { signature, compute_seconds: 0.0 });
+            spec.inputs.truncate(1);
+            return Ok(Some(spec));
         }
         // Of the kernels that run once per step, only sums over uses of a shared parameter have a choice.
         NodeOp::Kernel(op) if node.rate == Rate::Step && !matches!(op, Op::Add) => return Ok(None),
@@ -162,9 +151,6 @@ fn spec(
         }
         _ => return Ok(None),
     };
-    let (inputs, outputs) = (indices(&node.inputs), node.outputs.iter().map(|v| v.index()).collect());
-    let (name, placement) = (node.name.clone(), placement.clone());
-    let mut spec = NodeSpec { name, placement, inputs, outputs, candidates: Vec::new() };
     let by_axis = signatures_by_axis(node, &rule, &spec, tensors);
     let counts = (node.inputs.len(), node.outputs.len());
     let mut signatures = Vec::new();
@@ -188,14 +174,10 @@ fn signatures_by_axis(node: &Node, rule: &Rule, spec: &NodeSpec, tensors: &[Tens
     let all = rule.signatures_1d();
     let along = |(axis, size): (usize, usize)| {
         let is_broadcast = |s: &Signature<Sbp>| s.inputs.iter().chain(&s.outputs).all(|entry| *entry == Sbp::Broadcast);
-        let is_required = |s: &Signature<Sbp>| match node.op {
-            NodeOp::Relayout => {
-                let required = tensors[spec.outputs[0]].pinned.as_ref().map(|layout| layout.sbp.0[axis]);
-                required == Some(s.outputs[0])
-            }
-            _ => true,
-        };
-        all.iter().filter(|s| (size > 1 || is_broadcast(s)) && is_required(s)).cloned().collect()
+        let pinned = spec.outputs.first().and_then(|output| tensors[*output].pinned.as_ref());
+        let required = pinned.filter(|_| matches!(node.op, NodeOp::Relayout)).map(|layout| layout.sbp.0[axis]);
+        let is_required = |s: &&Signature<Sbp>| required.is_none_or(|entry| entry == s.outputs[0]);
+        all.iter().filter(|s| size > 1 || is_broadcast(s)).filter(is_required).cloned().collect()
     };
     spec.placement.axes().iter().map(|axis| axis.size).enumerate().map(along).collect()
 }

@@ -61,11 +61,7 @@ pub struct Aliases(BTreeMap<Var, Var>);
 impl Aliases {
     /// The tensor whose memory `var` uses.
     pub fn resolve(&self, var: Var) -> Var {
-        let mut var = var;
-        while let Some(next) = self.0.get(&var) {
-            var = *next;
-        }
-        var
+        self.0.get(&var).copied().unwrap_or(var)
     }
 }
 
@@ -90,7 +86,7 @@ pub fn assign(graph: &Graph, segments: &Segments, classes: &Classes) -> (Vec<Cla
 }
 
 fn aliases(graph: &Graph) -> Aliases {
-    let mut alias = BTreeMap::new();
+    let mut aliases = Aliases::default();
     for node in &graph.nodes {
         let same_memory = match &node.op {
             NodeOp::Relayout | NodeOp::Bucket { .. } => true,
@@ -98,10 +94,12 @@ fn aliases(graph: &Graph) -> Aliases {
             _ => false,
         };
         if same_memory {
-            alias.extend(node.outputs.iter().copied().zip(node.inputs.iter().copied()));
+            for (output, input) in node.outputs.iter().zip(&node.inputs) {
+                aliases.0.insert(*output, aliases.resolve(*input));
+            }
         }
     }
-    Aliases(alias)
+    aliases
 }
 
 struct ClassBuilder<'a> {

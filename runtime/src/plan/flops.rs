@@ -14,27 +14,24 @@ pub fn step_flops(graph: &Graph, micro_batches: usize) -> u64 {
     for node in graph.nodes() {
         let NodeOp::Kernel(op) = &node.op else { continue };
         let shape = |input: usize| graph.shape(node.inputs[input]);
+        // `b h t^2 d` for the shape `[b, t, h, d]`.
+        let scores = |input: usize| match shape(input) {
+            &[batch, time, heads, depth] => batch * heads * time * time * depth,
+            _ => 0,
+        };
         let flops = match op {
             Op::Einsum(einsum) => {
                 let dims = einsum.gemm_dims(shape(0), shape(1));
                 dims.map_or(0, |dims| 2 * dims.m * dims.n * dims.k)
             }
-            Op::Attention { .. } => 4 * scores(shape(0)),
-            Op::AttentionGrad { .. } => 8 * scores(shape(1)),
+            Op::Attention { .. } => 4 * scores(0),
+            Op::AttentionGrad { .. } => 8 * scores(1),
             _ => 0,
         };
         let per_micro_batch = node.outputs.first().is_some_and(|out| graph.tensor(*out).rate == Rate::MicroBatch);
         total += flops as u64 * if per_micro_batch { micro_batches as u64 } else { 1 };
     }
     total
-}
-
-/// `b h t^2 d` for the shape `[b, t, h, d]`.
-fn scores(q: &[usize]) -> usize {
-    match q {
-        &[batch, time, heads, depth] => batch * heads * time * time * depth,
-        _ => 0,
-    }
 }
 
 #[cfg(test)]

@@ -244,23 +244,18 @@ fn overlapping_parts_of_an_arena_are_refused() {
 const FORWARD: u64 = 10;
 const BACKWARD: u64 = 20;
 
-/// Only forward, backward and hops take time.
-fn timing(spec: &Spec, hop_ticks: u64) -> Timing {
+/// Simulates a step in which only forward, backward and hops take time.
+fn run(plan: &Plan, slots_max: u32, hop_ticks: u64, jitter: Option<Jitter>) -> SimulatedRun {
+    let mut spec: Spec = plan.clone().instance().spec;
+    spec.registers.values_mut().for_each(|r| r.slots = r.slots.min(slots_max));
     let ticks = |action: &ActionSpec| match action.label.role {
         Role::Forward => FORWARD,
         Role::Backward => BACKWARD,
         _ => 0,
     };
     let action_ticks = spec.actors.values().map(|actor| actor.actions.iter().map(ticks).collect()).collect();
-    Timing { action_ticks, hop_ticks }
-}
-
-fn run(plan: &Plan, slots_max: u32, hop_ticks: u64, jitter: Option<Jitter>) -> SimulatedRun {
-    let mut spec: Spec = plan.clone().instance().spec;
-    spec.registers.values_mut().for_each(|r| r.slots = r.slots.min(slots_max));
     let options = SimulationOptions { jitter, ..SimulationOptions::steps(1) };
-    let timing = timing(&spec, hop_ticks);
-    simulate(&Arc::new(spec), &timing, &options).unwrap_or_else(|e| panic!("{e}"))
+    simulate(&Arc::new(spec), &Timing { action_ticks, hop_ticks }, &options).unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// The minimum for a synchronous pipeline without interleaving is `(micro-batches + stages - 1) (forward + backward)`.

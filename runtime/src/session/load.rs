@@ -20,16 +20,9 @@ use crate::plan::instance::Instance;
 use crate::plan::{ActionPlan, BaseKey, DeviceMemory, HostTransfer, StagingPlace, threads_of};
 use crate::process_map::ProcessMap;
 
-/// A plan in the form that the shell runs, and the session's access to its inputs and outputs.
-pub(super) struct Loaded {
-    pub(super) plan: LoadedPlan,
-    pub(super) host_io: HostIo,
-    /// Peers' registers that this process copies, each with the transport of its bytes.
-    pub(super) mirrored: BTreeMap<RegisterId, &'static str>,
-}
-
 /// Prepares the kernels of this process's actors, and assigns memory to registers. `arenas` has at least the devices of
-/// this process, and `staging` has their staging memory.
+/// this process, and `staging` has their staging memory. Returns the plan, the session's access to its inputs and
+/// outputs, and the registers of peers that this process copies, each with the transport of its bytes.
 pub(super) fn load(
     plan: &Instance,
     process_map: &ProcessMap,
@@ -37,7 +30,7 @@ pub(super) fn load(
     [arenas, staging]: [&BTreeMap<usize, Arena>; 2],
     connections: Connections,
     ports: Arc<HostPorts>,
-) -> Result<Loaded, KernelError> {
+) -> Result<(LoadedPlan, HostIo, BTreeMap<RegisterId, &'static str>), KernelError> {
     let Connections { engine, mirrors: mut memory, peers, hops, .. } = connections;
     let (ends, fetched) = unbounded();
     let mut hosted = BTreeMap::new();
@@ -69,7 +62,7 @@ pub(super) fn load(
     let has_fetches = process_map.own().any(|device| ports.fetches(device).next().is_some());
     let fetched = if has_fetches { fetched } else { never() };
     let host_io = HostIo::new(plan, *process_map, staging, (ports, fetched), from_peers);
-    Ok(Loaded { plan: loaded, host_io, mirrored })
+    Ok((loaded, host_io, mirrored))
 }
 
 /// The program of an action, with its memory in the arenas or the staging memory of the devices. `ends` receives the

@@ -218,8 +218,8 @@ impl MetricsSource {
         };
         let own = spec.registers.iter().filter(|(_, register)| plan.actions.get(register.producer).is_some());
         let mut registers: BTreeMap<RegisterId, RegisterMetrics> = own.map(|(id, own)| (id, unused(own))).collect();
-        let memory = |device: &Device| plan.memory(device.rank());
-        let memory: BTreeMap<usize, _> = self.devices.iter().map(|own| (own.rank(), memory(own))).collect();
+        let ranks = self.devices.iter().map(Device::rank);
+        let memory: BTreeMap<usize, _> = ranks.map(|rank| (rank, plan.memory(rank))).collect();
         let mut measured: BTreeMap<usize, usize> =
             memory.iter().map(|(device, own)| (*device, own.fixed_bytes + own.stream_bytes)).collect();
         let mut actors = Vec::new();

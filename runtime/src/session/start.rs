@@ -20,7 +20,7 @@ use shardflow_kernels::tensor::HostTensor;
 use super::batch::BatchRules;
 use super::budget::Budget;
 use super::error::SessionError;
-use super::load::{Loaded, load};
+use super::load::load;
 use super::metrics::{MetricsSource, StepMetrics};
 use super::observer::Observer;
 use super::options::{SessionOptions, Threads};
@@ -110,8 +110,7 @@ impl Session {
         let engine = connections.engine.clone();
         let ports = Arc::new(HostPorts::new(plan.plan.clone(), process_map, options.outputs));
         world.iter().for_each(|world| world.doing("preparing kernels"));
-        let loaded = load(&plan, &process_map, &devices, [&arenas, &staging], connections, ports)?;
-        let Loaded { plan: loaded, host_io, mirrored } = loaded;
+        let (loaded, host_io, mirrored) = load(&plan, &process_map, &devices, [&arenas, &staging], connections, ports)?;
         let plan = Arc::new(plan);
         let mut session = Self {
             host_io,

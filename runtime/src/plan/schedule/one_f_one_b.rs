@@ -25,27 +25,17 @@ pub(super) fn rules(graph: &WorkGraph, saves_memory: bool) -> Rules {
 
 /// For each work: the largest number of hops from it to the end of the forward work.
 fn hops_to_end(graph: &WorkGraph) -> Vec<u32> {
-    let mut readers: Vec<Vec<(usize, u32)>> = vec![Vec::new(); graph.work.len()];
-    for (index, work) in graph.work.iter().enumerate().filter(|(_, work)| work.role == Role::Forward) {
-        for (need, hop) in &work.needs {
-            readers[*need].push((index, u32::from(*hop)));
-        }
-    }
-    let mut hops = vec![None; graph.work.len()];
-    for index in 0..graph.work.len() {
-        // Depth-first search with an explicit stack: recursion over a long program could overflow the thread's stack.
-        let mut open = vec![index];
-        while let Some(&at) = open.last() {
-            let next = readers[at].iter().find(|(reader, _)| hops[*reader].is_none());
-            match next {
-                Some((reader, _)) => open.push(*reader),
-                None => {
-                    let longest = readers[at].iter().map(|(reader, hop)| hops[*reader].unwrap_or(0) + hop).max();
-                    hops[at] = Some(longest.unwrap_or(0));
-                    open.pop();
-                }
+    let mut hops = vec![0; graph.work.len()];
+    // The work has no cycle, so this ends. Once is enough if the order of the work is that of its needs.
+    loop {
+        let before = hops.clone();
+        for (index, work) in graph.work.iter().enumerate().rev().filter(|(_, work)| work.role == Role::Forward) {
+            for (need, hop) in &work.needs {
+                hops[*need] = hops[*need].max(hops[index] + u32::from(*hop));
             }
         }
+        if hops == before {
+            return hops;
+        }
     }
-    hops.into_iter().flatten().collect()
 }

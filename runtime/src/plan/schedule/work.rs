@@ -125,12 +125,9 @@ impl Needs<'_> {
 /// The backward work that reads outputs of a forward segment on the same placement.
 fn closed_by(segments: &Segments, index_of: &BTreeMap<SegmentId, usize>, id: SegmentId) -> Vec<usize> {
     let own = segments.get(id);
-    if own.label.role != Role::Forward {
-        return Vec::new();
-    }
     let closes = |(other, _): &(&SegmentId, &usize)| {
         let segment = segments.get(**other);
-        segment.label.role == Role::Backward
+        (own.label.role, segment.label.role) == (Role::Forward, Role::Backward)
             && segment.placement == own.placement
             && segments.reads[other.index()].contains(&id)
     };
