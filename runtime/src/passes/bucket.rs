@@ -39,22 +39,9 @@ pub fn gather(graph: &mut Graph, bucket_bytes: usize) {
         *bytes += local_bytes(graph, node.inputs[0], graph.placements[node.placement].devices()[0]);
         members.push(index);
     }
-    replace(graph, buckets.into_iter().map(|(_, members)| members));
-}
-
-fn can_bucket(graph: &Graph, node: &Node, readers: &BTreeMap<Var, usize>) -> bool {
-    let (NodeOp::Boxing(step), Some(input)) = (&node.op, node.inputs.first()) else { return false };
-    let producer = graph.producer(*input);
-    step.kind == StepKind::AllReduce(ReduceOp::Sum)
-        && matches!(producer.op, NodeOp::Accumulate)
-        && readers[input] == 1
-        && (producer.role, producer.placement) == (Role::Backward, node.placement)
-}
-
-/// Replaces the first member of each bucket by the bucket's node and removes the other members.
-fn replace(graph: &mut Graph, buckets: impl Iterator<Item = Vec<usize>>) {
+    // The first member of each bucket becomes the bucket's node. The other members are removed.
     let mut removed = BTreeSet::new();
-    for (number, mut members) in buckets.enumerate() {
+    for (number, (_, mut members)) in buckets.into_iter().enumerate() {
         let inputs: Vec<Var> = members.iter().map(|i| graph.nodes[*i].inputs[0]).collect();
         let outputs: Vec<Var> = members.iter().map(|i| graph.nodes[*i].outputs[0]).collect();
         members.sort_unstable();
@@ -73,4 +60,13 @@ fn replace(graph: &mut Graph, buckets: impl Iterator<Item = Vec<usize>>) {
         }
     }
     graph.nodes = rebuilt;
+}
+
+fn can_bucket(graph: &Graph, node: &Node, readers: &BTreeMap<Var, usize>) -> bool {
+    let (NodeOp::Boxing(step), Some(input)) = (&node.op, node.inputs.first()) else { return false };
+    let producer = graph.producer(*input);
+    step.kind == StepKind::AllReduce(ReduceOp::Sum)
+        && matches!(producer.op, NodeOp::Accumulate)
+        && readers[input] == 1
+        && (producer.role, producer.placement) == (Role::Backward, node.placement)
 }

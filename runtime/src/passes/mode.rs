@@ -19,18 +19,15 @@ pub enum Mode {
 /// Applies the mode. If `mode` is `None`, a program that minimises a loss is compiled for training, and dropout in any
 /// other program is an error.
 pub fn apply(graph: &mut Graph, mode: Option<Mode>) {
-    match mode {
-        Some(Mode::Training) => {}
-        Some(Mode::Evaluation) => {
-            graph.objective = None;
-            remove_dropout(graph);
-        }
-        None if graph.objective.is_some() => {}
-        None => {
-            let Some(index) = graph.nodes.iter().position(is_dropout) else { return };
-            let message = "the program has dropout but minimises nothing; compile it with `mode: Some(Mode::Evaluation)` to disable dropout, or with `mode: Some(Mode::Training)` to keep it";
-            graph.node_error(index, message);
-        }
+    if mode == Some(Mode::Evaluation) {
+        graph.objective = None;
+        remove_dropout(graph);
+    } else if mode.is_none()
+        && graph.objective.is_none()
+        && let Some(index) = graph.nodes.iter().position(is_dropout)
+    {
+        let message = "the program has dropout but minimises nothing; compile it with `mode: Some(Mode::Evaluation)` to disable dropout, or with `mode: Some(Mode::Training)` to keep it";
+        graph.node_error(index, message);
     }
 }
 

@@ -74,10 +74,8 @@ pub fn narrow(graph: &mut Graph) {
             }
         }
     }
-    for index in 0..graph.tensors.len() {
-        let is_bf16 = needed[roots[index]].is_bf16();
-        let tensor = &mut graph.tensors[index];
-        if tensor.dtype == DType::F32 && is_bf16 {
+    for (tensor, root) in graph.tensors.iter_mut().zip(roots) {
+        if tensor.dtype == DType::F32 && needed[root].is_bf16() {
             tensor.dtype = DType::BF16;
         }
     }

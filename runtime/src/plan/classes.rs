@@ -47,6 +47,11 @@ impl Classes {
         self.devices[class.index()][0]
     }
 
+    /// The device that represents each class.
+    pub fn representatives(&self) -> impl Iterator<Item = usize> {
+        self.devices.iter().map(|devices| devices[0])
+    }
+
     pub fn ids(&self) -> impl Iterator<Item = ClassId> + use<> {
         (0..self.devices.len() as u32).map(ClassId)
     }

@@ -123,20 +123,8 @@ impl<'a> Times<'a> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_ring_holds_pieces_that_are_released_in_order() {
-        let slots = |lifetimes: &[(u64, u64)]| {
-            let Slots { count, slot_of } = Slots::of(lifetimes);
-            (count, slot_of.to_vec())
-        };
-        assert_eq!(slots(&[(0, 0)]), (1, vec![]));
-        assert_eq!(slots(&[(0, 3), (1, 4), (3, 6), (4, 7)]), (2, vec![]));
-        assert_eq!(slots(&[(0, 9), (1, 9), (2, 9)]), (3, vec![]));
-        // The first piece stays alive while the other pieces follow one after another.
-        assert_eq!(slots(&[(0, 9), (1, 2), (3, 4), (5, 6)]), (2, vec![0, 1, 1, 1]));
-    }
-
-    /// No two pieces that are alive at once share a slot, and at some time all slots are in use.
+    /// No two pieces that are alive at once share a slot, and at some time all slots are in use. There is a table only if
+    /// a ring of these slots does not hold the pieces.
     #[test]
     fn slots_are_as_few_as_the_pieces_that_are_alive_at_once() {
         let mut seed = 1u64;
@@ -160,6 +148,9 @@ mod tests {
             let alive = |at: u64| lifetimes.iter().filter(|(start, end)| *start <= at && at < *end).count();
             let most = lifetimes.iter().map(|(start, _)| alive(*start)).max();
             assert_eq!(most, Some(count as usize), "{lifetimes:?}: {slot_of:?}");
+            let ring_holds = lifetimes.iter().zip(lifetimes.iter().skip(count as usize)).all(|(a, b)| a.1 <= b.0);
+            assert_eq!(slot_of.is_empty(), ring_holds, "{lifetimes:?}: {slot_of:?}");
         }
+        assert_eq!(Slots::of(&[(0, 0)]), Slots { count: 1, slot_of: Arc::default() });
     }
 }

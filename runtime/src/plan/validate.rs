@@ -123,9 +123,8 @@ fn check_memory(plan: &Plan) -> Result<(), PlanError> {
 
 /// Checks that the fixed tensors, slots and scratch of a device do not overlap, and that they end within the arena.
 fn check_disjoint(plan: &Plan) -> Result<(), PlanError> {
-    for class in plan.classes.ids() {
-        let (device, ClassPlan { storage, slots, arena, .. }) =
-            (plan.classes.representative(class), &plan.class_plans[class.index()]);
+    for device in plan.classes.representatives() {
+        let ClassPlan { storage, slots, arena, .. } = plan.class_plan(device);
         let memory = &arena.memory;
         let mut parts = vec![
             (0, memory.fixed_bytes, "fixed tensors".to_owned()),
@@ -150,8 +149,7 @@ fn check_disjoint(plan: &Plan) -> Result<(), PlanError> {
 
 /// Checks that every buffer ends within the memory of its base.
 fn check_bounds(plan: &Plan) -> Result<(), PlanError> {
-    let mut devices = plan.classes.ids().map(|class| plan.classes.representative(class));
-    devices.try_for_each(|device| {
+    plan.classes.representatives().try_for_each(|device| {
         plan.class_plan(device).actions.iter().try_for_each(|action| check_action_bounds(plan, device, action))
     })
 }

@@ -38,8 +38,7 @@ pub(super) fn load(
         let actor = &plan.spec.actors[id];
         let device = &devices[actor.device - process_map.own().start];
         let threads = threads_of(actor.stream, plan.threads_per_device);
-        let urgent = actor.stream == StreamKind::Communication;
-        let priority = if urgent { Priority::High } else { Priority::Normal };
+        let priority = if actor.stream == StreamKind::Communication { Priority::High } else { Priority::Normal };
         let stream = device.stream_with(&actor.name, threads, engine.clone(), priority)?;
         let memory = plan.memory(actor.device);
         let actions = plan.actions[id].iter();

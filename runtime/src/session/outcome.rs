@@ -65,7 +65,6 @@ impl Worst {
         Self { outcome: Outcome::from_pair([code, value]), rank: u32::MAX - rank as u32 }
     }
 
-    /// Returns an error if a rank failed.
     pub(super) fn check(self, place: &str, problem: &str) -> Result<(), CheckpointError> {
         self.outcome.check(self.rank, place, problem)
     }
