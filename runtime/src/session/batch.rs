@@ -167,19 +167,15 @@ impl BatchRules {
         whole: &[(&'a str, HostTensor)],
     ) -> Result<Vec<(&'a str, HostTensor)>, SessionError> {
         let inputs = self.check(Batch::Whole(whole))?;
-        let expected = self.expected();
+        let (expected, count) = (self.expected(), self.plan.micro_batches);
         let part = |name: &'a str| {
             let (region, var) = (self.local_parts.get(name)?, *expected.get(name)?);
             let part = |micro_batch| self.region(var, region.clone(), micro_batch, &inputs);
-            Some((
-                name,
-                match batch_dim(self.plan.graph.tensor(var)) {
-                    Some(dim) if self.plan.micro_batches > 1 => {
-                        concat(&(0..self.plan.micro_batches).map(part).collect::<Vec<_>>(), dim)
-                    }
-                    _ => part(0),
-                },
-            ))
+            let tensor = match batch_dim(self.plan.graph.tensor(var)) {
+                Some(dim) if count > 1 => concat(&(0..count).map(part).collect::<Vec<_>>(), dim),
+                _ => part(0),
+            };
+            Some((name, tensor))
         };
         Ok(whole.iter().filter_map(|(name, _)| part(name)).collect())
     }
