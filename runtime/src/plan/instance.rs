@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{Deref, Range};
+use std::slice;
 use std::sync::Arc;
 
 use shardflow_actors::spec::{
@@ -22,7 +23,6 @@ use crate::plan::error::PlanError;
 use crate::plan::groups::collective_axes;
 use crate::plan::memory::{DeviceMemory, RegisterPlace};
 use crate::plan::segments::{HostTransfer, SegmentId};
-use crate::plan::slots::Slots;
 
 /// A plan with the actors and registers of some devices, usually those of one process.
 #[derive(Clone, Debug)]
@@ -56,9 +56,6 @@ impl Instance {
     }
 
     /// Checks that no device needs more than the plan's memory limit, including the mirrors of this node's processes.
-    ///
-    /// # Errors
-    /// [`PlanError::Memory`].
     pub(crate) fn check_memory(&self) -> Result<(), PlanError> {
         let memory: Vec<(usize, DeviceMemory)> = self.mirrors.keys().map(|d| (*d, self.memory(*d))).collect();
         let Some(budget) = self.memory_bytes.filter(|_| !self.fits(memory.iter().map(|(_, memory)| memory))) else {
@@ -115,30 +112,25 @@ impl Plan {
         }
         neighbours.extend(known.iter().map(|at| at.device));
         neighbours.retain(|device| !devices.contains(device));
-        let mut builder = Builder::new(&self, numbering, View::Devices { known });
+        let mut builder = Builder::new(&self, numbering, Some(known));
         let before = neighbours.range(..devices.start).copied();
-        before.for_each(|device| builder.add_neighbour(device));
-        for device in devices.clone() {
-            let ids = self.class_plan(device).storage.segments.iter();
-            let emitted: Vec<EmittedAction> = ids.map(|id| emit(&self, device, *id)).collect();
-            builder.add_device(device, &emitted.iter().collect::<Vec<_>>());
-        }
         let after = neighbours.range(devices.end..).copied();
-        after.for_each(|device| builder.add_neighbour(device));
-        let (parts, numbering) = builder.finish();
-        let Parts { spec, actions, registers, .. } = parts;
+        for device in before.chain(devices.clone()).chain(after) {
+            let emit = |id: &SegmentId| emit(&self, device, *id);
+            let ids = Some(&self.class_plan(device).storage.segments).filter(|_| devices.contains(&device));
+            let own = ids.map(|ids| ids.iter().map(emit).collect::<Vec<_>>());
+            builder.add_device(device, own.as_deref());
+        }
+        let Builder { spec, actions, registers, numbering, .. } = builder.finish();
         Instance { spec, actions, registers, mirrors: BTreeMap::new(), numbering, plan: self }
     }
 
     /// See [`Quotient`].
     pub(crate) fn quotient(&self) -> Quotient {
-        let devices: Vec<usize> = self.classes.ids().map(|class| self.classes.representative(class)).collect();
-        let numbering = Numbering::new(self, devices.iter().copied());
-        let mut builder = Builder::new(self, numbering, View::Classes);
-        for device in devices {
-            builder.add_device(device, &self.class_plan(device).actions.iter().collect::<Vec<_>>());
-        }
-        let (Parts { spec, actions, calls, .. }, _) = builder.finish();
+        let devices = || self.classes.representatives();
+        let mut builder = Builder::new(self, Numbering::new(self, devices()), None);
+        devices().for_each(|device| builder.add_device(device, Some(&self.class_plan(device).actions)));
+        let Builder { spec, actions, calls, .. } = builder.finish();
         Quotient { spec, actions, calls }
     }
 }
@@ -186,203 +178,156 @@ impl Numbering {
         Self { first, count, streams }
     }
 
-    /// The action that runs a segment on a device.
-    fn action(&self, plan: &Plan, device: usize, id: SegmentId) -> ActionRef {
-        let stream = plan.segments.get(id).stream;
-        let streams = &self.streams[plan.classes.of[device].index()];
-        let before = streams.range(..stream).count() as u32;
-        let action = streams.get(&stream).and_then(|ids| ids.binary_search(&id).ok());
-        let action = action.expect("a register's readers and producer run on its devices") as u32;
-        ActionRef { actor: ActorId(self.first[device].0 + before), action }
-    }
-
     fn register(&self, at: DeviceRegister) -> RegisterId {
         RegisterId(self.first[at.device].1 + at.register as u32)
     }
 }
 
-/// The devices that a specification contains.
-enum View {
-    Devices {
-        /// The registers of the instance's devices, and those that these devices read on other devices.
-        known: BTreeSet<DeviceRegister>,
-    },
-    /// One device for each class.
-    Classes,
-}
-
 /// For each class: the sets of classes that occur in the groups of its devices.
 type ClassSets = BTreeMap<ClassId, BTreeSet<Vec<usize>>>;
 
-/// The result of a [`Builder`].
-struct Parts {
-    spec: Spec,
-    actions: Table<ActorId, Vec<ActionPlan>>,
-    registers: Table<RegisterId, RegisterPlace>,
-    /// For each action, in the order of the actors: the firing groups of each collective that it calls.
-    calls: Vec<Vec<BTreeSet<u32>>>,
-}
-
 struct Builder<'a> {
     plan: &'a Plan,
-    view: View,
+    /// The registers of the instance's devices, and those that these devices read on other devices; `None` for a
+    /// [`Quotient`].
+    known: Option<BTreeSet<DeviceRegister>>,
     numbering: Numbering,
-    /// Ids of firing groups, by segment and members. The members are classes or, with [`View::Devices`], the id of
-    /// their communicator.
+    /// Ids of firing groups, by segment and members. The members are the id of their communicator or, for a quotient,
+    /// classes.
     firing_groups: BTreeMap<(SegmentId, Vec<usize>), u32>,
-    /// For [`View::Classes`]: ids of communicators, by stream and classes of the members.
+    /// For a quotient: ids of communicators, by stream and classes of the members.
     communicators: BTreeMap<(StreamKind, Vec<usize>), u32>,
     /// Sets of classes, by placement and axes.
     class_sets: BTreeMap<(usize, Vec<usize>), ClassSets>,
-    parts: Parts,
+    spec: Spec,
+    actions: Table<ActorId, Vec<ActionPlan>>,
+    registers: Table<RegisterId, RegisterPlace>,
+    /// See [`Quotient::calls`].
+    calls: Vec<Vec<BTreeSet<u32>>>,
 }
 
 impl<'a> Builder<'a> {
-    fn new(plan: &'a Plan, numbering: Numbering, view: View) -> Self {
+    fn new(plan: &'a Plan, numbering: Numbering, known: Option<BTreeSet<DeviceRegister>>) -> Self {
         let (actors, registers) = numbering.count;
-        let spec =
-            Spec { actors: Table::with_bound(actors), registers: Table::with_bound(registers), ..Spec::default() };
-        let (actions, registers) = (Table::with_bound(actors), Table::with_bound(registers));
+        let (firing_groups, communicators, class_sets, calls) = Default::default();
         Self {
             plan,
-            view,
+            known,
             numbering,
-            firing_groups: BTreeMap::new(),
-            communicators: BTreeMap::new(),
-            class_sets: BTreeMap::new(),
-            parts: Parts { spec, actions, registers, calls: Vec::new() },
+            firing_groups,
+            communicators,
+            class_sets,
+            spec: Spec {
+                actors: Table::with_bound(actors),
+                registers: Table::with_bound(registers),
+                ..Spec::default()
+            },
+            actions: Table::with_bound(actors),
+            registers: Table::with_bound(registers),
+            calls,
         }
     }
 
-    fn finish(mut self) -> (Parts, Numbering) {
+    fn finish(mut self) -> Self {
         let located = |transfer: HostTransfer| {
-            let all = self.parts.actions.iter().flat_map(|(actor, actions)| {
+            let all = self.actions.iter().flat_map(|(actor, actions)| {
                 (0..).zip(actions).map(move |(action, plan)| (ActionRef { actor, action }, plan))
             });
             let is_wanted = |plan: &ActionPlan| plan.host.as_ref().is_some_and(|host| host.transfer == transfer);
             all.filter(|(_, plan)| is_wanted(plan)).map(|(at, _)| at).collect()
         };
-        let (observed, granted) = (located(HostTransfer::Fetch), located(HostTransfer::Decide));
-        self.parts.spec.decision = Decision { observed, granted };
-        (self.parts, self.numbering)
+        self.spec.decision =
+            Decision { observed: located(HostTransfer::Fetch), granted: located(HostTransfer::Decide) };
+        self
     }
 
-    /// Adds a device's actors and registers. `emitted` has the device's actions, in the order of its segments.
-    fn add_device(&mut self, device: usize, emitted: &[&EmittedAction]) {
+    /// Adds a device's actors and those of its registers that are known. `own` has the device's actions, in the order of
+    /// its segments. It is `None` for another process's device, which exchanges registers with devices of the instance.
+    fn add_device(&mut self, device: usize, own: Option<&[EmittedAction]>) {
         let plan = self.plan;
         let class = plan.class_plan(device);
-        let ids = &class.storage.segments;
-        for (stream, of_stream) in self.numbering.streams[plan.classes.of[device].index()].clone() {
-            let action = |id: &SegmentId| emitted[ids.binary_search(id).expect("the class runs it")];
-            let actions: Vec<&EmittedAction> = of_stream.iter().map(action).collect();
+        let all = own.unwrap_or(&class.actions);
+        for (stream, ids) in self.numbering.streams[plan.classes.of[device].index()].clone() {
+            let action = |id: &SegmentId| &all[class.storage.segments.binary_search(id).expect("the class runs it")];
+            let of_stream: Vec<&EmittedAction> = ids.iter().map(action).collect();
             let spec = |action: &&EmittedAction| {
+                if own.is_none() {
+                    return self.action_spec(device, action, &inputs(plan, device, action.plan.segment));
+                }
                 let (groups, communicators) = self.groups(device, action);
                 ActionSpec { groups, communicators, ..self.action_spec(device, action, &action.inputs) }
             };
-            let specs: Vec<ActionSpec> = actions.iter().map(spec).collect();
-            let calls = actions.iter().any(|action| action.plan.collectives().next().is_some());
-            let id = self.add_actor((device, stream), &of_stream, specs, calls);
-            self.parts.actions.insert(id, actions.into_iter().map(|action| action.plan.clone()).collect());
+            let actions: Vec<ActionSpec> = of_stream.iter().map(spec).collect();
+            let calls = of_stream.iter().any(|action| action.plan.collectives().next().is_some());
+            let firing = if calls { self.list(device, stream, &ids, &actions) } else { Firing::Credit };
+            let (id, name) = (self.locate(device, ids[0]).actor, actor_name(device, stream));
+            self.spec.actors.insert(id, ActorSpec { name, device, stream, firing, actions });
+            if own.is_some() {
+                self.actions.insert(id, of_stream.into_iter().map(|action| action.plan.clone()).collect());
+            }
         }
-        (0..class.storage.registers.len()).for_each(|register| self.add_register(DeviceRegister { device, register }));
-    }
-
-    /// Adds the part of another process's device that exchanges registers with the devices of the instance.
-    fn add_neighbour(&mut self, device: usize) {
-        let plan = self.plan;
-        let class = plan.class_plan(device);
-        for (stream, of_stream) in self.numbering.streams[plan.classes.of[device].index()].clone() {
-            let action =
-                |id: &SegmentId| &class.actions[class.storage.segments.binary_search(id).expect("the class runs it")];
-            let spec = |id: &SegmentId| self.action_spec(device, action(id), &inputs(plan, device, *id));
-            let specs = of_stream.iter().map(spec).collect();
-            let calls = of_stream.iter().any(|id| action(id).plan.collectives().next().is_some());
-            self.add_actor((device, stream), &of_stream, specs, calls);
+        for register in 0..class.storage.registers.len() {
+            let at = DeviceRegister { device, register };
+            if self.is_known(at) {
+                self.add_register(at);
+            }
         }
-        let View::Devices { known } = &self.view else { return };
-        let start = DeviceRegister { device, register: 0 };
-        let known: Vec<DeviceRegister> = known.range(start..).take_while(|at| at.device == device).copied().collect();
-        known.into_iter().for_each(|at| self.add_register(at));
-    }
-
-    /// Adds an actor for these segments; `calls` is true if it calls collectives.
-    fn add_actor(
-        &mut self,
-        (device, stream): (usize, StreamKind),
-        ids: &[SegmentId],
-        actions: Vec<ActionSpec>,
-        calls: bool,
-    ) -> ActorId {
-        let firing = if calls { self.list(device, stream, ids, &actions) } else { Firing::Credit };
-        let id = self.numbering.action(self.plan, device, ids[0]).actor;
-        let name = actor_name(device, stream);
-        self.parts.spec.actors.insert(id, ActorSpec { name, device, stream, firing, actions });
-        id
     }
 
     fn add_register(&mut self, at: DeviceRegister) {
-        let class = self.plan.class_plan(at.device);
-        let place = RegisterPlace { device: at.device, ..class.arena.registers[at.register] };
-        let register = &class.storage.registers[at.register];
-        let spec = self.register_spec(at.device, register, (&class.slots[at.register], &place));
-        let id = self.numbering.register(at);
-        self.parts.spec.registers.insert(id, spec);
-        self.parts.registers.insert(id, place);
-    }
-
-    /// The device of the instance that represents `device`.
-    fn stand_in(&self, device: usize) -> usize {
-        match self.view {
-            View::Devices { .. } => device,
-            View::Classes => self.plan.classes.representative(self.plan.classes.of[device]),
-        }
-    }
-
-    /// True if the instance has the register.
-    fn is_known(&self, at: DeviceRegister) -> bool {
-        if let View::Devices { known } = &self.view { known.contains(&at) } else { true }
-    }
-
-    fn locate(&self, device: usize, id: SegmentId) -> ActionRef {
-        self.numbering.action(self.plan, device, id)
-    }
-
-    fn register_spec(
-        &self,
-        device: usize,
-        register: &RegisterPlan,
-        (slots, place): (&Slots, &RegisterPlace),
-    ) -> RegisterSpec {
-        let own = register.readers.iter().map(|id| self.locate(device, *id));
-        let mut readers: BTreeSet<ActionRef> = own.collect();
+        let (plan, device) = (self.plan, at.device);
+        let class = plan.class_plan(device);
+        let place = RegisterPlace { device, ..class.arena.registers[at.register] };
+        let (register, slots) = (&class.storage.registers[at.register], &class.slots[at.register]);
+        let mut readers: BTreeSet<ActionRef> = register.readers.iter().map(|id| self.locate(device, *id)).collect();
         for id in &register.transfers {
-            let nodes = &self.plan.segments.get(*id).nodes;
-            let reading = nodes.iter().flat_map(|node| self.reading_devices(*node, device));
+            let reading = plan.segments.get(*id).nodes.iter().flat_map(|node| self.reading_devices(*node, device));
             readers.extend(reading.map(|other| self.locate(other, *id)));
         }
-        RegisterSpec {
+        let spec = RegisterSpec {
             name: self.register_name(device, register),
             producer: self.locate(device, register.producer).actor,
             slots: slots.count,
             slot_bytes: place.stride,
-            pieces_per_step: register.rate.per_step(self.plan.micro_batches) as u32,
+            pieces_per_step: register.rate.per_step(plan.micro_batches) as u32,
             initial: register.initial.into(),
             slot_of: slots.slot_of.clone(),
             readers: readers.into_iter().collect(),
-        }
+        };
+        let id = self.numbering.register(at);
+        self.spec.registers.insert(id, spec);
+        self.registers.insert(id, place);
     }
 
-    /// Other devices that read from `device` in a transfer. With [`View::Classes`]: stand-ins of the class's readers.
+    /// The device of the instance that represents `device`.
+    fn stand_in(&self, device: usize) -> usize {
+        let classes = &self.plan.classes;
+        if self.known.is_some() { device } else { classes.representative(classes.of[device]) }
+    }
+
+    /// True if the instance has the register.
+    fn is_known(&self, at: DeviceRegister) -> bool {
+        self.known.as_ref().is_none_or(|known| known.contains(&at))
+    }
+
+    /// The action that runs a segment on a device.
+    fn locate(&self, device: usize, id: SegmentId) -> ActionRef {
+        let stream = self.plan.segments.get(id).stream;
+        let streams = &self.numbering.streams[self.plan.classes.of[device].index()];
+        let before = streams.range(..stream).count() as u32;
+        let action = streams.get(&stream).and_then(|ids| ids.binary_search(&id).ok());
+        let action = action.expect("a register's readers and producer run on its devices") as u32;
+        ActionRef { actor: ActorId(self.numbering.first[device].0 + before), action }
+    }
+
+    /// Other devices that read from `device` in a transfer. For a quotient: stand-ins of the class's readers.
     fn reading_devices(&self, transfer: NodeId, device: usize) -> BTreeSet<usize> {
         let classes = &self.plan.classes;
-        let readers = |own: usize| classes.readers(transfer, own).iter().copied().filter(move |other| *other != own);
-        match self.view {
-            View::Devices { .. } => readers(device).collect(),
-            View::Classes => {
-                let own = classes.devices[classes.of[device].index()].iter();
-                own.flat_map(|own| readers(*own)).map(|other| self.stand_in(other)).collect()
-            }
-        }
+        let alike = &classes.devices[classes.of[device].index()];
+        let own = if self.known.is_some() { slice::from_ref(&device) } else { alike };
+        let readers =
+            own.iter().flat_map(|own| classes.readers(transfer, *own).iter().filter(move |other| *other != own));
+        readers.map(|other| self.stand_in(*other)).collect()
     }
 
     fn register_name(&self, device: usize, register: &RegisterPlan) -> String {
@@ -446,26 +391,26 @@ impl<'a> Builder<'a> {
                 calls.push(groups.clone());
                 continue;
             }
-            let member_sets = match self.view {
+            let member_sets = match self.known {
                 // The communicator's id identifies its members.
-                View::Devices { .. } => BTreeSet::from([vec![call.group.id as usize]]),
-                View::Classes => self.class_sets(node.placement, axes.clone(), device),
+                Some(_) => BTreeSet::from([vec![call.group.id as usize]]),
+                None => self.class_sets(node.placement, axes.clone(), device),
             };
             let mut groups = BTreeSet::new();
             for members in member_sets {
                 let next = self.firing_groups.len() as u32;
                 groups.insert(*self.firing_groups.entry((segment, members.clone())).or_insert(next));
                 let next = self.communicators.len() as u32;
-                communicators.insert(match self.view {
-                    View::Devices { .. } => call.group.id,
-                    View::Classes => *self.communicators.entry((stream, members)).or_insert(next),
+                communicators.insert(match self.known {
+                    Some(_) => call.group.id,
+                    None => *self.communicators.entry((stream, members)).or_insert(next),
                 });
             }
             known.insert((node.placement, axes), groups.clone());
             calls.push(groups);
         }
         let groups: BTreeSet<u32> = calls.iter().flatten().copied().collect();
-        self.parts.calls.push(calls);
+        self.calls.push(calls);
         (groups.into_iter().collect(), communicators.into_iter().collect())
     }
 
