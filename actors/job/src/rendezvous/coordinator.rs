@@ -209,22 +209,26 @@ impl JoinState {
     ) -> Result<(), TransportError> {
         let (mut deadline, mut report_at) = (deadline, Instant::now() + config.report_every);
         loop {
-            // A process that died while it waited must join again.
-            for entry in &mut self.joined {
-                entry.take_if(|joined| joined.connection.is_closed());
-            }
             let now = Instant::now();
             if !self.conflicts.is_empty() {
                 deadline = deadline.min(now + config.conflict_grace);
             }
-            let missing = self.missing();
-            if missing.is_empty() || now >= deadline || self.failed.is_some() {
-                return Ok(());
-            }
-            if now >= report_at {
-                let (joined, all) = (joined(&missing, config.processes), config.processes);
-                on_waiting(&format!("waiting for {}: {joined} of {all} joined", ranks(&missing)));
-                report_at = now + config.report_every;
+            let ends = now >= deadline || self.failed.is_some();
+            if ends || now >= report_at || self.joined.iter().all(Option::is_some) {
+                // A process that died while it waited must join again. Each check is a system call, so a join does not
+                // check all other processes.
+                for entry in &mut self.joined {
+                    entry.take_if(|joined| joined.connection.is_closed());
+                }
+                let missing = self.missing();
+                if missing.is_empty() || ends {
+                    return Ok(());
+                }
+                if now >= report_at {
+                    let (joined, all) = (joined(&missing, config.processes), config.processes);
+                    on_waiting(&format!("waiting for {}: {joined} of {all} joined", ranks(&missing)));
+                    report_at = now + config.report_every;
+                }
             }
             match listener.wait_any(Purpose::Rendezvous, deadline.min(report_at)) {
                 Ok((from, connection)) => self.handle_request(from, connection),
