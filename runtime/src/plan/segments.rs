@@ -235,8 +235,8 @@ impl Namer<'_> {
         };
         let alike = self.alike.entry((role, name.clone())).or_default();
         let overlaps = |other: usize| {
-            let [own, others] = [placement, other].map(|p| graph.placements[p].devices());
-            other == placement || own.iter().any(|device| others.contains(device))
+            let is_in_other = |device: &usize| graph.placements[other].index_of(*device).is_some();
+            other == placement || graph.placements[placement].devices().iter().any(is_in_other)
         };
         let last = alike.iter().filter(|(other, _)| overlaps(*other)).map(|(_, chunk)| *chunk).max();
         let chunk = last.map_or(0, |chunk| chunk + 1);
