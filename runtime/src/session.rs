@@ -247,7 +247,7 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // The call that failed has returned its error already.
+        // An error of an earlier call was returned by that call. Nothing receives an error of this end.
         let _ = self.end();
     }
 }
