@@ -1,19 +1,21 @@
 //! Maps devices to processes, and finds the data of a plan that crosses processes: bytes of registers and groups of
 //! collectives. The plan and the number of processes determine both, so a process can compute them for all processes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
 use shardflow_actors::remote::ByteRun;
-use shardflow_actors::spec::{ActionRef, ActorId, ActorSpec, RegisterId};
-use shardflow_kernels::collective::Group;
+use shardflow_actors::spec::{ActionRef, ActorId, ActorSpec, RegisterId, StreamKind};
+use shardflow_kernels::collective::{CollectiveKind, Group, wire};
 use shardflow_kernels::op::{Buffer, Launch, Op};
 use shardflow_kernels::tensor::{element_count, split_range};
 
+use crate::graph::NodeId;
 use crate::plan::emit::emit;
+use crate::plan::groups::collective_axes;
 use crate::plan::instance::Instance;
-use crate::plan::{BaseKey, Plan};
+use crate::plan::{BaseKey, ClassPlan, Plan};
 
 /// The processes that run a plan, and the rank of this one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,6 +140,37 @@ impl ProcessMap {
 pub fn groups(plan: &Plan, devices: impl Iterator<Item = usize>) -> Vec<Arc<Group>> {
     let all = devices.flat_map(|device| plan.patterns.groups_of(&plan.graph, device));
     all.map(|group| (group.id, group)).collect::<BTreeMap<_, _>>().into_values().collect()
+}
+
+/// For each group of some devices: each of these devices as a member, with each peer to which it needs a channel.
+pub fn links(plan: &Plan, devices: Range<usize>) -> BTreeMap<u32, BTreeSet<(usize, usize)>> {
+    let mut calls_of_class = BTreeMap::new();
+    let mut links: BTreeMap<u32, BTreeSet<(usize, usize)>> = BTreeMap::new();
+    for device in devices {
+        let calls =
+            calls_of_class.entry(plan.classes.of[device]).or_insert_with(|| calls(plan, plan.class_plan(device)));
+        for ((stream, axes), placement, kind) in calls.iter() {
+            let group = plan.patterns.group(&plan.graph, (*stream, axes), *placement, device);
+            let member = group.ranks.member_of(device).expect("a device is in its own group");
+            let peers = wire::peers(kind, group.ranks.len(), member).into_iter();
+            links.entry(group.id).or_default().extend(peers.map(|peer| (member, peer)));
+        }
+    }
+    links
+}
+
+/// A collective that the devices of a class call: the stream and axes of its groups, their placement, and its kind.
+type ClassCall<'a> = ((StreamKind, Vec<usize>), usize, &'a CollectiveKind);
+
+/// The distinct collectives of a class. All devices of a class make the same calls, each in its own groups.
+fn calls<'a>(plan: &Plan, class: &'a ClassPlan) -> HashSet<ClassCall<'a>> {
+    let actions = class.actions.iter().map(|action| &action.plan);
+    let launches = actions.flat_map(|plan| plan.nodes.iter().zip(&plan.launches));
+    let call = |(id, launch): (&NodeId, &'a Launch)| {
+        let (node, Op::Collective(call)) = (&plan.graph.nodes[id.index()], &launch.op) else { return None };
+        Some((collective_axes(&plan.graph, node)?, node.placement, &call.kind))
+    };
+    launches.filter_map(call).collect()
 }
 
 /// Byte ranges of a register's slot that an action reads.
