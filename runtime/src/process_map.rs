@@ -212,6 +212,21 @@ fn merge(mut ranges: Vec<Range<usize>>) -> Vec<ByteRun> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::Schedule;
+    use crate::plan::tests::gpt;
+
+    #[test]
+    fn the_links_of_a_class_are_those_of_each_of_its_devices() {
+        for mesh in ["data=3,tensor=3", "tensor=5", "data=2,stage=2,tensor=2", "data=6,stage=2"] {
+            let plan = gpt(mesh, 4, Schedule::OneFOneB).instance();
+            let mut expected: BTreeMap<u32, BTreeSet<(usize, usize)>> = BTreeMap::new();
+            for call in plan.actions.values().flatten().flat_map(|action| action.collectives()) {
+                let peers = wire::peers(&call.kind, call.group.ranks.len(), call.member).into_iter();
+                expected.entry(call.group.id).or_default().extend(peers.map(|peer| (call.member, peer)));
+            }
+            assert_eq!(links(&plan, 0..plan.device_count()), expected, "{mesh}");
+        }
+    }
 
     #[test]
     fn overlapping_or_touching_ranges_become_one_run() {

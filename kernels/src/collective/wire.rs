@@ -103,9 +103,12 @@ pub struct Wire {
     tree_bytes_max: AtomicUsize,
 }
 
+/// A member, which its running call locks, and its status.
+type SharedMember = (Arc<Mutex<Member>>, Arc<MemberStatus>);
+
 #[derive(Default)]
 struct Groups {
-    members: HashMap<(u32, usize), (Arc<Mutex<Member>>, Arc<MemberStatus>)>,
+    members: HashMap<(u32, usize), SharedMember>,
     /// The failure of each group, set by any of its members in this process.
     failures: HashMap<u32, Arc<OnceLock<KernelError>>>,
     /// All channels in use, so that an abort can shut them down.
@@ -164,11 +167,12 @@ impl Wire {
     }
 
     /// Returns the member's state. The first call creates its links.
-    fn member(&self, call: &CollectiveCall) -> Result<(Arc<Mutex<Member>>, Arc<MemberStatus>)> {
+    fn member(&self, call: &CollectiveCall) -> Result<SharedMember> {
         let (group, member) = (&call.group, call.member);
         let mut groups = self.groups.lock();
         if let Some((found, status)) = groups.members.get(&(group.id, member)) {
-            return status.check().map(|()| (found.clone(), status.clone()));
+            status.check()?;
+            return Ok((found.clone(), status.clone()));
         }
         let failed = groups.failures.entry(group.id).or_default().clone();
         let status = Arc::new(MemberStatus::new(group.clone(), member, self.aborted.clone(), failed));

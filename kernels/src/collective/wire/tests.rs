@@ -433,12 +433,14 @@ fn an_abort_ends_a_stalled_write() {
 
 #[test]
 fn all_other_members_report_a_member_that_leaves() {
-    let mut wires = engines(4, &[&ALL_REDUCE]);
-    let removed = wires.pop().expect("four");
-    let cases = all_reduces(4, [100_000]);
-    drop(removed);
-    for result in run_all(as_engines(&wires), |_| &cases[..1]).iter().flatten() {
-        assert!(matches!(result, Err(KernelError::Link { peer: 13, .. })), "{result:?}");
+    // The others reduce on a ring, or on a tree.
+    for (n, len) in [(4, 100_000), (9, 100_000), (9, 1)] {
+        let mut wires = engines(n, &[&ALL_REDUCE]);
+        drop(wires.pop());
+        let cases = all_reduces(n, [len]);
+        for result in run_all(as_engines(&wires), |_| &cases[..1]).iter().flatten() {
+            assert!(matches!(result, Err(KernelError::Link { peer, .. }) if *peer == 10 + n - 1), "{result:?}");
+        }
     }
 }
 
@@ -466,6 +468,9 @@ fn members_that_wait_for_each_other_in_different_calls_report_a_mismatch() {
             in_place: false,
         };
         check_all_report_the_mismatch(odd_member, &[broadcast], &cases[..1], TREE_BYTES_MAX);
+        // The others are in the middle of transfers, so they cannot report the mismatch to the next member.
+        let large = all_reduces(n, [100_000]);
+        check_all_report_the_mismatch(odd_member, &large[2..3], &large[..1], TREE_BYTES_MAX);
     }
 }
 
