@@ -183,7 +183,7 @@ fn each_container_of_a_host_has_its_own_memory_limit() {
     let needed = number_after(text.unwrap_or_default(), "the job needs ");
     // A launcher and a process use 20 MB.
     let enough = needed + (32 << 20);
-    assert!(enough < 2 * needed, "{enough}: the limit must be too small for two ranks");
+    assert!(enough < 2 * needed, "{enough} bytes may be enough for two ranks of {needed} bytes");
     let ended = run(enough, true);
     assert!(ended.iter().all(|(code, _)| *code == Some(0)), "{ended:?}");
     let refused = run(enough, false);

@@ -163,8 +163,8 @@ pub enum NodeOp {
         axes: Vec<usize>,
     },
     /// Sums of squares of this placement's gradients, of shape `[number of parameters, 2]`. The columns are those of
-    /// [`Op::SumSquares`]; rows of parameters without an input are zero. `indices` has the row of each input: the index
-    /// of its parameter in [`Graph::parameters`].
+    /// [`Op::SumSquares`]; a row is zero if the node has no gradient of its parameter as input. `indices` has the row
+    /// of each input: the index of its parameter in [`Graph::parameters`].
     NormSums {
         indices: Vec<usize>,
     },
@@ -408,7 +408,8 @@ impl Graph {
         std::mem::take(&mut self.tensors)
     }
 
-    /// Adds a node to `rebuilt`, as the producer of its outputs, for a pass that rebuilds the list of nodes.
+    /// Adds a node to `rebuilt` and records the node as its outputs' producer, for a pass that rebuilds the list of
+    /// nodes.
     pub(crate) fn push_rebuilt(&mut self, rebuilt: &mut Vec<Node>, node: Node) {
         let id = NodeId(rebuilt.len() as u32);
         node.outputs.iter().for_each(|output| self.tensors[output.index()].producer = id);

@@ -1,5 +1,5 @@
-//! Maps devices to processes, and finds the data of a plan that crosses processes: bytes of registers and groups of
-//! collectives. The plan and the number of processes determine both, so a process can compute them for all processes.
+//! Maps devices to processes, and finds which bytes of registers and which collective groups cross processes in a
+//! plan. The plan and the number of processes determine all of this, so each process can compute it for all processes.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
@@ -243,7 +243,7 @@ mod tests {
                 for device in 0..devices {
                     let hosts =
                         (0..processes).filter(|p| process_map.devices_of(*p).contains(&device)).collect::<Vec<_>>();
-                    assert_eq!(hosts, [process_map.process_of(device)], "{device} of {devices} over {processes}");
+                    assert_eq!(hosts, [process_map.process_of(device)], "device {device}/{devices}, {processes} ranks");
                 }
                 assert!((0..processes).all(|p| !process_map.devices_of(p).is_empty()));
             }

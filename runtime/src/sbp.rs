@@ -68,8 +68,8 @@ impl NdSbp {
         Self(vec![Sbp::Broadcast; axes])
     }
 
-    /// True if the device at these coordinates holds the first copy of its part, that is, if it is the first of the
-    /// placement's devices with an equal part.
+    /// True if the device at these coordinates holds the first copy of its part: no device with a lower index in the
+    /// placement has an equal part.
     pub fn is_first_copy(&self, coords: &[usize]) -> bool {
         self.0.iter().zip(coords).all(|(sbp, at)| *sbp != Sbp::Broadcast || *at == 0)
     }
@@ -193,11 +193,11 @@ pub(crate) fn region_at(
 /// Calls `f` for one device of each class, with its regions under two layouts. `sizes` are the sizes of the axes. The
 /// first device has coordinate 0 on all axes.
 ///
-/// A class has devices on which each of the two regions has the same size, and the common part of the regions has the
-/// same size. Along an axis that neither layout splits, all coordinates are in one class. An axis that splits a dim
-/// makes parts of two sizes, larger ones first, so the remainder of the division is the first coordinate of a class.
-/// These classes suffice if one layout divides the parts of the other layout, because the smaller region is then the
-/// common part. Otherwise the size of the common part depends on the position, and each coordinate is a class.
+/// All devices of a class agree in three sizes: those of the two regions, and that of the regions' common part. Along
+/// an axis that neither layout splits, all coordinates are in one class. An axis that splits a dim makes parts of two
+/// sizes, larger ones first, so the remainder of the division is the first coordinate of a class. These classes suffice
+/// if one layout divides the parts of the other layout, because the smaller region is then the common part. Otherwise
+/// the size of the common part depends on the position, and each coordinate is a class.
 pub(crate) fn for_each_class(
     shape: &[usize],
     sizes: &[usize],
@@ -226,7 +226,7 @@ fn class_coordinates(shape: &[usize], sizes: &[usize], layouts: [&NdSbp; 2]) -> 
         });
         let is_nested = axes[0].starts_with(&axes[1]) || axes[1].starts_with(&axes[0]);
         for axes in &axes {
-            // The parts that an axis divides have one or two different extents.
+            // The extents of the parts that the next axis divides: one or two different values.
             let mut extents = vec![extent];
             for &axis in axes {
                 let size = sizes[axis];

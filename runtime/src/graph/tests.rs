@@ -164,7 +164,7 @@ fn invalid_programs_are_reported() {
         .assert_eq(&error_with("data=2,tensor=4", &CompileOptions { devices: 4, ..CompileOptions::default() }, x));
 }
 
-/// `compile` reports all errors at once, but omits errors that follow from others.
+/// `compile` reports all errors together, but omits errors that follow from others.
 #[test]
 fn errors_are_reported_together_and_once() {
     expect![[r#"
@@ -383,7 +383,7 @@ fn every_method_refuses_a_tensor_of_another_graph() {
     ];
     for (index, (subject, call)) in calls.iter().enumerate() {
         // If the graph has no tensors of its own, the foreign tensor's index is out of range. If it has 9 tensors, the
-        // index is also that of an own tensor.
+        // index is also that of one of its tensors.
         for (own_tensors, want) in [(0, 4), (9, 4)] {
             let mut other = Graph::new(&mesh());
             let created: Vec<Var> = (0..want).map(|i| floats(&mut other, &format!("o{i}"), &[4, 3, 6])).collect();

@@ -23,8 +23,8 @@ use crate::machine::Targets;
 
 /// Timeout for each message to or from a connected process.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long to wait for an address that is in use. After that, the process that holds the address has the same time to
-/// authenticate as a process of this job.
+/// How long to wait for an address that is in use. After that, process 0 tries for the same time to join the process
+/// that holds the address, because that process may belong to this job.
 const IN_USE_WAIT: Duration = Duration::from_millis(1500);
 const CONFLICTS_MAX: usize = 64;
 
@@ -184,7 +184,7 @@ fn open_tcp(
 /// Another process holds the address, perhaps a second rank 0. Sends it a join request, so that it detects the
 /// duplicate rank and refuses all processes.
 fn join_as_duplicate(config: &RendezvousConfig) -> RendezvousError {
-    // `report_every` also limits each attempt to connect, and a busy machine may need most of the time for one.
+    // `report_every` also limits each attempt to connect. A busy machine may need most of this time for an attempt.
     let (timeout, report_every) = (REPLY_TIMEOUT, IN_USE_WAIT);
     let brief = RendezvousConfig { timeout, report_every, late_grace: Duration::ZERO, ..config.clone() };
     match join(&brief, Instant::now() + IN_USE_WAIT, &mut |_| {}) {
@@ -215,8 +215,8 @@ impl JoinState {
             }
             let ends = now >= deadline || self.failed.is_some();
             if ends || now >= report_at || self.joined.iter().all(Option::is_some) {
-                // A process that died while it waited must join again. Each check is a system call, so a join does not
-                // check all other processes.
+                // A process that died while it waited must join again. The check takes a system call per process, so it
+                // is not repeated after each join.
                 for entry in &mut self.joined {
                     entry.take_if(|joined| joined.connection.is_closed());
                 }
