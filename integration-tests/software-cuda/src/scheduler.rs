@@ -137,8 +137,7 @@ fn detect_deadlock(machine: &SoftwareMachine, state: &mut State) {
     state.is_stuck = true;
     let lines: Vec<String> = stuck.iter().map(|(handle, blockers)| describe(state, *handle, blockers)).collect();
     let key = lines.first().cloned().unwrap_or_default();
-    let summary =
-        if is_cycle { "streams wait for each other" } else { "no queued operation can end these waits" };
+    let summary = if is_cycle { "streams wait for each other" } else { "no queued operation can end these waits" };
     machine.report_finding("deadlock", &key, || format!("{summary}:\n  {}", lines.join("\n  ")));
     machine.progressed.notify_all();
 }
