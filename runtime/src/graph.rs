@@ -446,7 +446,7 @@ impl Graph {
 
     /// True if the host fetches an output from this device. Of equal copies, the host fetches only the first one. Of sums
     /// of squares, the host fetches those of devices with the first copy of a gradient, because other sums are 0.
-    pub(crate) fn is_fetched_from(&self, output: Var, device: usize) -> bool {
+    pub(crate) fn is_fetched(&self, output: Var, device: usize) -> bool {
         let (node, placement) = (self.producer(output), &self.placements[self.placement_of(output)]);
         let Some(coords) = placement.index_of(device).map(|index| placement.coords(index)) else { return false };
         let is_first_copy = |var: &Var| self.layout(*var).is_first_copy(&coords);

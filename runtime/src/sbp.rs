@@ -75,10 +75,9 @@ impl NdSbp {
         self.0.iter().zip(coords).all(|(sbp, at)| *sbp != Sbp::Broadcast || *at == 0)
     }
 
-    /// The placement's devices in groups that hold equal parts, by index. The first device of a group has the first copy.
-    pub(crate) fn copies(&self, placement: &Placement) -> Vec<Vec<usize>> {
-        let axes: Vec<usize> = (0..self.0.len()).filter(|&axis| self.0[axis] == Sbp::Broadcast).collect();
-        placement.group_indices(&axes)
+    /// Indices of the `Broadcast` axes. Devices that differ only along these axes hold copies of the same part.
+    pub(crate) fn broadcast_axes(&self) -> Vec<usize> {
+        (0..self.0.len()).filter(|&axis| self.0[axis] == Sbp::Broadcast).collect()
     }
 
     /// Parses `(S0, B)`, `S0,B` or, for a placement without axes, `()`.
@@ -364,7 +363,7 @@ pub fn gather(
         }
     }
     layout.check_dtype(&shards[0], placement)?;
-    let copies = layout.copies(placement);
+    let copies = placement.group_indices(&layout.broadcast_axes());
     for group in &copies {
         if let Some(index) = group.iter().find(|index| !region::same_bits(&shards[**index], &shards[group[0]])) {
             let first = format!("the same bits as shard {}", group[0]);

@@ -169,7 +169,7 @@ impl<'a> ClassBuilder<'a> {
         let is_fetch = matches!(node.op, NodeOp::Fetch);
         let is_read = |input: &&Var| {
             let is_here = is_on && self.is_on[self.graph.placement_of(**input)];
-            if is_fetch { self.graph.is_fetched_from(**input, device) } else { is_here }
+            if is_fetch { self.graph.is_fetched(**input, device) } else { is_here }
         };
         let mut runs = is_on && !is_fetch;
         for input in node.inputs.iter().filter(is_read) {

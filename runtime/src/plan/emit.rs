@@ -216,9 +216,7 @@ impl Emitter<'_> {
                 self.launch_node(node, Op::ClipScale { max_norm: *max_norm }, false);
             }
             NodeOp::Input => self.emit_host_copies(node.outputs.iter()),
-            NodeOp::Fetch => {
-                self.emit_host_copies(node.inputs.iter().filter(|output| graph.is_fetched_from(**output, device)));
-            }
+            NodeOp::Fetch => self.emit_host_copies(node.inputs.iter().filter(|var| graph.is_fetched(**var, device))),
             NodeOp::Relayout | NodeOp::Parameter { .. } | NodeOp::State | NodeOp::Bf16Copy { .. } => {}
         }
     }

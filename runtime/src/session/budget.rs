@@ -130,12 +130,9 @@ pub(crate) fn saved_parts(
 ) -> impl Iterator<Item = (usize, ResidentTensor)> {
     let (graph, layout) = (&plan.graph, plan.graph.layout(var));
     let placement = &graph.placements[graph.placement_of(var)];
-    let saves = move |device: &usize| {
-        let coords = placement.index_of(*device).map(|index| placement.coords(index));
-        coords.is_some_and(|coords| layout.is_first_copy(&coords))
-    };
-    let part = move |device: usize| Some((device, plan.resident(device, var)?.1));
-    devices.filter(saves).filter_map(part).filter(|(_, part)| !part.region.is_empty())
+    let is_first_copy = |index| layout.is_first_copy(&placement.coords(index));
+    plan.resident_parts(var, devices)
+        .filter(move |(device, part)| !part.region.is_empty() && placement.index_of(*device).is_some_and(is_first_copy))
 }
 
 fn snapshot_bytes(plan: &Plan, devices: Range<usize>) -> u64 {

@@ -18,13 +18,13 @@ use super::numbers::Topic;
 use super::report::StepReport;
 use crate::graph::builder::{GRAD_SQUARES_OUTPUT, LOSS_OUTPUT};
 use crate::graph::{Combine, Output, Var};
+use crate::plan::HostPort;
 use crate::plan::memory::local_part;
-use crate::plan::segments::SegmentId;
 use crate::sbp::assemble;
 use crate::sbp::region::{combine, concat};
 
-/// Fetch results by device and segment: for each firing, one tensor for each fetched variable.
-type Results = BTreeMap<(usize, SegmentId), Vec<Vec<HostTensor>>>;
+/// Results by port of a fetch: for each firing, one tensor for each fetched variable.
+type Results = BTreeMap<u32, Vec<Vec<HostTensor>>>;
 
 /// The whole tensor of each firing, by index of the graph output. Empty if this process does not get the output.
 pub(super) type OutputTensors = Vec<Vec<HostTensor>>;
@@ -58,7 +58,7 @@ impl Session {
     fn fetched_pieces(&self, devices: Range<usize>) -> Vec<(u32, usize)> {
         devices
             .flat_map(|device| self.host_io.ports.fetches(device))
-            .map(|(id, port, _)| (port, self.fetch_firings(id)))
+            .map(|(id, port, _)| (port, self.plan.segments.get(id).rate.per_step(self.plan.micro_batches)))
             .collect()
     }
 
@@ -67,22 +67,19 @@ impl Session {
         if self.process_map.process != 0 {
             return Ok(None);
         }
-        let devices = 0..self.plan.device_count();
-        let wanted = self.fetched_pieces(devices.clone());
+        let wanted = self.fetched_pieces(0..self.plan.device_count());
         self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
         let mut inbox = self.host_io.inbox.lock();
-        let fetches = devices.flat_map(|device| self.host_io.ports.fetches(device).map(move |(id, ..)| (device, id)));
-        Ok(Some(fetches.zip(wanted).map(|(key, (port, count))| (key, inbox.take(port, count))).collect()))
-    }
-
-    fn fetch_firings(&self, id: SegmentId) -> usize {
-        self.plan.segments.get(id).rate.per_step(self.plan.micro_batches)
+        Ok(Some(wanted.into_iter().map(|(port, count)| (port, inbox.take(port, count))).collect()))
     }
 
     /// Returns the outputs that this process gets from the step. All processes call it.
     pub(super) fn exchange_outputs(&mut self) -> Result<OutputTensors, SessionError> {
         if let Some(results) = self.take_results()? {
-            self.send_outputs(&results)?;
+            for (output, port) in self.plan.graph.outputs.iter().zip(self.host_io.ports.outputs()) {
+                let mut firings = 0..self.firings(output);
+                firings.try_for_each(|firing| self.send(port, self.whole_output(output.tensor, &results, firing)))?;
+            }
         }
         let mut wanted = Vec::new();
         for (output, port) in self.plan.graph.outputs.iter().zip(self.host_io.ports.outputs()) {
@@ -98,24 +95,14 @@ impl Session {
         self.plan.graph.tensor(output.tensor).rate.per_step(self.plan.micro_batches)
     }
 
-    /// Assembles the outputs on process 0 and sends them.
-    fn send_outputs(&self, results: &Results) -> Result<(), SessionError> {
-        for (output, port) in self.plan.graph.outputs.iter().zip(self.host_io.ports.outputs()) {
-            for firing in 0..self.firings(output) {
-                self.send(port, self.whole_output(output.tensor, results, firing))?;
-            }
-        }
-        Ok(())
-    }
-
     fn whole_output(&self, output: Var, results: &Results, firing: usize) -> HostTensor {
         let graph = &self.plan.graph;
         let placement = &graph.placements[graph.placement_of(output)];
-        let fetch = self.plan.segments.fetch_of(graph, output);
         let part = |device: &usize| {
-            let (_, host) = self.host_io.ports.fetch(*device, fetch)?;
-            let position = host.vars.iter().position(|var| *var == output)?;
-            Some((local_part(graph, output, *device), results[&(*device, fetch)][firing][position].clone()))
+            let mut fetches = self.host_io.ports.fetches(*device);
+            let index = |host: &HostPort| host.vars.iter().position(|var| *var == output);
+            let (port, index) = fetches.find_map(|(_, port, host)| Some((port, index(host)?)))?;
+            Some((local_part(graph, output, *device), results[&port][firing][index].clone()))
         };
         let parts = placement.devices().iter().filter_map(part);
         assemble(parts, graph.shape(output), graph.layout(output).partial())
