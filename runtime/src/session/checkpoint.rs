@@ -71,7 +71,8 @@ impl Session {
         let (layout, placement) = (plan.graph.layout(var), &plan.graph.placements[plan.graph.placement_of(var)]);
         let axes = layout.broadcast_axes();
         let copies = placement.group_len(&axes);
-        // For each part: the largest digest of its copies, and the complement of the smallest. Without copies, one number.
+        // For each part: the largest digest of its copies, and the complement of the smallest one. A tensor without copies
+        // has one number, because the processes wait for each other in any case.
         let mut digests = vec![0; if copies > 1 { 2 * placement.device_count() / copies } else { 1 }];
         for (device, part) in plan.resident_parts(var, own.clone()) {
             let Some(index) = placement.index_of(device) else { continue };
@@ -116,7 +117,7 @@ impl Session {
     /// appears only when complete. One tensor at a time is in memory. All processes call it; process 0 writes.
     ///
     /// # Errors
-    /// [`CheckpointError::Io`], or the failure of an earlier step: a failed session must not replace a good file.
+    /// [`CheckpointError::Io`], or the errors of [`Session::parameters`]: a failed session must not replace a good file.
     pub fn save(&self, path: &Path) -> Result<(), SessionError> {
         self.check_not_failed()?;
         let graph = &self.plan.graph;

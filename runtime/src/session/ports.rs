@@ -26,18 +26,18 @@ pub struct HostPorts {
 }
 
 impl HostPorts {
-    pub fn new(plan: Arc<Plan>, process_map: ProcessMap, for_all: Outputs) -> Self {
+    pub fn new(plan: Arc<Plan>, process_map: ProcessMap, outputs: Outputs) -> Self {
         let counts: Vec<u32> =
             (plan.class_plans.iter()).map(|class| (fetches(class).count() + class.residents.len()) as u32).collect();
-        let outputs = plan.graph.outputs.iter().map(|output| output.tensor);
-        let wholes: Vec<Var> = outputs.chain(plan.graph.parameters()).collect();
+        let fetched = plan.graph.outputs.iter().map(|output| output.tensor);
+        let wholes: Vec<Var> = fetched.chain(plan.graph.parameters()).collect();
         let mut next = wholes.len() as u32;
         let mut first = vec![next];
         for class in &plan.classes.of {
             next += counts[class.index()];
             first.push(next);
         }
-        Self { plan, process_map, outputs: for_all, wholes, first }
+        Self { plan, process_map, outputs, wholes, first }
     }
 
     /// The fetches of a device: each with its segment, its port, and the fetched tensors.
