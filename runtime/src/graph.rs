@@ -445,6 +445,18 @@ impl Graph {
         self.producer(var).placement
     }
 
+    /// True if the host fetches an output from this device. Of equal copies, the host fetches only the first one. Of sums
+    /// of squares, the host fetches those of devices with the first copy of a gradient, because other sums are 0.
+    pub(crate) fn is_fetched(&self, output: Var, device: usize) -> bool {
+        let (node, placement) = (self.producer(output), &self.placements[self.placement_of(output)]);
+        let Some(coords) = placement.index_of(device).map(|index| placement.coords(index)) else { return false };
+        let is_first_copy = |var: &Var| self.layout(*var).is_first_copy(&coords);
+        match &node.op {
+            NodeOp::NormSums { .. } => node.inputs.iter().any(is_first_copy),
+            _ => is_first_copy(&output),
+        }
+    }
+
     /// Parameters and optimizer states, in the program's order.
     pub(crate) fn residents(&self) -> impl Iterator<Item = Var> {
         let nodes = self.nodes.iter();

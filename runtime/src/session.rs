@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shardflow_actors::error::{Failure, PeerError};
+use shardflow_actors::remote::HostPiece;
 use shardflow_actors::shell::RunningSession;
 use shardflow_kernels::memory::Arena;
 use shardflow_kernels::tensor::HostTensor;
@@ -182,6 +183,13 @@ impl Session {
             running.control().fail(failure.clone());
         }
         received
+    }
+
+    /// Sends a tensor to the processes of the port's route.
+    fn send(&self, port: u32, tensor: HostTensor) -> Result<(), Failure> {
+        let piece = HostPiece { port, tensors: vec![tensor] };
+        self.host_io.send(self.running()?, &mut self.host_io.inbox.lock(), piece);
+        Ok(())
     }
 
     /// Sends to each peer the parameters that the peer reads and this process has written. All processes call it.

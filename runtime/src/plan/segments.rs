@@ -70,16 +70,6 @@ impl Segments {
         &self.list[id.index()]
     }
 
-    /// The segment in which the host fetches an output.
-    pub fn fetch_of(&self, graph: &Graph, output: Var) -> SegmentId {
-        let (rate, placement) = (graph.tensor(output).rate, graph.placement_of(output));
-        let fetches = |id: &SegmentId| {
-            let segment = self.get(*id);
-            (segment.host, segment.rate, segment.placement) == (Some(HostTransfer::Fetch), rate, placement)
-        };
-        self.ids().find(fetches).expect("the host fetches every output")
-    }
-
     /// The inputs that the host feeds before a step's results arrive, in the order of the program.
     pub fn fed<'a>(&'a self, graph: &'a Graph) -> impl Iterator<Item = Var> {
         let feeds = self.list.iter().filter(|segment| segment.host == Some(HostTransfer::Feed));
