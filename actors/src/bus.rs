@@ -70,7 +70,7 @@ impl Bus {
         &self.remote
     }
 
-    /// Queues an entry for a local actor, or a message for an actor's peer. Returns false if no such actor runs.
+    /// Queues an entry for a local actor, or a message for an actor's peer. Returns false if the actor is unreachable.
     pub(crate) fn send(&self, to: ActorId, cast: Cast) -> bool {
         #[cfg(test)]
         if self.is_lost(&cast) {
@@ -90,7 +90,7 @@ impl Bus {
 
     #[cfg(test)]
     pub(crate) fn inject(&self, fault: crate::simulate::tests::Fault, spec: std::sync::Arc<Spec>) {
-        self.fault.set((fault, spec)).expect("called once");
+        self.fault.set((fault, spec)).expect("`inject` is called only once");
     }
 
     #[cfg(test)]
@@ -115,7 +115,7 @@ impl Bus {
         if entries <= *bound {
             return Ok(());
         }
-        let numbers = format!("{entries} entries in the mailbox, but credits allow {bound}");
+        let numbers = format!("the mailbox has {entries} entries, but credits allow only {bound}");
         Err(ProtocolError::Invariant { label: "CR-3", at: format!("actor {name}"), numbers })
     }
 

@@ -22,7 +22,7 @@ pub fn check(spec: &Spec) -> Result<(), SpecError> {
     if steps > PERIOD_STEPS_MAX {
         return Err(SpecError::Period { steps });
     }
-    // A part of a plan does not show what bounds the actors of other processes.
+    // A part of a plan does not show whether host tokens limit the firings of other processes' actors.
     if spec.is_whole() { check_bounded(spec) } else { Ok(()) }
 }
 
@@ -121,7 +121,8 @@ fn check_actor(spec: &Spec, id: ActorId) -> Result<(), SpecError> {
     Ok(())
 }
 
-/// A submission has one `repeat` flag, so an action's accumulating outputs must begin their pieces in the same firings.
+/// A firing has one `repeat` flag for its whole program: all accumulating outputs add to their slots, or all overwrite
+/// them. So an action's accumulating outputs must begin their pieces in the same firings.
 fn check_accumulation(spec: &Spec, name: &str, action: &ActionSpec) -> Result<(), SpecError> {
     let mut accumulating = action.outputs.iter().filter(|output| output.pieces.accumulates());
     let Some(one) = accumulating.next() else { return Ok(()) };
@@ -207,8 +208,8 @@ fn check_decision(spec: &Spec) -> Result<(), SpecError> {
     Ok(())
 }
 
-/// Checks that host tokens bound every action. An action is bounded if it is external or if a bounded action writes one
-/// of its inputs.
+/// Checks that host tokens limit the firings of every action. An action is bounded if it is external or if a bounded
+/// action writes one of its inputs.
 fn check_bounded(spec: &Spec) -> Result<(), SpecError> {
     let is_external = |(_, action): &(ActionRef, &ActionSpec)| action.external;
     let mut bounded: HashSet<ActionRef> = spec.all_actions().filter(is_external).map(|(at, _)| at).collect();

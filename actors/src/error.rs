@@ -19,8 +19,8 @@ pub enum Failure {
     Panic { actor: String, device: usize, action: Option<String>, message: String },
     #[error("rank {process}: {cause}")]
     Peer { process: u32, cause: PeerError },
-    /// There is no progress although work is left. If another process contains the cause, `process` is its number.
-    /// `report` lists the waits.
+    /// There is no progress although work is left. If the cause lies in another process, `process` is that process's
+    /// number. `report` lists what each actor waits for.
     #[error("no progress for {idle_ms} ms: {cause}\n{report}")]
     Stalled { idle_ms: u64, cause: String, process: Option<u32>, report: String },
 }

@@ -1,7 +1,8 @@
 //! Frames of a register connection: messages, and headers of register data.
 //!
-//! Each frame has [`FRAME_BYTES`] bytes: magic "SF", the version, the frame as bincode with fixed-size little-endian
-//! numbers, and zeros. Each frame has exactly one encoding. Frames omit session and epoch: the handshake fixes both.
+//! Each frame has [`FRAME_BYTES`] bytes: magic "SF", the version, the [`Frame`] value as bincode with fixed-size
+//! little-endian numbers, and padding zeros. Each value has exactly one encoding. Frames omit session and epoch: the
+//! handshake fixes both.
 
 use bincode::config::{Configuration, Fixint, LittleEndian, legacy};
 use serde::{Deserialize, Serialize};
@@ -24,10 +25,10 @@ const CONFIG: Configuration<LittleEndian, Fixint> = legacy();
 pub enum Frame {
     /// A message between actors. `Filled` is sent only after all bytes of the piece were sent or are in shared memory.
     Message(Message),
-    /// Announces `bytes` raw bytes: the parts of the slot that the receiver's readers read, in order. If the register
-    /// uses a pipe (a direct transfer between GPUs), the pipe carries the bytes. Otherwise, they follow this frame.
+    /// Announces `bytes` raw bytes: the parts of the slot that the receiver's readers read, in the plan's order. If the
+    /// register uses a pipe (a direct transfer between GPUs), the pipe carries them. Otherwise, they follow this frame.
     Data { register: RegisterId, slot: u32, piece: u64, bytes: u64 },
-    /// `bytes` raw bytes follow: the tensors of a host port, in order.
+    /// `bytes` raw bytes follow: the tensors of a host port, in the order in which the port lists them.
     Host { port: u32, bytes: u64 },
     /// The sender has sent the bytes of its initial registers for the `round`th time, counted from 1.
     Ready { round: u64 },
@@ -35,7 +36,7 @@ pub enum Frame {
     Bye,
 }
 
-/// Why a header is invalid. No correct peer sends such a header.
+/// Why a frame is invalid. No correct peer sends such a frame.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum FrameError {
@@ -127,8 +128,8 @@ mod tests {
         let malformed = |error| matches!(error, FrameError::Malformed { .. });
         assert_eq!(error_after(Frame::Bye, |b| b[0] = b'X'), FrameError::Magic { got: [b'X', b'F'] });
         assert_eq!(error_after(Frame::Bye, |b| b[2] = 9), FrameError::Version { got: 9 });
-        assert!(malformed(error_after(Frame::Bye, |b| b[3] = 77)), "an unknown kind");
-        assert!(malformed(error_after(Frame::Bye, |b| b[16] = 5)), "an unused byte");
-        assert!(malformed(error_after(Frame::Ready { round: 1 }, |b| b[31] = 2)), "the last byte");
+        assert!(malformed(error_after(Frame::Bye, |b| b[3] = 77)), "an unknown kind is accepted");
+        assert!(malformed(error_after(Frame::Bye, |b| b[16] = 5)), "a wrong unused byte is accepted");
+        assert!(malformed(error_after(Frame::Ready { round: 1 }, |b| b[31] = 2)), "a wrong last byte is accepted");
     }
 }

@@ -41,7 +41,8 @@ pub(crate) enum Root {
     },
     /// A firing that has not ended although it waits for no other actor: its kernels, stream or device hang.
     Firing(ActionRef),
-    /// A firing that has not ended although all members of its collectives have begun. Which member is late is unknown.
+    /// A firing that has not ended although all members have begun its collectives. The engine does not report which
+    /// member has not joined.
     Collective(ActionRef),
     Unresponsive(ActorId),
     /// Another process. Either `actor` runs in that process, or `actor` runs in this process and lacks a token while
@@ -70,8 +71,8 @@ impl Root {
             Self::Collective(_) => 2,
             Self::Unresponsive(_) => 3,
             Self::Process { .. } | Self::Member { .. } => 4,
-            // A plan without deadlocks has no cycle. The search still finds one if it follows a wait for a late member
-            // to an action through which that member does not join.
+            // A plan without deadlocks has no cycle of waits. The search can still find one, because it follows a wait
+            // for a late member to all actions through which the member could join. The member joins through only one.
             Self::Cycle if is_acyclic => 7,
             Self::Cycle => 5,
             Self::Token(_) => 6,
@@ -90,7 +91,7 @@ impl Root {
         match self {
             Self::LostPiece { register, piece, reader } => {
                 let register = spec.register_name(*register);
-                format!("{} did not receive piece {piece} of register '{register}', which was published", name(reader))
+                format!("piece {piece} of register '{register}' was published, but {} did not receive it", name(reader))
             }
             Self::LostRelease { register, piece, reader } => {
                 let register = spec.register_name(*register);
@@ -193,7 +194,7 @@ pub(crate) struct HangSnapshot<'a> {
     pub snapshots: &'a [ActorSnapshot],
     /// Waits in collectives, as reported by the engines.
     pub collectives: &'a [CollectiveWait],
-    /// Whether `collectives` is complete.
+    /// True if `collectives` contains all waits. False if the engine does not report waits.
     pub knows_collectives: bool,
     /// Whether a simulation has shown that the plan has no deadlock.
     pub is_acyclic: bool,
@@ -201,7 +202,7 @@ pub(crate) struct HangSnapshot<'a> {
     pub host_waits_for: Option<u32>,
     /// Returns the process that hosts an actor; `None` for this process.
     pub process_of: &'a dyn Fn(ActorId) -> Option<u32>,
-    /// Returns the members of a communicator in other processes: the process and the device of each.
+    /// Returns the members of a communicator that run in other processes, each as a process and a device.
     pub members_of: &'a dyn Fn(u32) -> Vec<(u32, usize)>,
 }
 
@@ -296,7 +297,8 @@ impl<'a> Search<'a> {
         here.filter(|at| self.is_unfinished(at)).collect()
     }
 
-    /// True if the action has firings left, or if the actor's state is unknown: it hangs or is in another process.
+    /// True if the action has firings left, or if the actor's state is unknown because the actor hangs or runs in
+    /// another process.
     fn is_unfinished(&self, at: &ActionRef) -> bool {
         let per_step = self.input.spec.action(at.actor, at.action).per_step;
         let completed = self.snapshots.get(&at.actor).map(|snapshot| snapshot.completed(at.action));
@@ -330,7 +332,7 @@ impl<'a> Search<'a> {
     fn chain(&self, start: usize, root: &Root) -> Vec<WaitingAction> {
         let mut chain: Vec<WaitingAction> = self.path[start..].iter().map(|(waiting, _)| waiting.clone()).collect();
         if matches!(root, Root::Firing(_) | Root::Collective(_) | Root::Unresponsive(_)) {
-            // The path ends with this root's action, which waits for nobody. The chain has only actions that wait.
+            // The path ends with this root's action, which waits for nobody. The chain contains only actions that wait.
             chain.pop();
         }
         chain
@@ -338,7 +340,7 @@ impl<'a> Search<'a> {
 
     fn visit(&mut self, at: ActionRef) -> Option<()> {
         self.visited.insert(at).then(|| {
-            // A placeholder: `next_root` overwrites it with each wait that it follows.
+            // A placeholder. Each time `next_root` follows a wait of this action, it stores that wait here.
             let wait = WaitReason::Missing(Missing::Token);
             self.path.push((WaitingAction { action: at, wait }, self.waits(at).into_iter()));
         })
@@ -365,7 +367,8 @@ impl<'a> Search<'a> {
         waits
     }
 
-    /// The waits of a firing in flight: for members that have not joined its collectives or, if none, its own stream.
+    /// The waits of a firing in flight for members that have not joined its collectives. If all have joined, the
+    /// firing waits for its own stream.
     fn waits_in_flight(&self, at: ActionRef, snapshot: &ActorSnapshot) -> Vec<(WaitReason, Next)> {
         let HangSnapshot { spec, collectives, knows_collectives, .. } = self.input;
         let actor = spec.actor(at.actor);
@@ -403,8 +406,8 @@ impl<'a> Search<'a> {
         waits
     }
 
-    /// The waits of a firing in flight for members of a communicator that run in other processes. `peers` are the waits
-    /// of the firing that the engine has reported, as communicators and devices.
+    /// The waits of a firing in flight for members of a communicator that run in other processes. `peers` are the
+    /// firing's waits that the engine has reported, each as a communicator and the device of the awaited member.
     fn absent_members(&self, communicator: u32, stream: StreamKind, peers: &[(u32, usize)]) -> Vec<(WaitReason, Next)> {
         let HangSnapshot { knows_collectives, members_of, .. } = self.input;
         let is_waited_for = |device: usize| !knows_collectives || peers.contains(&(communicator, device));

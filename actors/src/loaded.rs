@@ -20,7 +20,7 @@ use crate::spec::{ActionRef, ActionSpec, ActorId, RegisterId, Spec};
 pub struct ActionProgram {
     /// Each signal's tag is the index of an `early` output port. Each of these ports has exactly one signal.
     pub program: Arc<Program>,
-    /// Base addresses of the program, in order.
+    /// The program's base addresses, in the order of the base indices in its launches.
     pub bases: Vec<BaseRef>,
     /// Receives the end of each firing, for a host that then reads what the firing wrote.
     pub ends: Option<Sender<Stamped<FiringEnd>>>,
@@ -44,7 +44,7 @@ pub enum BaseRef {
     Input(usize),
     /// The slot that the firing writes through this output port.
     Output(usize),
-    /// A ring of slots of the action's own: firing `n` uses slot `n mod slots`.
+    /// A ring of slots that only this action uses: firing `n` uses slot `n mod slots`.
     Ring {
         /// Start and stride of the slots.
         memory: RegisterMemory,
@@ -90,7 +90,8 @@ pub struct LoadedPlan {
     pub spec: Arc<Spec>,
     /// The actors of this process.
     pub hosted: BTreeMap<ActorId, ActorHost>,
-    /// Memory of the registers that these actors write or read. A peer's register is mapped memory or a local mirror.
+    /// Memory of the registers that these actors write or read. If a peer produces the register, this is the peer's
+    /// memory, mapped into this process, or a local mirror.
     pub memory: BTreeMap<RegisterId, RegisterMemory>,
     /// The collective engine. The session aborts it when the session fails.
     pub engine: Arc<dyn Collective>,

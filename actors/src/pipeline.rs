@@ -43,8 +43,8 @@ impl Pipeline {
         for s in 0..p.saturating_sub(1) {
             let (here, next) = (stages[s], stages[s + 1]);
             // Each of these registers has as many slots as the earlier stage's stash, so it never delays a firing: a
-            // micro-batch in a register slot also holds a stash slot, until the earlier stage's backward releases both.
-            // The release of the register slot arrives before the stash slot's next micro-batch needs one.
+            // micro-batch in one of its slots also holds a stash slot until the earlier stage's backward has ended. The
+            // release of the register slot arrives before the stash slot's next micro-batch needs a register slot.
             let slots = self.credits[s];
             b.edge(format!("stage{s}.activation"), slots, here.0, next.0);
             b.edge(format!("stage{}.gradient", s + 1), slots, next.1, here.1);
@@ -52,7 +52,7 @@ impl Pipeline {
         b.build()
     }
 
-    /// Returns the firing rule. A list has `warm_up` forwards, then a backward and a forward in turn, then backwards.
+    /// Returns the firing rule. A list has `warm_up` forwards, then alternating backwards and forwards, then backwards.
     fn firing(&self, credits: u32) -> Firing {
         if !self.ordered {
             return Firing::Credit;

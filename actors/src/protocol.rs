@@ -238,7 +238,7 @@ impl Protocol {
             let register = self.spec.register_name(register);
             return Err(ProtocolError::WrongPiece {
                 register,
-                message: "the filled message".into(),
+                message: "the `Filled` message".into(),
                 expected,
                 got: piece,
             });
@@ -264,7 +264,7 @@ impl Protocol {
         let slots::ReaderState { at, ref releases, .. } = slots.readers[index];
         let (expected, expected_slot) = (releases.piece(), releases.slot());
         if piece != expected {
-            let (register, message) = (spec.register_name(register), format!("the release by {}", name(at)));
+            let (register, message) = (spec.register_name(register), format!("the `Released` message of {}", name(at)));
             return Err(ProtocolError::WrongPiece { register, message, expected, got: piece });
         }
         check_slot(spec, register, piece, expected_slot, slot)?;
@@ -335,7 +335,7 @@ impl Protocol {
         Ok(())
     }
 
-    /// Publishes the piece in an output's slot to the piece's readers. Readers in this actor get the piece at once.
+    /// Publishes the piece in an output's slot to the piece's readers. Readers in this actor get the piece immediately.
     fn publish(&mut self, action: u32, port: usize, effects: &mut Vec<Effect>) {
         let output = &self.actions[action as usize].outputs[port];
         let (register, ports::Reach { piece, slot, .. }) = (output.register, output.current);
@@ -495,7 +495,7 @@ impl Protocol {
                     return Err(ProtocolError::Invariant {
                         label: "CR-3",
                         at: format!("register '{}'", self.spec.register_name(*register)),
-                        numbers: format!("filled {filled}, released {released}, held {held}"),
+                        numbers: format!("an input got {filled} pieces and released {released}, but holds {held}"),
                     });
                 }
             }
@@ -508,7 +508,10 @@ impl Protocol {
                 return Err(ProtocolError::Invariant {
                     label: "CR-5",
                     at: self.spec.action_name(self.me, index),
-                    numbers: format!("{} firings ended, piece {} unpublished", action.fired, output.current.piece),
+                    numbers: format!(
+                        "after {} ended firings, no firing is in flight, but piece {} is begun",
+                        action.fired, output.current.piece
+                    ),
                 });
             }
         }

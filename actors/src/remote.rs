@@ -1,13 +1,13 @@
 //! Registers between processes. For each peer, this process has an outbox, which queues messages to the peer's actors.
 //! One thread writes the outbox to the connection. Another reads the peer's messages and delivers them to local actors.
 //!
-//! A slot's bytes are sent at most once to each process, before the `Filled` message. They arrive in the same slot of
-//! the receiver's copy of the register, its mirror. Credits also protect the mirror: the producer cannot rewrite a slot
-//! before all readers have released it. Processes with shared memory exchange only ids. Between GPUs, a pipe may carry
-//! the bytes, which the connection only announces.
+//! The bytes of a published piece are sent to each process at most once, before the `Filled` message. They arrive in
+//! the same slot of the receiver's copy of the register, its mirror. Credits also protect the mirror: the producer
+//! cannot rewrite a slot before all readers have released it. Processes with shared memory exchange only ids. Between
+//! GPUs, a pipe may carry the bytes, which the connection only announces.
 //!
 //! Two processes are connected if they exchange registers or are neighbours on a tree of all processes. Host programs
-//! send tensors along the tree, and every process passes on the tensors that it receives.
+//! send host pieces (the tensors of one port) along the tree, and every process forwards the host pieces of others.
 //!
 //! - **RM-1**: every message from a peer is checked against the plan before use: the hosts of the register's producer
 //!   and reader, the number of bytes of a slot, and the expected piece and slot.
@@ -71,7 +71,8 @@ pub struct HostRoute {
     pub tensors: Vec<(Vec<usize>, DType)>,
 }
 
-/// Facts about all processes of a job. They are computed on demand, because lists of them would grow with the job.
+/// Facts about all processes of a job. They are computed on demand, because stored lists would grow with the
+/// number of processes.
 pub trait Directory: Debug + Send + Sync {
     /// The process that hosts a device; `None` for this process.
     fn process_of(&self, device: usize) -> Option<u32>;
@@ -113,7 +114,8 @@ impl Directory for Listed {
 pub struct Peers {
     /// The processes with a connection to this one.
     pub peers: Vec<PeerSpec>,
-    /// For each process: the peer on the way to it, or itself for this process. Empty if all other processes are peers.
+    /// For each process: the peer on the path to that process. This process's entry is its own number. Empty if all
+    /// other processes are peers.
     pub hops: Vec<u32>,
     /// The processes of devices, and the ports between host programs.
     pub directory: Arc<dyn Directory>,
@@ -176,7 +178,8 @@ pub(crate) struct Remote {
     carries_host: Vec<bool>,
     outboxes: Vec<(u32, Sender<Outgoing>)>,
     pub(crate) host: Option<Sender<PeerMessage>>,
-    /// For each peer: the last received `Ready` round, its stamp, and whether the peer has ended in an orderly way.
+    /// For each peer: the last received `Ready` round, the race checker's stamp of that round, and true if the peer has
+    /// ended in an orderly way.
     ready: Mutex<Vec<(u64, Stamped<()>, bool)>>,
     changed: Condvar,
     /// For each register: the race checker's clocks of this process's messages about the register. They order these
@@ -296,7 +299,7 @@ impl Remote {
         }
     }
 
-    /// The members of a communicator in other processes: the process and the device of each.
+    /// The members of a communicator that run in other processes, each as a process and a device.
     pub(crate) fn members_of(&self, communicator: u32) -> Vec<(u32, usize)> {
         let devices = self.directory.members_of(communicator).into_iter();
         devices.filter_map(|device| Some((self.directory.process_of(device)?, device))).collect()
@@ -349,7 +352,7 @@ mod tests {
     /// with process 6, which is behind 0.
     fn remote() -> (Remote, Vec<Receiver<Outgoing>>) {
         let peer = |process| {
-            let connection = UnixStream::pair().expect("a pair").0.into();
+            let connection = UnixStream::pair().expect("a socket pair is created").0.into();
             let (pushes, mirrors, pipes) = Default::default();
             PeerSpec { process, connection, pushes, mirrors, pipes }
         };
@@ -377,11 +380,11 @@ mod tests {
             remote.send_host_piece(&Arc::new(HostPiece { port, tensors: Vec::new() }), from);
             outboxes.iter().map(|outbox| outbox.try_iter().count()).collect::<Vec<_>>()
         };
-        assert_eq!(sent(0, None), [1, 1, 0], "its own piece for all: along the tree only");
-        assert_eq!(sent(1, Some(1)), [1, 0, 0], "a piece for process 0");
-        assert_eq!(sent(2, Some(1)), [1, 0, 0], "a piece for all goes on, not back");
+        assert_eq!(sent(0, None), [1, 1, 0], "its own piece for all goes only along the tree");
+        assert_eq!(sent(1, Some(1)), [1, 0, 0], "a piece for process 0 goes only to process 0");
+        assert_eq!(sent(2, Some(1)), [1, 0, 0], "a piece for all is not sent back to its sender");
         assert_eq!(sent(3, Some(0)), [0, 1, 0]);
-        assert_eq!(sent(4, Some(1)), [0, 0, 0], "it has arrived");
+        assert_eq!(sent(4, Some(1)), [0, 0, 0], "a piece for this process is not forwarded");
         let is_for_host: Vec<bool> =
             (0..6).map(|port| remote.is_for_host(&remote.directory.route(port).unwrap())).collect();
         assert_eq!(is_for_host, [true, false, true, true, true, false]);

@@ -156,7 +156,7 @@ fn start_device(
             // An error means a panic, which the supervisor has already reported.
             let _ = end.await;
         }
-        // The supervisor first processes the last actors' reports, because `stop` would drop them.
+        // `drain` lets the supervisor process its queued reports about actors. `stop` would drop these reports.
         let _ = supervisor.0.drain();
         for end in ends {
             let _ = end.await;
@@ -208,8 +208,8 @@ impl RunningSession {
 
     /// Sends the bytes of `initial` registers to the peers that read them. Waits at most [`WatchdogOptions::wait_max`]
     /// for the peers' bytes. If an `initial` register was written outside the plan, all processes must call this method
-    /// while no work is in flight. Sends only the slots that held the initial pieces. Unless these are all slots of the
-    /// register, the current pieces may lie in other slots after the first step.
+    /// while no work is in flight. Sends only the slots that held the initial pieces. If the register has more slots,
+    /// the current pieces may lie in those after the first step, and are then not sent.
     pub fn refresh(&mut self) -> Result<(), Failure> {
         self.rounds += 1;
         let session = &self.session;
@@ -240,7 +240,7 @@ impl RunningSession {
     /// Enables or disables Inf/NaN checks on launch outputs, from the next firing on. The checks are slow.
     pub fn check_finite(&self, on: bool) {
         for stream in self.session.streams.values() {
-            // A stream that has ended checks nothing.
+            // An error means that the stream has ended. Then there is nothing to check.
             let _ = stream.check_finite(on);
         }
     }
@@ -250,7 +250,8 @@ impl RunningSession {
         std::mem::take(&mut self.session.records.not_finite.lock())
     }
 
-    /// Runs a watchdog check, for hosts with their own clock. `now` counts from the start. Returns the stall's report.
+    /// Runs a watchdog check, for hosts with their own clock. `now` counts from the session's start. Returns the report
+    /// of a new stall, or of a stall that ends the session.
     pub fn check_progress(&self, now: Duration) -> Option<String> {
         self.watchdog.lock().check(now, &self.session)
     }
@@ -278,7 +279,7 @@ impl RunningSession {
         let in_order = self.session.first_failure().is_none();
         self.session.leave();
         self.session.bus.remote().end();
-        self.connections.close(in_order, || self.session.engine.abort("a peer does not receive queued data"));
+        self.connections.close(in_order, || self.session.engine.abort("a peer did not read the queued data"));
         if in_order {
             // The last work may still use the arenas. A failed session does not wait: its streams may never finish.
             for stream in self.session.streams.values() {

@@ -94,7 +94,7 @@ pub struct SimulatedRun {
     pub makespan: u64,
     /// All firings, ordered by end.
     pub timeline: Vec<SimulatedFiring>,
-    /// Maximum number of slots held at once, by register.
+    /// Maximum number of slots held at the same time, by register.
     pub slots_peak: Vec<u32>,
     /// Hash of all data. It does not depend on timing.
     pub digest: u64,
@@ -112,7 +112,9 @@ pub enum SimulationError {
     #[error("{0}")]
     Stuck(Box<Hang>),
     /// CR-6: a message was lost, duplicated or invented.
-    #[error("CR-6 register '{register}' at reader {reader}: {numbers}")]
+    #[error(
+        "register '{register}': a message from or to reader {reader} was lost, duplicated or invented (CR-6): {numbers}"
+    )]
     Conservation { register: String, reader: String, numbers: String },
     #[error(transparent)]
     Race(#[from] DataRace),
@@ -124,7 +126,7 @@ struct Simulator<'a> {
     options: &'a SimulationOptions,
     rng: Option<SplitMix64>,
     now: u64,
-    /// The pending arrivals, as `(tick, tie, index in arrivals)`.
+    /// The pending arrivals, as `(tick, tie, index in arrivals)`. `tie` orders the arrivals of one tick.
     queue: BinaryHeap<Reverse<(u64, u64, usize)>>,
     arrivals: Vec<(ActorId, ProtocolEvent)>,
     /// Tick of the last delivery between two actors; later messages must not overtake it.
@@ -329,7 +331,7 @@ impl Simulator<'_> {
         let ticks = self.timing.action_ticks[actor.0 as usize][action as usize] + self.random(random);
         let outputs = &self.spec.action(actor, action).outputs;
         let early: Vec<u32> = (0..outputs.len() as u32).filter(|&o| outputs[o as usize].early).collect();
-        // Early outputs are spread evenly over the firing.
+        // The signals of early outputs are spread evenly over the firing's duration.
         for (n, &output) in early.iter().enumerate() {
             let protocol = &self.protocols[actor.0 as usize];
             if protocol.completes(action, output as usize, firing) {
@@ -396,8 +398,8 @@ impl Simulator<'_> {
             let mut held = protocol.input_held(reader.action, port);
             if !in_order || (settled && !at_rest) || !held.all(is_filled) {
                 let numbers = format!(
-                    "released at the producer {credited}, released at the reader {released}, filled {filled}, \
-                     published {published}"
+                    "{published} pieces published, {filled} received, {released} released by the reader, {credited} \
+                     releases received by the producer"
                 );
                 let reader = self.spec.action_name(reader.actor, reader.action);
                 return Err(SimulationError::Conservation { register: register.name.clone(), reader, numbers });

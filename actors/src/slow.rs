@@ -7,7 +7,7 @@ use crate::protocol::Missing;
 use crate::snapshot::ActorSnapshot;
 use crate::spec::{ActorId, Spec};
 
-/// Number of recent samples that count.
+/// Number of most recent samples that [`Tally`] considers.
 const WINDOW: usize = 10;
 /// A process is reported if at least this number of samples show a wait for it. A pipeline's bubbles cause fewer such
 /// samples, except with many stages and few micro-batches.
@@ -18,7 +18,7 @@ const REPEAT_AFTER: u64 = 60;
 /// What this process waits for, by the number of the awaited process.
 pub(crate) type Sample = BTreeMap<u32, String>;
 
-/// Returns the other processes that this one waits for now. The result is empty while any stream of this process works.
+/// Returns the other processes that this process waits for. Empty while any stream of this process works.
 pub(crate) fn sample(
     spec: &Spec,
     snapshots: &[ActorSnapshot],
@@ -72,7 +72,7 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// Adds a sample. Reports each process that at least [`WAITS_MIN`] samples wait for, once per [`REPEAT_AFTER`].
+    /// Adds a sample. Reports each process awaited in at least [`WAITS_MIN`] samples, once per [`REPEAT_AFTER`].
     pub(crate) fn add(&mut self, sample: Sample) -> Vec<String> {
         self.count += 1;
         if self.window.len() == WINDOW {
@@ -87,7 +87,8 @@ impl Tally {
             if waits >= WAITS_MIN && is_due {
                 self.reported.insert(process, self.count);
                 let of = self.window.len();
-                slow.push(format!("waiting for rank {process} in {waits} of the last {of} checks, now for {reason}"));
+                let times = format!("{waits} of the last {of} checks");
+                slow.push(format!("waiting for rank {process} in {times}; the latest wait is for {reason}"));
             }
         }
         slow
@@ -113,7 +114,7 @@ mod tests {
         let reported: Vec<usize> = (0..70).filter(|_| !tally.add(waits_for(1)).is_empty()).collect();
         assert_eq!(reported, [WAITS_MIN - 1, WAITS_MIN - 1 + REPEAT_AFTER as usize]);
         let mut tally = Tally::default();
-        // Two of three samples wait, as in a pipeline's bubbles.
+        // Two of three samples show a wait, as in a pipeline's bubbles.
         assert!((0..70).all(|n| tally.add(if n % 3 == 0 { Sample::new() } else { waits_for(1) }).is_empty()));
     }
 

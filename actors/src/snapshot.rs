@@ -36,7 +36,7 @@ pub struct RegisterUse {
     pub slots: u32,
     /// Number of slots that are being written or are filled.
     pub slots_held: u32,
-    /// Maximum number of slots held at once since the start.
+    /// Maximum number of slots held at the same time since the start.
     pub slots_peak: u32,
     /// Number of published pieces since the start, including the initial ones.
     pub published: u64,

@@ -159,7 +159,8 @@ impl Session {
         }
     }
 
-    /// Snapshots of this process's actors, ordered by id. Omits actors that do not answer, such as after a panic.
+    /// Snapshots of this process's actors, ordered by id. A stopped actor contributes its last snapshot. Omits an
+    /// actor that does not answer, such as after a panic.
     pub(crate) fn snapshot(&self) -> Vec<ActorSnapshot> {
         let (reply, replies) = bounded(self.streams.len());
         for actor in self.streams.keys() {
@@ -241,7 +242,7 @@ impl Session {
     }
 }
 
-/// Supervises the actors of one device. ractor's default supervisor would end with the first child that stops.
+/// Supervises the actors of one device. ractor's default supervisor would stop when its first child stops.
 pub(crate) struct Supervisor;
 
 impl Actor for Supervisor {

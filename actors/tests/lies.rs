@@ -203,8 +203,7 @@ fn messages_for_registers_of_others_are_rejected() {
     check(&[], filled(RegisterId(99), 0, 0, 0), "a message about reader 0 of register 99");
     check(&[], filled(IN, 1, 0, 0), "a message about reader 1 of register 0");
     // The peer does not produce `out` and does not read `in`.
-    let between =
-        |name, from, to| format!("a message about register '{name}' between actors ActorId({from}) and ActorId({to})");
+    let between = |name, from, to| format!("a message about register '{name}' from actor {from} to actor {to}");
     check(&[], filled(OUT, 0, 0, 0), &between("out", 1, 2));
     check(&[], released(IN, 0, 0, 0), &between("in", 1, 0));
     check(&[], filled(THEIRS, 0, 0, 0), &between("theirs", 2, 3));
@@ -222,9 +221,9 @@ fn wrong_slots_and_pieces_are_rejected() {
     check(&[valid_piece(0, 0)], data(IN, 0, 0, 4), &due(0, 0, 1));
     check(&[], filled(IN, 0, 0, 0), "piece 0 of register 'in' without its bytes");
     check(&[valid_piece(0, 0)], filled(IN, 0, 1, 1), "piece 1 of register 'in' without its bytes");
-    let twice = "CR-4 register 'in': the filled message carries piece 0, expected 1";
+    let twice = "register 'in': the `Filled` message carries piece 0, expected 1 (CR-4)";
     check(&[valid_piece(0, 0)], filled(IN, 0, 0, 0), twice);
-    let early = "CR-1 register 'out': sink work released piece 0 from slot 0, which is free";
+    let early = "register 'out': sink work released piece 0 from slot 0, which is free (CR-1)";
     check(&[], released(OUT, 0, 0, 0), early);
 }
 

@@ -1,6 +1,6 @@
 //! The command line of `gpt`: flags and their checks.
 //!
-//! This module checks the flags against each other; `compile` checks whether a plan exists and fits.
+//! This module checks the flags against each other; `compile` checks that a plan exists for them and fits in memory.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use shardflow::prelude::*;
 use shardflow::program::ProgramError;
 use shardflow::watch::client;
 
-/// Train a small GPT on a text, on a mesh of devices of one or several processes.
+/// Train a small GPT on a text. The devices form a mesh, and belong to one or several processes.
 #[derive(Clone, Debug, clap::Parser)]
 #[command(name = "gpt", version)]
 pub struct GptArgs {
@@ -101,14 +101,14 @@ pub struct GptArgs {
     /// Number of newest checkpoints that are kept.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub checkpoint_keep: usize,
-    /// Keep every checkpoint whose step is a multiple of N permanently, in addition to the newest ones.
+    /// Besides the newest checkpoints, always keep those whose step is a multiple of N.
     #[arg(long, value_name = "N")]
     pub checkpoint_keep_every: Option<u64>,
     /// Policy for a step whose loss or gradients are not finite; such a step never changes a weight.
     #[arg(long, value_enum, default_value_t = NonFiniteArg::Stop)]
     pub on_non_finite: NonFiniteArg,
     /// After this long without progress, report the cause and abort with exit code 79. A warning comes earlier: after
-    /// the time of five steps, at least 10 s and at most a minute.
+    /// the time that five steps take, but after at least 10 s and at most a minute.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub hang_timeout: u64,
     /// Serve Prometheus metrics, the live page and the session's health at this address; --listen alone means
@@ -162,8 +162,8 @@ pub enum DeviceArg {
     Cuda,
 }
 
-/// Maximum number of devices in a mesh. The limit makes a typo such as `data=1000000000` an error at once. `compile`
-/// compares the mesh with the devices that exist.
+/// Maximum number of devices in a mesh. The limit turns a typo such as `data=1000000000` into an immediate error.
+/// `compile` compares the mesh with the devices that exist.
 pub const DEVICES_MAX: usize = 4096;
 
 /// Ten years in seconds: a longer time is a typo, and could overflow the clock.
@@ -196,9 +196,11 @@ fn uneven(error: &UnevenSize) -> ProgramError {
         divisor => (format!("--{divisor}"), format!("--{divisor} {parts}")),
     };
     let (exit, hint) = match divisor {
-        "heads" if below == 0 => (Exit::Usage, format!("--{size} {above} gives {parts} heads of {}", above / parts)),
+        "heads" if below == 0 => {
+            (Exit::Usage, format!("--{size} {above} gives {parts} heads of size {}", above / parts))
+        }
         "heads" => (Exit::Usage, format!("try --{size} {below} or --{size} {above}")),
-        _ => (Exit::Refused, format!("try --{size} {above}, or {flag} out of {}", error.possible_parts())),
+        _ => (Exit::Refused, format!("try --{size} {above}, or set {flag} to one of {}", error.possible_parts())),
     };
     ProgramError::new(exit, format!("--{size} {value} is not a multiple of {given}"), hint)
 }
@@ -304,8 +306,8 @@ impl GptArgs {
         GptConfig { vocabulary, layers, heads, width, context, batch, dropout }
     }
 
-    /// Returns the number of threads of each device: the flag's value, or an even share of `cores` among the devices on
-    /// this machine. The result is at least one.
+    /// Returns the number of threads of each device: the flag's value, or else `cores` divided evenly among the
+    /// devices on this machine. The result is at least one.
     pub fn threads(&self, cores: usize, devices_here: usize) -> usize {
         self.threads_per_device.unwrap_or(cores / devices_here.max(1)).clamp(1, THREADS_MAX)
     }
@@ -383,14 +385,15 @@ mod tests {
     fn flags_are_checked_against_each_other() {
         for (flags, expected) in [
             ("--width 130", "--width 130 is not a multiple of --heads 4 | try --width 128 or --width 132"),
-            ("--width 3", "--width 3 is not a multiple of --heads 4 | --width 4 gives 4 heads of 1"),
+            ("--width 3", "--width 3 is not a multiple of --heads 4 | --width 4 gives 4 heads of size 1"),
             (
                 "--micro-batches 5",
-                "--batch 12 is not a multiple of --micro-batches 5 | try --batch 15, or --micro-batches out of 1, 2, 3, 4, 6, 12",
+                "--batch 12 is not a multiple of --micro-batches 5 | try --batch 15, \
+                 or set --micro-batches to one of 1, 2, 3, 4, 6, 12",
             ),
             (
                 "--mesh stage=5",
-                "--layers 4 is not a multiple of --mesh stage=5 | try --layers 5, or stage out of 1, 2, 4",
+                "--layers 4 is not a multiple of --mesh stage=5 | try --layers 5, or set stage to one of 1, 2, 4",
             ),
             (
                 "--threads-per-device 65",

@@ -12,7 +12,7 @@ use shardflow::session::THREADS_HINT;
 use shardflow::trace::TraceError;
 use shardflow::watch::WatchError;
 
-/// State that a training saved before it ended on request.
+/// The state that a training saved before it ended on request.
 #[derive(Debug)]
 pub enum Saved {
     /// The last step is done, and all files are written.
@@ -54,7 +54,7 @@ pub enum GptError {
     Trace(#[from] TraceError),
     #[error("cannot handle signals: {0}")]
     Signals(std::io::Error),
-    #[error("ended after step {steps}, requested by {}; {saved}", requester(*.exit))]
+    #[error("ended after step {steps} because of {}; {saved}", requester(*.exit))]
     Ended { exit: Exit, steps: u64, process: u32, saved: Saved },
 }
 

@@ -56,8 +56,8 @@ pub struct Totals {
     pub devices: Vec<DeviceMemoryRecord>,
 }
 
-/// Prints progress to stdout: a line for the first step, for the last step, for one step of every few, and after a
-/// minute without a line. On a terminal, a live line below the other lines is updated at most once per second.
+/// Prints progress to stdout: a line for the first step, for the last step and at a fixed interval of steps, and also
+/// after a minute without a line. On a terminal, a live line below the other lines is updated at most once per second.
 #[derive(Debug)]
 pub struct Progress {
     steps: u64,
@@ -90,12 +90,12 @@ struct Pace {
 }
 
 impl Pace {
-    /// Makes steps due every `every` steps, and when [`SILENT_MAX`] has passed since the last line.
+    /// Every `every`-th step is due, and so is a step that ends [`SILENT_MAX`] or more after the last line.
     fn steps(every: u64) -> Self {
         Self { steps: Some(every), silent_max: SILENT_MAX, last: Some(Duration::ZERO) }
     }
 
-    /// Makes steps due once per second.
+    /// A step is due if the last line is at least one second old.
     fn seconds() -> Self {
         Self { steps: None, silent_max: Duration::from_secs(1), last: None }
     }

@@ -77,8 +77,8 @@ fn largest_parameter_bytes(plan: &Plan) -> u64 {
     parameter_bytes(plan).max().unwrap_or(0)
 }
 
-/// Returns the bytes that a process needs besides its plan to load parameters from a file. At first it holds a tensor
-/// of the file and an f32 copy of it. Later it holds the f32 copy and one device's part.
+/// Returns the bytes that a process needs besides its plan to load parameters from a file. At first this
+/// memory holds a tensor of the file and the tensor's f32 copy; later, the f32 copy and one device's part.
 pub fn loading_bytes(plan: &Plan) -> u64 {
     2 * largest_parameter_bytes(plan)
 }
@@ -127,7 +127,7 @@ mod tests {
         let tokens: Vec<usize> = [0.0, 0.24, 0.26, 0.99].iter().map(|u| draw(&logits, *u)).collect();
         assert_eq!(tokens, [1, 1, 2, 2]);
         let drawn = (0..4000).filter(|i| draw(&logits, uniform(7, *i)) == 1).count();
-        assert!((900..1100).contains(&drawn), "{drawn} of 4000");
+        assert!((900..1100).contains(&drawn), "token 1 was drawn {drawn} times of 4000, expected about 1000");
         assert_eq!(draw(&[f32::NAN, 1.0], 0.5), 1);
         assert!(draw(&[f32::NAN; 2], 0.5) < 2);
     }
@@ -138,7 +138,7 @@ mod tests {
         let sampler = Sampler::compile(&config, &CompileOptions::default()).unwrap();
         let plan = &sampler.plan;
         let (parameters, largest) = (parameter_bytes(plan).sum::<u64>(), largest_parameter_bytes(plan));
-        assert!(parameters > largest && largest == 4 * 4 * 16, "{parameters} {largest}");
+        assert!(parameters > largest && largest == 4 * 4 * 16, "bytes: {parameters} in all, largest {largest}");
         assert_eq!(sampling_bytes(plan, None, 0), 2 * largest);
         assert_eq!(sampling_bytes(plan, Some(&sampler), 0), parameters + sampler.bytes());
         assert_eq!(sampling_bytes(plan, Some(&sampler), u64::MAX), parameters + 2 * largest);

@@ -20,7 +20,7 @@ fn gpt(folder: &Folder, flags: &str) -> (Option<i32>, String) {
     run(folder, Command::new(GPT).args(with_defaults(flags)))
 }
 
-/// Adds the default flags of the model and the data that `flags` does not set.
+/// Adds default flags for the model and the data, except those that `flags` sets.
 fn with_defaults(flags: &str) -> Vec<String> {
     let own: Vec<&str> = flags.split_whitespace().collect();
     let defaults: Vec<&str> = MODEL.split_whitespace().chain("--batch 4 --data text".split_whitespace()).collect();
@@ -69,8 +69,8 @@ fn manifest(folder: &Folder, name: &str, step: u64) -> Value {
     serde_json::from_slice::<Value>(&text).expect("JSON")["body"].clone()
 }
 
-/// Writes two texts. `other` is the text with its first two letters swapped, so it has the same length and vocabulary.
-/// `renumbered` has another vocabulary.
+/// Writes two variants of the file `text`. `other` has its first two letters swapped, so its length and vocabulary are
+/// the same. `renumbered` has another vocabulary.
 fn write_texts(folder: &Folder) {
     let mut text = std::fs::read(folder.path().join("text")).expect("a text");
     text.swap(0, 1);

@@ -14,7 +14,7 @@ use serde_json::Value;
 #[path = "support/programs.rs"]
 mod programs;
 
-/// The smallest possible model and batch.
+/// A tiny model and batch.
 const TINY: &str = "--layers 2 --heads 2 --width 16 --context 8 --batch 4 --steps 4 --sample 0 --threads-per-device 1";
 /// Time limit of a run, much longer than any run of these tests takes.
 const TIMEOUT: Duration = Duration::from_secs(120);
@@ -206,7 +206,7 @@ fn the_log_contains_every_step_and_the_totals() {
     }
     let loss = |step: usize| log[step]["loss"].as_f64().unwrap();
     // At first all 29 different letters have the same probability.
-    assert!((loss(0) - 29f64.ln()).abs() < 0.2 && loss(29) < 0.8 * loss(0), "{} {}", loss(0), loss(29));
+    assert!((loss(0) - 29f64.ln()).abs() < 0.2 && loss(29) < 0.8 * loss(0), "first {}, last {}", loss(0), loss(29));
     let totals = &log[30]["totals"];
     assert_eq!((&totals["steps"], &totals["tokens"]), (&30.into(), &(30 * 4 * 8).into()));
     assert_eq!(totals["final_loss"], log[29]["loss"]);
@@ -216,7 +216,7 @@ fn the_log_contains_every_step_and_the_totals() {
         let bytes = |key: &str| device[key].as_u64().unwrap();
         let (planned, measured) = (bytes("planned_peak_bytes"), bytes("measured_peak_bytes"));
         assert_eq!(device["device"], rank);
-        assert!(measured > 0 && measured <= planned, "{measured} of {planned} bytes");
+        assert!(measured > 0 && measured <= planned, "measured {measured} bytes, planned {planned} bytes");
     }
 }
 
@@ -321,7 +321,7 @@ fn a_repeated_run_gives_the_same_bits() {
     assert_eq!(folder.losses(&format!("{mesh} --schedule gpipe")), first);
     assert_ne!(folder.losses(&format!("{mesh} --seed 1")), first);
     let one = folder.losses("");
-    assert!(one.iter().zip(&first).all(|(a, b)| (a - b).abs() < 1e-4), "{one:?} {first:?}");
+    assert!(one.iter().zip(&first).all(|(a, b)| (a - b).abs() < 1e-4), "one device {one:?}, eight devices {first:?}");
     let pipeline = folder.losses("--mesh stage=2 --micro-batches 2");
     assert_eq!(folder.losses("--micro-batches 2"), pipeline);
     let dropped = folder.losses("--dropout 0.2 --clip 0.5");
@@ -354,7 +354,7 @@ fn the_other_programs_run() {
     let folder = Folder::new("others");
     for (program, last) in [
         (env!("CARGO_BIN_EXE_first_steps"), "step 100  loss 0.6"),
-        (env!("CARGO_BIN_EXE_custom_kernel"), "mesh data=2,tensor=2: the same losses"),
+        (env!("CARGO_BIN_EXE_custom_kernel"), "mesh data=2,tensor=2: losses agree"),
     ] {
         let run = run(program, folder.0.path(), &[]);
         assert_eq!((run.code, run.stderr.as_str()), (0, ""), "{program}");
@@ -461,7 +461,7 @@ fn a_terminal_gets_a_live_line_and_a_pipe_gets_plain_lines() {
     assert!(!piped.stdout.contains(['\r', '\x1b']), "{:?}", piped.stdout);
     let lines: Vec<&str> =
         piped.stdout.lines().filter(|line| line.starts_with("step ") && line.contains("loss")).collect();
-    // Every second step, beginning with the first one, and the last step are printed.
+    // The first step, then every second step, and the last step are printed.
     assert_eq!((lines.len(), last(&piped.stdout)), (26, 1), "{}", piped.stdout);
     // `script` runs the program in a terminal.
     let on_terminal = |kind: &str| {

@@ -1,5 +1,5 @@
-//! Attacks on a running training: `gpt` runs as two processes over TCP, and unauthenticated peers flood their ports.
-//! This is a separate test binary because it measures time.
+//! Attacks on a running training: `gpt` runs as two processes over TCP, and unauthenticated peers (strangers) flood
+//! their ports. This is a separate test binary because it measures time.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -28,12 +28,12 @@ const MODEL: &str = "--layers 4 --heads 4 --width 64 --context 32 --batch 8 --sa
                      --micro-batches 2 --mesh data=2,stage=2 --steps 2000";
 /// Number of connections that are held open during an attack.
 const STRANGERS: usize = 500;
-/// Pause between two rounds of the attacking thread. It limits the attack to some hundred rounds per second. A faster
+/// Pause between two rounds of the attacking thread. It limits the attack to a few hundred rounds per second. A faster
 /// attack would slow the training merely by using up the processors.
 const PAUSE: Duration = Duration::from_millis(2);
-/// Number of steps of a window, with or without attack.
+/// Number of steps in a window, the unit of measurement. Windows with and without an attack alternate.
 const WINDOW: usize = 25;
-/// Number of pairs of windows that are compared.
+/// Number of pairs of windows, one with and one without an attack, that are compared.
 const PAIRS: usize = 4;
 const RATIO_MAX: f64 = 1.2;
 const GROWTH_KB_MAX: usize = 16 << 10;
@@ -88,7 +88,7 @@ impl Run {
             if done.len() >= steps {
                 return done;
             }
-            assert!(Instant::now() < deadline, "{} steps of {steps}:\n{}", done.len(), self.errors());
+            assert!(Instant::now() < deadline, "{} of {steps} steps logged in time:\n{}", done.len(), self.errors());
             pause(Duration::from_millis(20));
         }
     }
@@ -166,7 +166,7 @@ fn check_refusals(port: u16, secret: &Secret) -> Vec<u8> {
     let address = Address::Tcp(at(port).to_string());
     let denied = connect(&address, &wrong, &hello(), Instant::now() + Duration::from_secs(10)).unwrap_err();
     assert!(matches!(denied, TransportError::Handshake { cause: HandshakeError::Denied, .. }), "{denied}");
-    // A peer of another session that knows the secret receives the reason of the refusal.
+    // A peer of another session that knows the secret receives the reason for the refusal.
     let (recorded, verdict) = handshake(port, secret).expect("an answer");
     let refusal = verdict.unwrap_err();
     let session =
@@ -177,7 +177,7 @@ fn check_refusals(port: u16, secret: &Secret) -> Vec<u8> {
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     stream.write_all(&recorded).unwrap();
     read_message(&mut stream).expect("its greeting");
-    assert!(read_message(&mut stream).is_err(), "a replay gets no verdict");
+    assert!(read_message(&mut stream).is_err(), "a replayed handshake received a verdict");
     recorded
 }
 
@@ -215,7 +215,7 @@ impl Attack {
         let wrong = Secret::new("a secret of another job").unwrap();
         let mut strangers = Vec::new();
         for number in 0.. {
-            // The sender is dropped at the end of the test.
+            // The test ends the attack by dropping the sender.
             if end.recv_timeout(PAUSE) == Err(std::sync::mpsc::RecvTimeoutError::Disconnected) {
                 return;
             }
@@ -318,8 +318,8 @@ fn unauthenticated_peers_slow_a_training_little_and_change_no_loss() {
     println!("{} connections, {} datagrams", attack.connections.into_inner(), attack.datagrams.into_inner());
     assert!(best < RATIO_MAX, "steps take {best:.2} times as long under attack");
     for (after, before) in resident().into_iter().zip(before) {
-        println!("resident: {before} kB, then {after} kB");
-        assert!(after.saturating_sub(before) < GROWTH_KB_MAX, "grown from {before} kB to {after} kB");
+        println!("resident memory: {before} kB before the attacks, {after} kB after them");
+        assert!(after.saturating_sub(before) < GROWTH_KB_MAX, "resident memory grew from {before} to {after} kB");
     }
 
     let ended = run.launcher.as_mut().expect("it was started").wait().unwrap();

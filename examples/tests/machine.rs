@@ -183,12 +183,14 @@ fn each_container_of_a_host_has_its_own_memory_limit() {
     let needed = number_after(text.unwrap_or_default(), "the job needs ");
     // A launcher and a process use 20 MB.
     let enough = needed + (32 << 20);
-    assert!(enough < 2 * needed, "{enough}: the limit must be too small for two ranks");
+    assert!(enough < 2 * needed, "{enough} bytes may be enough for two ranks of {needed} bytes");
     let ended = run(enough, true);
     assert!(ended.iter().all(|(code, _)| *code == Some(0)), "{ended:?}");
     let refused = run(enough, false);
     assert!(refused.iter().all(|(code, _)| *code == Some(78)), "{refused:?}");
-    assert!(refused.iter().any(|(_, text)| text.contains(&format!("needs {}", 2 * needed))), "{refused:?}");
+    // The memory of the two ranks differs by the staging memory of outputs that only the first device fetches.
+    let mut texts = refused.iter().map(|(_, text)| text).filter(|text| text.contains("the job needs "));
+    assert!(texts.any(|text| number_after(text, "the job needs ").abs_diff(2 * needed) < 4096), "{refused:?}");
 }
 
 #[test]

@@ -71,7 +71,7 @@ fn losses_are_those_of_one_process_within_rounding() {
             assert_eq!(losses.len(), 20, "{mesh} by {processes}:\n{text}");
             let error = losses.iter().zip(&expected).map(|(a, b)| (a - b).abs() / b.abs()).fold(0.0, f64::max);
             println!("{mesh} by {processes}: losses differ by {error:.1e}");
-            assert!(error <= TOLERANCE, "{mesh} by {processes}: {error}: {losses:?}, in one process {expected:?}");
+            assert!(error <= TOLERANCE, "{mesh} by {processes}: off by {error}: got {losses:?}, expected {expected:?}");
         }
     }
 }

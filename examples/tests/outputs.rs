@@ -1,5 +1,5 @@
-//! Tests the files that `gpt` writes: a failed write ends all ranks with code 73 and a checkpoint, two flags cannot use
-//! one file, and no unfinished file stays.
+//! Tests the files that `gpt` writes: after a failed write, all ranks save a checkpoint and end with code 73; two flags
+//! cannot name one file; and no unfinished file stays.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -68,7 +68,7 @@ fn a_log_that_cannot_be_written_ends_all_ranks_with_a_checkpoint() {
         let steps = checkpoints(&folder.path().join(&checkpoint));
         let [step] = steps[..] else { panic!("one checkpoint expected: {steps:?} {text}") };
         let requested = format!(
-            "ended after step {step}, requested by a rank that cannot write its log or trace; this step is saved in"
+            "ended after step {step} because of a rank that cannot write its log or trace; this step is saved in"
         );
         assert_eq!(text.contains(&requested), processes == 2, "{text}");
     }

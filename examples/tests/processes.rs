@@ -66,7 +66,7 @@ fn the_bits_are_the_same_in_one_process_and_in_many() {
         let environment = [("SHARDFLOW_TRANSPORT", transport)];
         let mut run = start(&folder, processes, "", &environment, &format!("{flags} --log-json many"));
         assert_eq!(run.end(TIMEOUT), Some(0), "{processes} by {transport}:\n{}", run.text());
-        assert!(losses(&folder, "many") == one, "{processes} processes by {transport} give other bits");
+        assert!(losses(&folder, "many") == one, "{processes} processes by {transport}: losses differ");
     }
 }
 
@@ -158,11 +158,11 @@ fn a_killed_or_frozen_worker_is_named_and_the_job_resumes() {
         assert!(resumed < Duration::from_secs(30), "rank {rank} {name}: resumed after {resumed:?}:\n{}", run.text());
         assert_eq!(run.end(TIMEOUT), Some(0), "rank {rank} {name}:\n{}", run.text());
         let losses = losses(&folder, &format!("log-{rank}-{name}"));
-        assert!(losses == undisturbed, "rank {rank} {name}: other losses than an undisturbed run");
+        assert!(losses == undisturbed, "rank {rank} {name}: losses differ from those of an undisturbed run");
     }
 }
 
-/// A process that fails before the rendezvous ends all processes at once, because the waiting processes handle SIGTERM.
+/// If a process fails before the rendezvous, all processes end promptly, because those that wait handle SIGTERM.
 #[test]
 fn a_process_that_waits_for_others_ends_on_sigterm() {
     let folder = Folder::new("processes-asked");
@@ -222,7 +222,7 @@ fn a_checkpoint_that_one_process_cannot_read_is_skipped_by_all() {
         *bytes.last_mut().expect("bytes") ^= 1;
         std::fs::write(shard, bytes).expect("a shard");
     };
-    assert_eq!(shards().len(), 2, "of steps 3 and 6: {:?}", shards());
+    assert_eq!(shards().len(), 2, "expected the shards of steps 3 and 6: {:?}", shards());
     // First damage rank 1's shard of the newest checkpoint, and later its shards of all checkpoints.
     let bad = shards().pop().expect("two");
     damage(&bad);
@@ -231,18 +231,19 @@ fn a_checkpoint_that_one_process_cannot_read_is_skipped_by_all() {
     assert!(text.contains("continuing from step 3"), "{text}");
     let (first, second) = (losses(&folder, "first"), losses(&folder, "second"));
     assert_eq!(second.keys().copied().collect::<Vec<_>>(), (3..9).collect::<Vec<_>>());
-    assert!((3..6).all(|step| second[&step] == first[&step]), "{first:?} {second:?}");
+    assert!((3..6).all(|step| second[&step] == first[&step]), "first run {first:?}, second run {second:?}");
     // The damaged checkpoint was replaced when its step was repeated.
     let verify = Command::new(launcher()).args(["checkpoint", "verify", "ck"]).current_dir(folder.path()).output();
     let verified = String::from_utf8_lossy(&verify.expect("a program that exists").stdout).into_owned();
     assert!(verified.contains("step 6: ok") && !verified.contains("damaged"), "{verified}");
     shards().iter().filter(|shard| **shard != bad).for_each(damage);
-    // The run must not start from step 0, because it would in time delete damaged checkpoints that may be repairable.
+    // The run must not start from step 0, because its later saves would delete the damaged checkpoints, which may be
+    // repairable.
     let all = shards();
     let mut run = start(&folder, 2, "", &[], &format!("{flags} --steps 6 --log-json third"));
     assert_eq!(run.end(TIMEOUT), Some(65), "{}", run.text());
     assert!(run.text().contains("rank 1 cannot read its part") && run.text().contains("no checkpoint there is intact"));
-    assert!(shards() == all && !folder.path().join("third").exists(), "nothing was changed: {}", run.text());
+    assert!(shards() == all && !folder.path().join("third").exists(), "the run changed files: {}", run.text());
 }
 
 /// The error comes before the first step, and names the ranks that do not see the folder.
@@ -307,7 +308,7 @@ fn sigterm_saves_a_checkpoint_and_ends_with_143() {
     assert_eq!(std::fs::read_dir(folder.path().join("ck")).expect("a checkpoint").count(), 1);
 }
 
-/// A failure between the rendezvous and the first step also ends all processes at once, and every process reports its
+/// A failure between the rendezvous and the first step also ends all processes promptly, and every process reports the
 /// cause. The test uses no launcher, because a launcher would end the other processes itself.
 #[test]
 fn a_process_that_cannot_start_ends_the_others_with_its_cause() {

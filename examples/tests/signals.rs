@@ -1,5 +1,5 @@
-//! Tests requests to save or to end, which `gpt` receives by signals or by the end of a Slurm job. Also tests output
-//! that no one reads.
+//! Tests requests to save or to end. `gpt` receives them as signals, or when the end time of its Slurm job is near.
+//! Also tests output that no one reads.
 
 use std::io::{PipeReader, Read, Write, pipe};
 use std::net::TcpListener;
@@ -50,7 +50,7 @@ fn launch(launch: &str, flags: &str) -> Command {
 fn wait_until(event: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + TIMEOUT;
     while !condition() {
-        assert!(Instant::now() < deadline, "not within {TIMEOUT:?}: {event}");
+        assert!(Instant::now() < deadline, "timed out after {TIMEOUT:?}, waiting for {event}");
         thread::yield_now();
     }
 }
@@ -88,7 +88,7 @@ fn signals_save_a_checkpoint_and_end_the_training_and_the_hint_is_true() {
         signal(run.child.id(), name);
         assert_eq!(run.end(TIMEOUT), Some(code), "{name}: {}", run.text());
         let text = run.text();
-        assert!(text.contains(&format!("requested by SIG{name}; nothing is saved")), "{text}");
+        assert!(text.contains(&format!("because of SIG{name}; nothing is saved")), "{text}");
         assert!(text.contains("hint: the same command starts from step 0; give --checkpoint DIR"), "{text}");
 
         std::fs::remove_file(folder.path().join("log")).expect("a log");
@@ -97,11 +97,11 @@ fn signals_save_a_checkpoint_and_end_the_training_and_the_hint_is_true() {
         signal(run.child.id(), name);
         assert_eq!(run.end(TIMEOUT), Some(code), "{name}: {}", run.text());
         let (text, step) = (run.text(), *checkpoints(&folder).last().expect("a checkpoint"));
-        let error = format!("error: ended after step {step}, requested by SIG{name}; this step is saved in ck");
+        let error = format!("error: ended after step {step} because of SIG{name}; this step is saved in ck");
         assert!(text.contains(&error) && text.contains("hint: to continue from there, run the same command"), "{text}");
         std::fs::remove_file(folder.path().join("log")).expect("a log");
     }
-    assert_eq!(checkpoints(&folder).len(), 3, "each run continues from the one before");
+    assert_eq!(checkpoints(&folder).len(), 3, "each of the three runs saves one checkpoint");
 }
 
 #[test]
@@ -198,9 +198,10 @@ fn sigusr1_saves_a_checkpoint_and_the_training_continues() {
     assert!(checkpoints(&folder).len() > first.len(), "{}", run.text());
     let before = steps(&folder);
     train(&folder, &mut run, before + 20);
-    // The launcher's signal reaches the ranks in one or two steps. Each of the two signals to single ranks saves at most once.
+    // The launcher's signal reaches the ranks in one or two steps. Each of the two signals to single ranks saves at
+    // most once.
     let saved = checkpoints(&folder);
-    assert!(saved.len() <= 4, "one request, one checkpoint: {saved:?}");
+    assert!(saved.len() <= 4, "a request saved more than one checkpoint: {saved:?}");
     signal(run.child.id(), "TERM");
     assert_eq!(run.end(TIMEOUT), Some(143), "{}", run.text());
     // Without --checkpoint, the training continues after the signal.
@@ -223,7 +224,7 @@ fn with_on_usr1_end_sigusr1_ends_the_training_and_the_launcher_does_not_restart_
         signal(if to_rank { folder.pid_of("RANK=1").expect("a rank") } else { run.child.id() }, "USR1");
         assert_eq!(run.end(TIMEOUT), Some(75), "{}", run.text());
         let text = run.text();
-        let expected = "requested by SIGUSR1 or the end of the job's time; this step is saved in ck";
+        let expected = "because of SIGUSR1 or the end of the job's time; this step is saved in ck";
         assert!(text.contains(expected), "{text}");
         assert!(!text.contains("restart 1 of"), "{text}");
         assert_eq!(checkpoints(&folder).len(), 1 + usize::from(to_rank), "{text}");
@@ -274,7 +275,7 @@ fn unread(folder: &Folder, flags: &str) -> (Child, PipeReader) {
 fn a_stalled_reader_does_not_block_the_training() {
     let folder = Folder::new("signals-unread");
     let (mut child, mut reader) = unread(&folder, "--steps 300 --sample 20 --log-json log --listen 127.0.0.1:0");
-    wait_until("totals", || folder.records("log").last().is_some_and(|last| last["totals"]["steps"] == 300));
+    wait_until("the totals", || folder.records("log").last().is_some_and(|last| last["totals"]["steps"] == 300));
     assert!(child.try_wait().expect("a child").is_none(), "after the training it waits for its reader");
     let mut text = String::new();
     reader.read_to_string(&mut text).expect("text");

@@ -67,11 +67,11 @@ def collectives(a):
         cells = []
         for engine in engines:
             own = statistics.median(r[engine][key] for r in rounds)
-            # Within a round, both ran under the same load.
+            # Compares times of the same round, because both programs then ran under the same load.
             ratio = statistics.median(r["gloo"][key] / r[engine][key] for r in rounds)
             cells.append(f"{own:.1f} ({ratio:.2f})")
             if ratio < (2 if count >= 1 << 20 else 1):
-                behind.append(f"{engine} {op} of {world}, {size(count)}: {ratio:.2f} times gloo's speed")
+                behind.append(f"{engine}, {world} processes: {op} of {size(count)} has {ratio:.2f} times gloo's speed")
         print(f"| {op} | {world} | {size(count)} | {peer:.1f} | " + " | ".join(cells) + " |")
     return behind
 
@@ -94,7 +94,7 @@ def training(a):
         ratio = statistics.median(y / x for x, y in pairs)
         print(f"| {name} | {ms:.1f} | {peer:.1f} | {ratio:.2f} |", flush=True)
         if ratio < 1:
-            behind.append(f"{name}: {ratio:.2f} times PyTorch's speed")
+            behind.append(f"training {name}: Shardflow has {ratio:.2f} times PyTorch's speed")
     return behind
 
 
@@ -113,7 +113,7 @@ def main():
     if a.only != "training":
         behind += collectives(a)
     if behind:
-        sys.exit("\nbehind:\n  " + "\n  ".join(behind))
+        sys.exit("\ntoo slow:\n  " + "\n  ".join(behind))
 
 
 if __name__ == "__main__":

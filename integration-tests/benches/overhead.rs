@@ -1,4 +1,4 @@
-//! Measures the share of a training step that is not spent in kernels. Steps of a session alternate with direct runs of
+//! Measures the share of a step's time that is not spent in kernels. Steps of a session alternate with direct runs of
 //! the same launches on one stream.
 //!
 //! Command: `cargo bench -p shardflow-integration-tests --bench overhead [-- THREADS]`

@@ -13,7 +13,7 @@ def parser(doc):
 
 
 def ours(command, data, steps, **flags):
-    """Trains with a launcher or `gpt`. Returns the median ms per step after the first fifth of them, and the losses."""
+    """Trains with a launcher or `gpt`. Returns (median ms per step after the first fifth of steps, losses)."""
     with tempfile.TemporaryDirectory() as folder:
         log = os.path.join(folder, "log.jsonl")
         flags = dict(flags, data=os.path.abspath(data), steps=steps, sample=0, log_json=log)

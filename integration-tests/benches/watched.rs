@@ -14,7 +14,7 @@ use shardflow_integration_tests::default_model::{plan, step};
 use shardflow_integration_tests::measure::{median, timed};
 use shardflow_integration_tests::training::Scratch;
 
-/// Number of windows. Each window has one scrape, about one per second. Prometheus scrapes every 15 s.
+/// Number of windows. Each has one scrape, so there is about one scrape per second. Prometheus scrapes every 15 s.
 const WINDOWS: usize = 30;
 const STEPS: usize = 40;
 const WARM: usize = 4;
@@ -69,7 +69,7 @@ fn main() {
         }
         plain_seconds.push(plain_total / STEPS as f64);
         ratios.push(watched_total / plain_total);
-        assert_eq!(trace.finish().expect("room"), 0, "no trace events were dropped");
+        assert_eq!(trace.finish().expect("room"), 0, "trace events were dropped");
         [plain, watched].into_iter().for_each(|session| session.shutdown().expect("a clean shutdown"));
     }
     ratios.sort_by(f64::total_cmp);

@@ -68,7 +68,7 @@ def trainings(launcher):
 
 
 def train(programs, folder):
-    """Starts the training, and kills one of its processes once it has a checkpoint."""
+    """Starts the training, waits for a checkpoint, and kills one of the training's processes."""
     launch = [programs / "shardflow", "launch", "--nproc-per-node=2", "--max-restarts=3", "--", programs / "gpt", *TRAINING]
     outputs = [f"--listen=127.0.0.1:{PORTS[0]}", f"--checkpoint={folder}/checkpoints"]
     log = open(folder / "training.log", "w")
@@ -97,7 +97,7 @@ def start_prometheus(folder):
 
 
 def expressions():
-    """Every expression, with its location."""
+    """Yields every expression, with its location."""
     for path in sorted(DASHBOARDS.glob("*.json")):
         for panel in json.loads(path.read_text())["panels"]:
             for target in panel["targets"]:
@@ -151,7 +151,7 @@ def main():
             for process in running:
                 process.wait(timeout=30)
     for line in nothing:
-        print(f"error: returns nothing: {line}")
+        print(f"error: this expression returns no value: {line}")
     print(f"{count - len(nothing)} of {count} expressions return a value")
     return 1 if nothing or count < 40 else 0
 

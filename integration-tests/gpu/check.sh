@@ -133,8 +133,8 @@ skip() {
 # gpu_stage NAME SECONDS COMMAND..: a stage that needs a GPU.
 gpu_stage() {
     [ -n "$gpu" ] || { skip "$1" "no usable GPU: see the stage versions"; return; }
-    # `shardflow launch` sets EAGER and 32. EAGER loads all of NVIDIA's kernels in each process, which takes time. EAGER
-    # is needed only if GPUs wait for each other.
+    # `shardflow launch` sets the variables below to EAGER, EAGER and 32. EAGER loads all of NVIDIA's kernels in each
+    # process. This takes time, and is needed only if GPUs wait for each other.
     local module_loading=${loading-LAZY}
     stage "$1" "$2" env LD_LIBRARY_PATH="$ours" CUDA_MODULE_LOADING="${CUDA_MODULE_LOADING-$module_loading}" \
         CUDA_MODULE_DATA_LOADING="${CUDA_MODULE_DATA_LOADING-$module_loading}" \

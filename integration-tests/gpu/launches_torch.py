@@ -56,7 +56,7 @@ def captured(play):
         with torch.cuda.graph(graph):
             play()
     except RuntimeError as error:
-        print(f"timed with Python between the calls: {error}", file=sys.stderr)
+        print(f"the capture as a CUDA graph failed, so times include Python: {error}", file=sys.stderr)
         return None
     return graph.replay
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the programs, cubins and scripts that a machine with a GPU needs for check.sh. Puts them into one folder, and
-# into one archive beside the folder. Needs Rust, g++ and PyPI (for NVRTC), no GPU. Fails if the folder exceeds 64 MiB.
+# into one archive beside it. Needs Rust, g++ and PyPI (for NVRTC), but no GPU. Fails if the folder exceeds 64 MiB.
 #
 #     integration-tests/gpu/pack.sh [FOLDER]      target/gpu-check by default
 set -euo pipefail

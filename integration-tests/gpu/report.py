@@ -59,7 +59,7 @@ def reason(lines):
     panics = [following for line, following in zip(lines, lines[1:]) if "panicked at" in line]
     exceptions = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
     known = [line for line in lines if line.startswith("error")][:1] + panics[-1:] + exceptions[-1:] + lines[-1:]
-    return known[0] if known else "it gave no reason"
+    return known[0] if known else "the stage printed nothing"
 
 
 def stage(name, folder):
@@ -96,7 +96,7 @@ def losses(name, ours, other, precision, other_key="torch"):
     if not ours or not other:
         return derived(name, "skipped", "at least one of the two trainings to compare is missing")
     if ours["weights"] != other["weights"]:
-        return derived(name, "failed", f"{ours['weights']} weights here, {other['weights']} there")
+        return derived(name, "failed", f"the models differ: {ours['weights']} and {other['weights']} weights")
     pairs = list(zip(ours["losses"], other["losses"]))
     # A loss that is Inf or NaN is null in JSON, that is, None.
     differences = [abs(a - b) / abs(b) if None not in (a, b) else float("inf") for a, b in pairs]
@@ -116,7 +116,7 @@ def guarded(name, compute, *args):
 
 
 def best(results, *stages):
-    """Returns the round of a training with the most tokens/s."""
+    """Returns the one of these rounds of a training that has the most tokens/s, or None."""
     rounds = [results.get(name) for name in stages]
     rounds = [r for r in rounds if r and r.get("tokens_per_s")]
     return max(rounds, key=lambda r: r["tokens_per_s"], default=None)
@@ -161,7 +161,7 @@ def speed(name, results, info):
         state = "not-measured" if requested else "skipped"
         return derived(name, state, "torch.compile gave no figure to compare with", out)
     good = over["over_compile"] >= SPEED_MIN
-    why = None if good else f"{over['over_compile']:.2f} of torch.compile's tokens/s, {SPEED_MIN} is required"
+    why = None if good else f"{over['over_compile']:.2f} times torch.compile's speed; at least {SPEED_MIN} is required"
     return derived(name, "ok" if good else "failed", why, out)
 
 

@@ -61,8 +61,8 @@ async function start(program, args, port, environment = {}) {
   let output = '';
   for (const stream of [child.stdout, child.stderr]) stream.on('data', (data) => (output = (output + data).slice(-4000)));
   child.on('exit', () => running.delete(child));
-  await until(`${program} answers`, async () => {
-    if (child.exitCode !== null) throw new Error(`it ended: ${output}`);
+  await until(`an answer from ${program}`, async () => {
+    if (child.exitCode !== null) throw new Error(`${program} ended: ${output}`);
     return (await fetch(`http://127.0.0.1:${port}/healthz`)).ok;
   });
   return { child };
@@ -88,7 +88,7 @@ async function openPage(port, options = {}, mayBreak = false) {
   const wrong = [];
   const origin = `http://127.0.0.1:${port}`;
   page.on('request', (request) => {
-    if (new URL(request.url()).origin !== origin) wrong.push(`it loads ${request.url()} from another origin`);
+    if (new URL(request.url()).origin !== origin) wrong.push(`the page loads ${request.url()} from another origin`);
   });
   const isBroken = (text) => mayBreak && /net::ERR_|Failed to load resource/.test(text);
   page.on('pageerror', (error) => wrong.push(`${error}`));
@@ -182,7 +182,7 @@ async function rareValues(page) {
   assert.deepEqual(seen, { numbers: ['-', 'NaN', '1.3'], steps: [61, 62, 62, 63, 64, 61, 62] });
 }
 
-// Checks that the incidents list earlier attempts, with the oldest attempt first.
+// Checks that the list of incidents shows the earlier attempts, with the oldest attempt first.
 async function restarts(page, got) {
   const incidents = await page.locator('#incidents li').allTextContents();
   assert.match(incidents[0], /^restart after .*: attempt 0 of the job ended with code 137: SIGKILL$/);
@@ -204,8 +204,8 @@ async function widths(page, plan) {
   const between = plan.registers.map((register) => new Set(register.readers.map((reader) => reader.actor).filter((actor) => actor !== register.producer)).size);
   assert.equal(edges.length, between.reduce((sum, count) => sum + count, 0), 'an edge for each register and reader');
   sized.sort(([a], [b]) => a - b);
-  for (const [i, [bytes, width]] of sized.entries()) assert.ok(i === 0 || width >= sized[i - 1][1], `${bytes} bytes: ${width}`);
-  assert.ok(sized[sized.length - 1][1] > 2 * sized[0][1], 'widths of edges differ');
+  for (const [i, [bytes, width]] of sized.entries()) assert.ok(i === 0 || width >= sized[i - 1][1], `an edge with ${bytes} bytes per step is only ${width} pixels wide`);
+  assert.ok(sized[sized.length - 1][1] > 2 * sized[0][1], 'the widest edge is not much wider than the narrowest');
 }
 
 // Checks that a compute actor's row shows coloured bars for measured forward and backward, below paler predicted bars.
@@ -238,7 +238,7 @@ async function colours(page) {
 
 // Checks that the bar of each actor shows the shares of busy time and of time in collectives that `/metrics` implies.
 async function busy(page, port, [before, then]) {
-  await until('seconds', () => performance.now() - before > 4000);
+  await until('4 s of measurements', () => performance.now() - before > 4000);
   const bars = await page.evaluate(() => [...document.querySelectorAll('#breakdown tbody tr')].map((row) => [
     row.cells[0].textContent, [...row.querySelectorAll('i')].map((part) => parseFloat(part.style.width) / 100),
   ]));
@@ -250,10 +250,10 @@ async function busy(page, port, [before, then]) {
     };
     const [firing, collective] = ['shardflow_actor_firing_seconds_sum', 'shardflow_collective_seconds_sum'].map(share);
     for (const [kind, shown, expected] of [['busy', parts[0] + parts[1], firing], ['in collectives', parts[1], collective]]) {
-      assert.ok(Math.abs(shown - expected) < SHARE_DIFFERENCE_MAX, `${name}: ${kind} ${shown} on the page, ${expected.toFixed(3)} by /metrics`);
+      assert.ok(Math.abs(shown - expected) < SHARE_DIFFERENCE_MAX, `${name}: the page shows a share of ${shown} (${kind}), but /metrics implies ${expected.toFixed(3)}`);
     }
     const all = parts.reduce((a, b) => a + b, 0);
-    assert.ok(all > 0.7 && all < 1.02, `${name}: ${parts}`);
+    assert.ok(all > 0.7 && all < 1.02, `${name}: the parts of the bar are ${parts}`);
   }
   assert.ok(bars.some(([name, parts]) => name.endsWith('compute') && parts[0] > 0.1), 'some compute actor is busy');
   assert.ok(bars.some(([, parts]) => parts[1] > 0.01), 'some actor is in collectives');
@@ -299,7 +299,7 @@ async function fits(port) {
   await until('an event', async () => (await text(page, 'step')) !== '-');
   await until('all charts', async () => (await page.locator('#charts .uplot').count()) === 4);
   const { width, background, animated } = await appearance(page);
-  assert.ok(width <= 360, `${width} pixels`);
+  assert.ok(width <= 360, `the page is ${width} pixels wide`);
   assert.equal(background, DARK);
   assert.ok(!animated);
   assert.deepEqual(wrong, []);
@@ -324,7 +324,7 @@ async function follows(page) {
   });
   await until('a grid', hasGrid);
   await page.emulateMedia({ colorScheme: 'dark' });
-  await until('dark', async () => (await appearance(page)).background === DARK && (await hasGrid()));
+  await until('the dark colours', async () => (await appearance(page)).background === DARK && (await hasGrid()));
   await page.setViewportSize({ width: 700, height: 900 });
   await until('narrower charts', () => page.evaluate(() => [...document.querySelectorAll('#charts .chart')].every((chart) => chart.firstChild.offsetWidth <= chart.clientWidth)));
   assert.ok((await appearance(page)).width <= 700);
@@ -356,8 +356,8 @@ async function processes() {
   assert.deepEqual(wrong, []);
   await page.locator('#processes a').click();
   await until('the other page', async () => /rank 1 of 2/.test(await text(page, 'what')));
-  await until('its actors', async () => (await names()).length > 0 && (await names()).every((name) => name.startsWith('device 1')));
-  await until('its steps', async () => Number((await text(page, 'step')).split(' ')[0]) > 2);
+  await until('the actors of the other page', async () => (await names()).length > 0 && (await names()).every((name) => name.startsWith('device 1')));
+  await until('the steps of the other page', async () => Number((await text(page, 'step')).split(' ')[0]) > 2);
   await close();
   await end(training, 'SIGTERM');
 }
@@ -396,7 +396,7 @@ async function bubble(schedule) {
   const shares = () => page.evaluate(() => ['bubble', 'bubble-predicted'].map((id) => Number(document.getElementById(id).dataset.share)));
   await until('a prediction', async () => (await shares()).every((share) => share > 0));
   const expected = (stages - 1) / (microBatches + stages - 1);
-  // On a busy machine, single steps are longer. The check therefore waits until three events in a row agree.
+  // On a busy machine, some steps take longer. The check therefore waits until three events in a row agree.
   let [seen, inARow, both] = ['', 0, []];
   await until('bubbles that agree', async () => {
     const now = await text(page, 'step');
@@ -405,7 +405,7 @@ async function bubble(schedule) {
     const [measured, predicted] = both;
     const agree = Math.abs(measured - predicted) <= BUBBLE_DIFFERENCE_MAX && Math.abs(predicted - expected) <= BUBBLE_DIFFERENCE_MAX;
     inARow = agree ? inARow + 1 : 0;
-    if (!agree) throw new Error(`measured ${measured}, predicted ${predicted}, by the formula ${expected}`);
+    if (!agree) throw new Error(`bubble ${measured} measured, ${predicted} predicted, ${expected} by the formula`);
     return inARow === 3;
   });
   console.log(`${schedule}: bubble ${both[0].toFixed(3)}, predicted ${both[1].toFixed(3)}, by the formula ${expected.toFixed(3)}`);
@@ -425,7 +425,7 @@ async function stall() {
   await until('a red edge', async () => (await page.locator('.edge.blocked').count()) > 0);
   const stroke = () => page.evaluate(() => getComputedStyle(document.querySelector('.edge.blocked path')).stroke);
   await until('the red stroke', async () => (await stroke()) === 'rgb(198, 32, 28)');
-  await until('health', async () => (await text(page, 'health')) === 'running, edges are blocked');
+  await until('a report of blocked edges', async () => (await text(page, 'health')) === 'running, edges are blocked');
   await until('the waiting actor', async () => /waits for piece/.test(await text(page, 'breakdown')));
   await until('an incident', async () => /device 1 compute forward has not ended, and waits for no other action/.test(await text(page, 'incidents')));
   // `shardflow status` prints the same information.
@@ -441,29 +441,29 @@ async function stall() {
   await page.keyboard.press('Escape');
   training.child.stdin.write('open\n');
   await until('no red edge', async () => (await page.locator('.edge.blocked').count()) === 0);
-  await until('health', async () => (await text(page, 'health')) === 'running');
+  await until('a report without blocked edges', async () => (await text(page, 'health')) === 'running');
   assert.deepEqual(wrong, []);
   await close();
   await end(training);
 }
 
-// Checks that the page reports the end of its server. If another server follows, the page shows its session.
+// Checks that the page reports the end of its server, and shows the session of a new server on the same port.
 async function reconnects() {
   const port = await freePort();
   let training = await watched(port, 'stage=2', '1f1b', 4, 2);
   const { page, wrong, close } = await openPage(port, {}, true);
   await until('steps', async () => Number(await text(page, 'step')) > 20);
   await end(training);
-  await until('reconnecting', async () => /^reconnecting/.test(await text(page, 'fresh')));
+  await until('an attempt to reconnect', async () => /^reconnecting/.test(await text(page, 'fresh')));
   training = await watched(port, 'stage=4', '1f1b', 4, 20);
   await until('the new session', async () => /stage=4/.test(await text(page, 'what')));
-  await until('fresh', async () => /^\d\.\d s ago$/.test(await text(page, 'fresh')));
+  await until('fresh data', async () => /^\d\.\d s ago$/.test(await text(page, 'fresh')));
   assert.equal(await page.locator('#rows button').count(), (await (await fetch(`http://127.0.0.1:${port}/plan`)).json()).actors.length);
-  // A stopped server does not close the connection at first, but its data becomes stale.
+  // A server that is suspended does not close the connection at first, but its data becomes stale.
   training.child.kill('SIGSTOP');
-  await until('stale', async () => /^stale, /.test(await text(page, 'fresh')));
+  await until('stale data', async () => /^stale, /.test(await text(page, 'fresh')));
   training.child.kill('SIGCONT');
-  await until('fresh again', async () => /^\d\.\d s ago$/.test(await text(page, 'fresh')));
+  await until('fresh data again', async () => /^\d\.\d s ago$/.test(await text(page, 'fresh')));
   assert.deepEqual(wrong, []);
   await close();
   await end(training);
@@ -474,7 +474,7 @@ async function manyActors() {
   const port = await freePort();
   const training = await watched(port, 'data=100,stage=4', '1f1b', 2, 0);
   const plan = await (await fetch(`http://127.0.0.1:${port}/plan`)).json();
-  assert.ok(plan.actors.length >= 1000, `${plan.actors.length} actors`);
+  assert.ok(plan.actors.length >= 1000, `the plan has only ${plan.actors.length} actors`);
   const { page, wrong, close } = await openPage(port);
   await until('steps', async () => Number(await text(page, 'step')) >= 3);
   const abort = new AbortController();

@@ -196,7 +196,7 @@ check_sbatch() {
     grep -q 'continuing from step' "gpt-$job.out" ||
         { cat "gpt-$job.out" >&2; fail "the second run did not continue from the checkpoint"; }
     same_losses batch one-batch
-    echo "job.sbatch ended on SIGTERM, was requeued, continued from its checkpoint, and has the losses of one process"
+    echo "job.sbatch: ended on SIGTERM, requeued, continued from its checkpoint; the losses are those of one process"
     grep 'job.sbatch:\|continuing from' "gpt-$job.out"
 }
 
@@ -207,7 +207,7 @@ check_launcher() {
         "$root/docs/slurm.md"; } >launcher.sh
     sed -i "s|-- gpt .*'|-- gpt $model $mesh --steps 400 --checkpoint ck --checkpoint-every 20 \
         --log-json launched'|" launcher.sh
-    grep -q 'log-json launched' launcher.sh || { cat launcher.sh >&2; fail "docs/slurm.md has no such command"; }
+    grep -q 'log-json launched' launcher.sh || { cat launcher.sh >&2; fail "docs/slurm.md does not launch gpt"; }
     timeout 60 $gpt $mesh --steps 400 --log-json one-launched >/dev/null
     PATH="$PATH:$programs" salloc --nodes=2 --quiet bash launcher.sh >out-launched 2>&1 &
     job=$!
@@ -219,7 +219,7 @@ check_launcher() {
     grep -q 'continuing from step' out-launched ||
         { cat out-launched >&2; fail "the restarted processes did not continue from the checkpoint"; }
     same_losses launched one-launched
-    echo "launcher of docs/slurm.md: process 2 was killed, and all processes continued to the losses of one process"
+    echo "launcher of docs/slurm.md: process 2 was killed, and after the restart, the losses are those of one process"
     grep 'continuing from' out-launched
 }
 

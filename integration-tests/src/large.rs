@@ -87,12 +87,12 @@ fn large_gradients_are_clipped_like_small_ones(device: DeviceKind, mesh: &str) {
     let (norms, parameters) = train(1.0);
     let (large_norms, large_parameters) = train(LARGE);
     for (norm, large) in norms.iter().zip(&large_norms) {
-        assert!(*norm > 2e-3 && relative(*norm, *large) < 1e-5, "{mesh}: {norms:?}, scaled {large_norms:?}");
+        assert!(*norm > 2e-3 && relative(*norm, *large) < 1e-5, "{mesh}: got {large_norms:?}, expected {norms:?}");
     }
     for (name, tensor) in &parameters {
         let (values, large) = (tensor.as_f32().expect("floats"), large_parameters[name].as_f32().expect("floats"));
         let close = values.iter().zip(large).all(|(a, b)| (a - b).abs() < 1e-5);
-        assert!(close, "{mesh}, {name}: {values:?}, scaled {large:?}");
+        assert!(close, "{mesh}, {name}: got {large:?}, expected {values:?}");
     }
 }
 
@@ -104,14 +104,14 @@ fn an_update_that_would_overflow_is_skipped(device: DeviceKind, mesh: &str) {
         let mut session = start(device, mesh, factor, f32::INFINITY, OnNonFinite::Stop);
         let before = state(&session);
         let Err(SessionError::NonFinite(found)) = step(&mut session, learning_rate) else {
-            panic!("{mesh}: {overflow_in}")
+            panic!("{mesh}: {overflow_in} did not overflow")
         };
         assert_eq!((found.overflow, &found.first), (Some(kind), &None), "{mesh}");
         assert!(found.loss.is_some_and(f32::is_finite) && found.grad_norm.is_some_and(f64::is_finite), "{found:?}");
         let (text, by_rate) = (found.to_string(), overflow_in == "a parameter");
         let advice = if by_rate { "lower the learning rate" } else { "clip the gradients to a smaller norm" };
         assert!(text.ends_with(&format!("could make {overflow_in} overflow f32: {advice}")), "{mesh}: {text}");
-        assert!(state(&session) == before, "{mesh}: a skipped update changed the state, overflow in {overflow_in}");
+        assert!(state(&session) == before, "{mesh}: a skipped update changed the state (overflow in {overflow_in})");
     }
     // The gradients are large, but the updated values are finite, so the step succeeds.
     let mut session = start(device, mesh, 1e18, f32::INFINITY, OnNonFinite::Skip { in_a_row_max: 1 });

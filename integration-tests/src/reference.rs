@@ -199,7 +199,7 @@ fn layer_forward(config: &ReferenceConfig, p: &Tensors, layer: usize, x: &mut [f
     Saved { norm1, q, k, v, attention, norm2, fc, gelu }
 }
 
-/// Before the call, `dx` is the gradient with respect to the layer's output; after it, with respect to the input.
+/// Before the call, `dx` is the gradient with respect to the layer's output; after the call, to the input.
 fn layer_backward(config: &ReferenceConfig, p: &Tensors, layer: usize, saved: &Saved, dx: &mut [f64], g: &mut Tensors) {
     let (width, name) = (config.width, |part: &str| format!("h.{layer}.{part}.weight"));
     let mut dfc = linear_backward(dx, &saved.gelu, &name("mlp.proj"), p, g, 4 * width);

@@ -22,7 +22,7 @@ const PIECE_BITS: u64 = 16;
 /// Interval at which a thread that waits for a datagram checks whether the relay has been dropped.
 const POLL_EVERY: Duration = Duration::from_millis(20);
 
-/// On average, the relay drops one of this number of heartbeats.
+/// On average, the relay drops one heartbeat out of this number.
 const DROPPED_ONE_IN: u64 = 8;
 
 /// Options of a relay.
@@ -72,7 +72,7 @@ pub struct RelayCounts {
     pub bytes: u64,
     /// Number of long stalls.
     pub stalls: u64,
-    /// Number of long stalls of heartbeats, which `stalls` includes.
+    /// Number of long stalls of heartbeats. `stalls` includes them.
     pub heartbeat_stalls: u64,
 }
 
@@ -221,7 +221,7 @@ fn connect(address: &Address) -> io::Result<Connection> {
     without_delay(connection)
 }
 
-/// Sets TCP_NODELAY, so that each piece is sent at once.
+/// Sets TCP_NODELAY, so that each piece is sent immediately.
 fn without_delay(connection: Connection) -> io::Result<Connection> {
     if !connection.is_unix() {
         rustix::net::sockopt::set_tcp_nodelay(&connection, true)?;

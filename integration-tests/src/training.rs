@@ -197,7 +197,7 @@ pub fn vocabulary() -> usize {
     reference::tokens(TEXT.as_bytes()).0
 }
 
-/// Returns compile options with these micro-batches and this schedule.
+/// Returns compile options with this number of micro-batches and this schedule.
 pub fn options(micro_batches: usize, schedule: Schedule) -> CompileOptions {
     CompileOptions { micro_batches, schedule, ..CompileOptions::default() }
 }
@@ -215,7 +215,7 @@ pub fn within<T: Send + 'static>(seconds: u64, work: impl FnOnce() -> T + Send +
     });
     match receiver.recv_timeout(Duration::from_secs(seconds)) {
         Ok(value) => value,
-        Err(RecvTimeoutError::Timeout) => panic!("still not done after {seconds} s"),
+        Err(RecvTimeoutError::Timeout) => panic!("the work is not done after {seconds} s"),
         Err(RecvTimeoutError::Disconnected) => match thread.join() {
             Err(cause) => std::panic::resume_unwind(cause),
             Ok(()) => unreachable!("the thread sends before it ends"),

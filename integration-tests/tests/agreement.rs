@@ -86,9 +86,9 @@ fn disagreement_text<T>(result: Result<T, SessionError>) -> String {
     }
 }
 
-/// A function that loads a file and returns the notes.
+/// A function that loads a file and returns the session's notes on the load.
 type LoadFile = fn(&mut Session, &Path) -> Result<Vec<String>, SessionError>;
-/// A function that loads a saved state and returns the notes.
+/// A function that loads a saved state and returns the session's notes on the load.
 type Load<'a> = &'a dyn Fn(&mut Session) -> Result<Vec<String>, SessionError>;
 
 /// The failed step changes nothing. The next steps use equal learning rates, and have the losses of an undisturbed run.
@@ -200,7 +200,7 @@ fn ranks_may_supply_only_their_part_of_a_batch() {
                 session.shutdown().expect("a clean shutdown");
                 found.into_iter().map(|loss| loss.expect("a loss").to_bits()).collect::<Vec<_>>()
             });
-            assert!(ranks.iter().all(|found| *found == expected), "{mesh} on {processes}: {ranks:?}, {expected:?}");
+            ranks.iter().for_each(|found| assert_eq!(*found, expected, "{mesh} on {processes}"));
         }
     });
 }
@@ -412,7 +412,8 @@ fn checkpoints_of_folders_that_ranks_do_not_share_are_compared() {
     });
 }
 
-/// If a rank fails outside of a step, for example on a full disk, the other ranks end with its cause and its exit code.
+/// If a rank fails outside of a step, for example on a full disk, the other ranks end with that rank's cause and exit
+/// code.
 #[test]
 fn an_abort_of_one_rank_ends_the_others_with_its_cause() {
     within(SECONDS, || {
@@ -539,12 +540,12 @@ fn parameters_that_the_program_lacks_are_refused_unless_it_names_them() {
             assert!(loaded(&small) && notes[0].contains(&expected), "{name}: {notes:?}");
         }
         let mut small = with_layers(1, &options);
-        let notes = newest(&mut small).expect("names them");
+        let notes = newest(&mut small).expect("ignores the parameters");
         assert!(loaded(&small) && notes.len() == 1 && notes[0].contains(&states), "{notes:?}");
     });
 }
 
-/// A program that only computes does not need the optimizer states of a file.
+/// A program without an optimizer does not need the optimizer states of a file.
 #[test]
 fn a_program_that_only_computes_leaves_optimizer_states_out() {
     within(SECONDS, || {

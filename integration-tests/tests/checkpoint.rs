@@ -46,11 +46,11 @@ fn a_training_moves_between_meshes_bit_for_bit() {
             let mut next = session(mesh);
             next.restore(&path).unwrap_or_else(|e| panic!("mesh {mesh}: {e}"));
             assert_eq!(next.steps(), 3);
-            assert!(bits(&next.parameters().expect("parameters")) == bits(&parameters), "mesh {mesh}");
+            assert!(bits(&next.parameters().expect("parameters")) == bits(&parameters), "mesh {mesh}: parameters");
             assert!(saved(&next, &path) == original, "mesh {mesh}: the files differ");
             next.shutdown().expect("a clean shutdown");
         }
-        assert_eq!(files(folder.path()), 1, "only the checkpoint");
+        assert_eq!(files(folder.path()), 1, "files other than the checkpoint remain");
     });
 }
 

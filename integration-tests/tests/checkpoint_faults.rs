@@ -104,7 +104,7 @@ fn run_child_killed_at(folder: &Path, at: usize) -> bool {
     child.args(["--exact", "child_that_saves_until_it_is_killed"]);
     child.env(CHILD, format!("{} {at}", folder.display()));
     let status = child.stdout(std::process::Stdio::null()).status().expect("started");
-    assert!(status.success() || status.signal() == Some(9), "operation {at}: {status}");
+    assert!(status.success() || status.signal() == Some(9), "operation {at}: the child ended with {status}");
     !status.success()
 }
 
@@ -136,7 +136,7 @@ fn a_save_killed_at_any_operation_is_complete_or_absent() {
             assert!(newest.damaged.is_empty(), "operation {at}: {:?}", newest.damaged);
             let reader = newest.reader.expect("at least the previous checkpoint");
             check_contents(&reader);
-            assert!([2, 4].contains(&reader.manifest().step), "operation {at}");
+            assert!([2, 4].contains(&reader.manifest().step), "operation {at}: got step {}", reader.manifest().step);
             for step in committed(&folder) {
                 let whole = open(&folder).read(step).and_then(|reader| reader.verify());
                 whole.unwrap_or_else(|e| panic!("operation {at}: step {step} is listed but incomplete: {e}"));
@@ -148,7 +148,7 @@ fn a_save_killed_at_any_operation_is_complete_or_absent() {
                     assert!(report.result.is_ok() && report.prune.is_none(), "operation {at}: {report:?}");
                 }
             }
-            assert_eq!(committed(&folder), [4, 6], "operation {at}");
+            assert_eq!(committed(&folder), [4, 6], "operation {at}: committed steps");
             check_contents(&open(&folder).read(4).expect("a kept checkpoint"));
             assert_eq!(files(&folder), 2 * 5, "operation {at}: leftovers and torn files remain");
             if !is_killed {
@@ -186,7 +186,7 @@ fn a_job_that_resumes_after_a_freeze_commits_nothing_twice() {
             reader.verify().unwrap_or_else(|e| panic!("operation {at}: {e}"));
             check_contents(&reader);
             let winner = if saved[0] == SaveOutcome::Committed { 2 } else { 1 };
-            assert_eq!(reader.manifest().epoch, winner, "operation {at}: {saved:?}, {frozen:?}");
+            assert_eq!(reader.manifest().epoch, winner, "operation {at}: successor {saved:?}, frozen job {frozen:?}");
             for report in frozen {
                 // The frozen job reports files as missing if its successor has deleted them as leftovers.
                 let is_winner = matches!(report.result, Ok(SaveOutcome::Committed));
@@ -275,7 +275,7 @@ fn a_checkpoint_that_is_deleted_during_a_read_is_not_damaged() {
                 break;
             }
         }
-        assert!(deleted > 0 && newer > 1, "{deleted} {newer}");
+        assert!(deleted > 0 && newer > 1, "{deleted} reads of deleted checkpoints, {newer} of newer ones");
     });
 }
 
@@ -443,7 +443,7 @@ fn altered_and_cut_files_are_found_and_named() {
             blocking(memory.put(path, bytes.into())).expect("written");
 
             let matters = !path.as_ref().contains("shard-") || !path.as_ref().ends_with(".json");
-            let text = format!("case {case}: {path} at {at}");
+            let text = format!("case {case}: {path} changed at byte {at}");
             let verified = store.newest_verified().expect("listed");
             let found = verified.reader.expect("the older checkpoint").manifest().step;
             assert_eq!(found, if matters { 1 } else { 2 }, "{text}");
@@ -463,7 +463,7 @@ fn altered_and_cut_files_are_found_and_named() {
             skipped += usize::from(step == 1);
             blocking(memory.put(path, files[path].clone().into())).expect("written");
         }
-        assert!(skipped > 150, "{skipped} of 400 were skipped");
+        assert!(skipped > 150, "only {skipped} of 400 damaged checkpoints were skipped");
         // If all checkpoints are damaged, the restore fails, because a new training would later delete all of them.
         for path in files.keys().filter(|path| path.as_ref().ends_with("safetensors")) {
             blocking(memory.delete(path)).expect("deleted");

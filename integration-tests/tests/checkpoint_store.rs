@@ -90,7 +90,7 @@ fn a_second_saver_fences_the_first() {
         assert_eq!(store.steps().expect("listed"), [1]);
         assert_eq!(step_and_save(&mut second, &mut new).expect("the owner saves"), SaveOutcome::Committed);
         drop((old, new));
-        assert_eq!(names(scratch.path()), ["step-000000000001", "step-000000000002"], "the lock is released");
+        assert_eq!(names(scratch.path()), ["step-000000000001", "step-000000000002"], "the lock remains");
     });
 }
 
@@ -122,12 +122,8 @@ fn a_file_system_without_hard_links_is_enough() {
         std::fs::write(claim.join("1"), "torn").expect("created");
         assert_eq!(step_and_save(&mut here, &mut saver).expect("the stale claim is replaced"), SaveOutcome::Committed);
         store.read(2).and_then(|reader| reader.verify()).expect("whole");
-        assert_eq!(
-            names(&scratch.path().join("step-000000000002")),
-            ["e0-1", "manifest.json"],
-            "everything else is deleted"
-        );
-        // Two jobs save at once, each with its own tensors.
+        assert_eq!(names(&scratch.path().join("step-000000000002")), ["e0-1", "manifest.json"], "other files remain");
+        // Two jobs save at the same time, each with its own tensors.
         Model::default().step(&mut here);
         let mut other = parts(&here);
         for piece in other.iter_mut().flat_map(|part| &mut part.pieces) {
@@ -191,14 +187,14 @@ fn a_file_with_delayed_visibility_is_not_damage() {
                 jobs.into_iter().map(|job| job.join().expect("no panic")).collect::<Vec<_>>()
             });
             match &results[0] {
-                Ok(saved) => assert!(is_saved && *saved == SaveOutcome::Committed, "{hidden} {late}"),
+                Ok(saved) => assert!(is_saved && *saved == SaveOutcome::Committed, "limit {hidden} s, late {late} s"),
                 Err(error) => {
-                    assert!(!is_saved, "{hidden} {late}: {error}");
+                    assert!(!is_saved, "limit {hidden} s, late {late} s: {error}");
                     assert!(error.to_string().contains("shard-1-of-2.json: damaged: the file is missing"), "{error}");
                 }
             }
             let expected = if is_saved { late } else { hidden };
-            assert_eq!(clock.now().as_secs(), expected, "{hidden} {late}");
+            assert_eq!(clock.now().as_secs(), expected, "limit {hidden} s, late {late} s");
         }
     });
 }

@@ -95,7 +95,7 @@ fn every_mesh_loads_the_checkpoint_of_every_other_mesh() {
             let manifest = store.read(next.steps()).expect("a committed checkpoint");
             assert_eq!(manifest.manifest().shards.len(), processes);
             assert!(exported(&store, next.steps(), scratch.path()) == whole, "mesh {mesh}: the saved tensors differ");
-            assert_eq!(store.steps().expect("listed"), [next.steps()], "one is kept");
+            assert_eq!(store.steps().expect("listed"), [next.steps()], "only the newest is kept");
         }
     });
 }

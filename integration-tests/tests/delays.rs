@@ -19,7 +19,7 @@ const SEEDS: u64 = 200;
 const STEPS: usize = 3;
 /// Number of seeds that run at the same time. Their trainings mostly wait.
 const AT_ONCE: u64 = 3;
-/// One of this number of seeds has a long stall in each direction of each connection.
+/// One seed out of this number has a long stall in each direction of each connection.
 const LONG_EVERY: u64 = 20;
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(50);
 /// Duration of a long stall. It is longer than ten heartbeat periods, and shorter than the deadline for heartbeats.
@@ -92,7 +92,7 @@ fn check(seed: u64, expected: &[(&str, Vec<u32>)]) -> RelayCounts {
             scope.spawn(move || train(mesh, cluster))
         };
         let threads: Vec<_> = (0..processes).map(start).collect();
-        threads.into_iter().map(|t| t.join().unwrap_or_else(|_| panic!("seed {seed}: {transport:?}"))).collect()
+        threads.into_iter().map(|t| t.join().unwrap_or_else(|_| panic!("seed {seed}: {transport:?} failed"))).collect()
     });
     let (_, expected) = expected.iter().find(|e| e.0 == mesh).expect("a case's mesh");
     for (rank, losses) in losses.iter().enumerate() {
@@ -103,9 +103,9 @@ fn check(seed: u64, expected: &[(&str, Vec<u32>)]) -> RelayCounts {
     }
     let counts = relay.counts();
     let heartbeat_stalls = if long_stall.is_some() { u64::from(processes) } else { 0 };
-    assert_eq!(counts.heartbeat_stalls, heartbeat_stalls, "seed {seed}");
+    assert_eq!(counts.heartbeat_stalls, heartbeat_stalls, "seed {seed}: stalled heartbeats");
     let has_stalls = counts.stalls > heartbeat_stalls;
-    assert_eq!(has_stalls, long_stall.is_some(), "seed {seed}: {} stalls", counts.stalls);
+    assert_eq!(has_stalls, long_stall.is_some(), "seed {seed}: the relay counted {} stalls", counts.stalls);
     counts
 }
 

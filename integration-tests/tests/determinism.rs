@@ -11,7 +11,7 @@ fn check(threads_per_device: usize, runs: usize) {
         let first = model.train("data=2,stage=2,tensor=2", &options, 3);
         for run in 1..runs {
             let again = model.train("data=2,stage=2,tensor=2", &options, 3);
-            assert!(again.bits() == first.bits(), "run {run}: {:?} against {:?}", again.losses, first.losses);
+            assert!(again.bits() == first.bits(), "run {run}: got {:?}, expected {:?}", again.losses, first.losses);
         }
     });
 }

@@ -52,10 +52,10 @@ fn tensors_are_readable_only_without_encryption_and_control_never() {
     within(120, || {
         for encrypt in [false, true] {
             let streams = observed(encrypt);
-            assert!(streams.iter().map(Vec::len).sum::<usize>() > 10_000, "the relay saw the training");
+            assert!(streams.iter().map(Vec::len).sum::<usize>() > 10_000, "the relay saw too few bytes");
             let has_tensors = streams.iter().any(|stream| contains(stream, ONES.as_flattened()));
-            assert_eq!(has_tensors, !encrypt, "encrypt {encrypt}");
-            assert!(!streams.iter().any(|stream| contains(stream, ACTIVITY)), "encrypt {encrypt}");
+            assert_eq!(has_tensors, !encrypt, "readable tensors with encrypt = {encrypt}");
+            assert!(!streams.iter().any(|stream| contains(stream, ACTIVITY)), "the activity is readable");
         }
     });
 }

@@ -1,5 +1,5 @@
-//! Evaluation. Dropout is the identity and costs nothing, and no weight changes. If a program has dropout but no mode,
-//! the error names the line of the dropout.
+//! In evaluation, dropout is the identity and costs nothing, and no weight changes. If a program has dropout but no
+//! mode, the error names the line of the dropout.
 
 use shardflow::prelude::*;
 use shardflow_integration_tests::training::{Model, ONE, bits, within};
@@ -76,7 +76,7 @@ fn dropout_is_the_identity_and_costs_nothing() {
     });
 }
 
-/// Dropout may be the only op between an input or a parameter, and an output.
+/// Dropout may be the only op on the path from an input or parameter to an output.
 #[test]
 fn a_tensor_with_only_dropout_is_returned_unchanged() {
     within(60, || {
@@ -124,7 +124,7 @@ fn evaluation_of_a_training_program_trains_nothing() {
             let before = session.parameters().expect("parameters");
             let (report, want) = (model.step(&mut session), without.step(&mut training));
             let (loss, want) = (report.loss.expect("a loss"), want.loss.expect("a loss"));
-            assert!((loss - want).abs() < 1e-5 * want, "{mesh}: {loss}, not {want}");
+            assert!((loss - want).abs() < 1e-5 * want, "{mesh}: got {loss}, expected {want}");
             assert_eq!((report.grad_norm, session.updates()), (None, 0), "{mesh}");
             assert!(bits(&session.parameters().expect("parameters")) == bits(&before), "{mesh}: the weights changed");
             let bytes = |session: &Session| session.plan().memories().map(|m| m.total_bytes()).sum::<usize>();
@@ -134,7 +134,7 @@ fn evaluation_of_a_training_program_trains_nothing() {
 }
 
 /// A copy of a program gives the same results in evaluation. The same holds for a copy with an additional output, even
-/// if the tensors of this copy have other numbers.
+/// if the tensors of this copy have other indices in their graph.
 #[test]
 fn copies_of_a_program_can_be_evaluated() {
     within(60, || {
@@ -154,8 +154,8 @@ fn copies_of_a_program_can_be_evaluated() {
                 };
                 let want = evaluated(extended(None));
                 let g = extended(Some(0.5));
-                assert!(bits(&evaluated(g.clone())) == bits(&want), "{mesh}: a copy");
-                assert!(bits(&evaluated(g)) == bits(&want), "{mesh}: an extended copy");
+                assert!(bits(&evaluated(g.clone())) == bits(&want), "{mesh}: a copy differs");
+                assert!(bits(&evaluated(g)) == bits(&want), "{mesh}: an extended copy differs");
             }
         }
     });

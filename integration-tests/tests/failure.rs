@@ -1,4 +1,4 @@
-//! When a kernel fails or panics on one device, the step ends with the first cause on every mesh, and nothing hangs.
+//! If a kernel fails or panics on one device of any mesh, the step ends with the first cause, and nothing hangs.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -109,7 +109,7 @@ fn check(name: &str, mesh: &str, gpus: usize, policies: &[(&str, u64)]) {
             let difference = relative(*got, f64::from(*want));
             assert!(
                 difference <= max,
-                "{name} {mesh} on {gpus} GPUs, step {step}: {got} against {want}: {difference:e}"
+                "{name} {mesh} on {gpus} GPUs, step {step}: got {got}, expected {want}: {difference:e}"
             );
         }
     }
@@ -198,7 +198,7 @@ fn run_gpt(device: &str, mesh: &str, gpus: usize) -> Vec<f64> {
     if device == "cuda" {
         let report = SimReport::read(folder.path()).expect("a report");
         assert!(report.findings.is_empty(), "{mesh} on {gpus} GPUs: {:#?}", report.findings);
-        assert!(report.classes["launches"] > 100, "{mesh}: few launches on the software device");
+        assert!(report.classes["launches"] > 100, "{mesh}: too few launches on the software device");
     }
     let record = |line: &str| serde_json::from_str::<serde_json::Value>(line).expect("JSON");
     log.lines().filter_map(|line| record(line).get("loss")?.as_f64()).collect()
@@ -210,7 +210,7 @@ fn the_gpt_program_trains_on_gpus() {
         let (got, want) = (run_gpt("cuda", mesh, gpus), run_gpt("cpu", mesh, gpus));
         assert_eq!((got.len(), want.len()), (STEPS, STEPS), "{mesh}");
         for (got, want) in got.iter().zip(&want) {
-            assert!(relative(*got, *want) <= F32_MAX, "{mesh}: {got} against {want}");
+            assert!(relative(*got, *want) <= F32_MAX, "{mesh}: got {got}, expected {want}");
         }
     }
 }
@@ -257,7 +257,7 @@ fn a_step_neither_allocates_nor_synchronizes() {
     for ((mesh, gpus), precision) in meshes.into_iter().flat_map(|mesh| [(mesh, "f32"), (mesh, "bf16")]) {
         let shallow = each_step(precision, 4, mesh, gpus);
         for name in ["allocations", "frees", "synchronisations", "cuEventCreate", "cuEventDestroy_v2"] {
-            assert_eq!(shallow(name), 0.0, "{precision} {mesh}: {name} in each step");
+            assert_eq!(shallow(name), 0.0, "{precision} {mesh}: each step adds to {name}");
         }
         // Each collective writes two words. Without NCCL, each of the four devices has one collective for its gradients
         // and one for the norm of the gradients.
@@ -271,7 +271,7 @@ fn a_step_neither_allocates_nor_synchronizes() {
         let layer = |name: &str| (deep(name) - shallow(name)) / 4.0;
         let names = ["cuLaunchKernel", "cublasLtMatmul", "cuEventRecord", "cuCtxSetCurrent"];
         // Events are needed only between actions and for transfers between devices.
-        assert_eq!(names.map(layer), [56.0, 36.0, 0.0, 0.0], "two micro-batches and the update");
+        assert_eq!(names.map(layer), [56.0, 36.0, 0.0, 0.0], "calls per layer, for two micro-batches and the update");
         assert_eq!(names.map(&shallow), [257.0, 150.0, 10.0, 10.0]);
         let copies = ["cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2"];
         assert_eq!(copies.map(layer), [0.0, 0.0]);
@@ -301,12 +301,12 @@ fn the_first_step_creates_no_resources() {
     for (mesh, gpus) in meshes {
         for precision in ["f32", "bf16"] {
             let [none, one] = [0, 1].map(|steps| calls(precision, steps, 2, mesh, gpus));
-            assert!(one["launches"] > none.get("launches").copied().unwrap_or(0), "a step runs");
+            assert!(one["launches"] > none.get("launches").copied().unwrap_or(0), "the step launched nothing");
             for name in CREATING_CALLS {
                 assert_eq!(
                     one.get(name),
                     none.get(name),
-                    "{precision} {mesh} on {gpus} GPUs: {name} in the first step"
+                    "{precision} {mesh} on {gpus} GPUs: the first step adds to {name}"
                 );
             }
         }
@@ -329,7 +329,7 @@ fn a_killed_device_ends_the_session_with_its_cause() {
     for (mesh, gpus, launch) in [("data=1", 1, 40), ("data=2", 2, 150), ("stage=2", 2, 333), ("tensor=2", 2, 200)] {
         let device = gpus - 1;
         let (took, code, text) = failure(mesh, gpus, &format!("kill:{device}:{launch}"));
-        println!("{mesh}: {took:?}, {code}: {text}");
+        println!("{mesh}: failed after {took:?} with exit code {code}: {text}");
         assert!(took <= LATE_MAX, "{mesh}: {took:?}: {text}");
         assert_eq!(code, 70, "{mesh}: {text}");
         // After a fault, CUDA returns the error from the next call for any stream of the device.
@@ -348,7 +348,7 @@ fn a_hung_device_ends_the_session_with_its_cause() {
     for (mesh, gpus, launch) in [("data=1", 1, 40), ("data=2", 2, 150), ("stage=2", 2, 333), ("tensor=2", 2, 200)] {
         let device = gpus - 1;
         let (took, code, text) = failure(mesh, gpus, &format!("hang:{device}:{launch}"));
-        println!("{mesh}: {took:?}, {code}: {text}");
+        println!("{mesh}: failed after {took:?} with exit code {code}: {text}");
         assert!(took <= STALL + LATE_MAX, "{mesh}: {took:?}: {text}");
         assert_eq!(code, 79, "{mesh}: {text}");
         let (cause, _) = text.split_once('\n').expect("a cause and a wait chain");

@@ -37,7 +37,7 @@ fn settings(device: DeviceKind) -> CompileOptions {
 fn child() {
     let case = case();
     let [mesh, process, processes, by, steps, socket] = case.split(' ').collect::<Vec<_>>()[..] else {
-        panic!("a case: {case}")
+        panic!("not a valid case: {case}")
     };
     let number = |text: &str| text.parse().expect("a number");
     let transport = if by == "pipes" { Transport::Auto } else { Transport::Tcp };
@@ -139,7 +139,7 @@ fn check(
         for (step, (got, want)) in losses.iter().zip(&cpu.losses).enumerate() {
             let difference = relative(*got, f64::from(*want));
             let at = format!("{mesh}, process {process} of {processes}, step {step}");
-            assert!(difference <= LOSS_MAX, "{at}: {got} against {want}: {difference:e}");
+            assert!(difference <= LOSS_MAX, "{at}: got {got}, expected {want}: {difference:e}");
         }
     }
     (all[0].0.clone(), all.into_iter().map(|(_, sends)| sends).collect())
@@ -157,7 +157,8 @@ fn a_pipeline_over_two_processes() {
     assert_eq!(sends, [0, 0]);
     for (policy, seed) in [("random", 32), ("adversarial", 34), ("starve", 36)] {
         let (same, sends) = check("stage=2", 2, 2, "pipes", policy, seed);
-        assert!(same == losses && sends.iter().all(|sends| *sends > 0), "{same:?}, not {losses:?}; {sends:?}");
+        assert!(same == losses, "got {same:?}, expected {losses:?}");
+        assert!(sends.iter().all(|sends| *sends > 0), "a process sent nothing: {sends:?}");
     }
 }
 
@@ -189,7 +190,7 @@ fn survivor_error(mesh: &'static str, by: &'static str, seed: u64, fault: &str) 
     let started = Instant::now();
     let ended = run(Case { mesh, processes: 2, gpus: 2, by, steps: STEPS as u32 }, "random", seed, Some(fault));
     let stderr = text(&ended[0].0.stderr);
-    assert!(started.elapsed() < ENDS_WITHIN, "{mesh} by {by}, {fault}: {stderr}");
+    assert!(started.elapsed() < ENDS_WITHIN, "{mesh} by {by}, {fault}: too slow: {stderr}");
     assert!(ended.iter().all(|(output, _)| !output.status.success()), "{mesh} by {by}, {fault}: {stderr}");
     let report = ended[0].1.as_ref().expect("a report");
     // The failure of the other process aborts running work. The software device records this as a finding.

@@ -240,7 +240,7 @@ fn a_failure_is_reported_with_its_cause() {
             "torch.cuda.OutOfMemoryError: too much",
         ),
         ("no more than this\n", "no more than this"),
-        ("", "it gave no reason"),
+        ("", "the stage printed nothing"),
     ];
     for (stderr, why) in cases {
         let scratch = Scratch::new("gpu-script-why");

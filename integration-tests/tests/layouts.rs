@@ -16,7 +16,7 @@ use shardflow_kernels::op::{Buffer, Einsum, Launch, Op, Program};
 use shardflow_kernels::stream::{Notification, Stream, Submission};
 use shardflow_kernels::tensor::{DType, HostTensor, Region};
 
-/// Returns values between about -1 and 1. Each `key` gives other values.
+/// Returns values between about -1 and 1. Different keys give different values.
 fn values(shape: &[usize], key: u64) -> HostTensor {
     let count = shape.iter().product::<usize>() as u64;
     let unit = |i: u64| (mix(key * 1_000_003 + i) >> 40) as f32 / (1 << 23) as f32 - 1.0;

@@ -309,7 +309,7 @@ fn programs_that_depend_on_the_number_of_micro_batches_are_refused() {
             compile(g, &options(count))
         };
         compiled(1).unwrap_or_else(|e| panic!("{wants:?}: {e}"));
-        let Err(CompileError::Graph(errors)) = compiled(2) else { panic!("not refused: {wants:?}") };
+        let Err(CompileError::Graph(errors)) = compiled(2) else { panic!("expected an error with {wants:?}") };
         assert_eq!(errors.len(), 1, "{errors:?}");
         let text = errors[0].to_string();
         assert!(wants.iter().all(|want| text.contains(want)), "expected {wants:?}, got: {text}");
@@ -363,7 +363,7 @@ fn wrong_dims_of_batches_and_outputs_are_refused() {
     for (build, want) in cases {
         let mut g = graph("data=1");
         build(&mut g);
-        let Err(CompileError::Graph(errors)) = compile(g, &options(2)) else { panic!("not refused: {want}") };
+        let Err(CompileError::Graph(errors)) = compile(g, &options(2)) else { panic!("expected error: {want}") };
         let text = errors[0].to_string();
         assert!(errors.len() == 1 && text.contains(want) && text.contains("micro_batches.rs:"), "{want}: {errors:?}");
     }
@@ -484,7 +484,7 @@ fn gradients_are_masked_like_values() {
         for (mesh, count) in [("data=1", 2), ("data=1", 4), ("data=2", 1), ("data=2", 2), ("data=2", 4)] {
             let (got, parameters) = trained(mesh, count);
             for (a, b) in got.iter().zip(&losses) {
-                assert!(relative((*a).into(), (*b).into()) < 1e-5, "{mesh}, {count}: {got:?}, not {losses:?}");
+                assert!(relative((*a).into(), (*b).into()) < 1e-5, "{mesh}, {count}: got {got:?}, expected {losses:?}");
             }
             assert_same(&format!("{mesh}, {count} micro-batches"), &parameters, &whole);
         }

@@ -198,7 +198,7 @@ impl Running {
             match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) => self.seen.push(line),
                 Err(RecvTimeoutError::Disconnected) => return self.child.wait().expect("an exit status").code(),
-                Err(RecvTimeoutError::Timeout) => panic!("did not end:\n{}", self.text()),
+                Err(RecvTimeoutError::Timeout) => panic!("the program did not end:\n{}", self.text()),
             }
         }
     }
@@ -417,7 +417,7 @@ fn a_slow_link_is_named_and_costs_no_memory() {
     let (named, growth) = check_slow_rank(&mut job, 0, 1);
     let (steps, output) = (job.steps_done() - before, job.nodes[0].text() + &job.nodes[1].text());
     assert!(!output.contains("restart") && steps > 0, "{steps} steps; {output}");
-    println!("link of 1 Mbit/s: reported after {named:.1} s, {growth} KiB more, {steps} steps in 30 s");
+    println!("link of 1 Mbit/s: reported after {named:.1} s, memory grew by {growth} KiB, {steps} steps in 30 s");
 }
 
 /// A cgroup (v1 or v2) limited to a tenth of a core.
@@ -425,7 +425,7 @@ struct SlowCgroup(PathBuf);
 
 impl SlowCgroup {
     fn new() -> Result<Self, String> {
-        let failed = |e: std::io::Error| format!("no cgroup with a quota of CPU: {e}");
+        let failed = |e: std::io::Error| format!("cannot create a cgroup with a CPU quota: {e}");
         let v1 = Path::new("/sys/fs/cgroup/cpu");
         let folder = if v1.is_dir() { v1 } else { Path::new("/sys/fs/cgroup") };
         let slow = Self(folder.join(format!("shardflow-test-{}", std::process::id())));
@@ -462,7 +462,7 @@ fn a_slow_process_is_named_and_costs_no_memory() {
     let (named, growth) = check_slow_rank(&mut job, 0, 1);
     let (steps, output) = (job.steps_done() - before, job.nodes[0].text() + &job.nodes[1].text());
     assert!(!output.contains("restart") && steps > 0, "{steps} steps; {output}");
-    println!("process with a tenth of a core: reported after {named:.1} s, {growth} KiB more, {steps} steps in 30 s");
+    println!("slow process: reported after {named:.1} s, memory grew by {growth} KiB, {steps} steps in 30 s");
     drop(job);
     drop(slow);
 }

@@ -22,12 +22,12 @@ fn assert_close(case: &str, got: &TrainingResult, want: &TrainingResult) {
     for (step, (got, want)) in got.losses.iter().zip(&want.losses).enumerate() {
         let limit = if step == 0 { FIRST_MAX } else { LATER_MAX };
         let difference = relative(f64::from(*got), f64::from(*want));
-        assert!(difference <= limit, "{case}: loss {got} against {want} at step {step}: {difference:e} > {limit:e}");
+        assert!(difference <= limit, "{case}, step {step}: loss {got}, expected {want}: {difference:e} > {limit:e}");
     }
     for (step, (got, want)) in got.norms.iter().zip(&want.norms).enumerate() {
         let limit = if step == 0 { 1e-4 } else { 1e-2 };
         let difference = relative(*got, *want);
-        assert!(difference <= limit, "{case}: norm {got} against {want} at step {step}: {difference:e} > {limit:e}");
+        assert!(difference <= limit, "{case}, step {step}: norm {got}, expected {want}: {difference:e} > {limit:e}");
     }
 }
 
@@ -59,7 +59,7 @@ fn pipelines_match_one_device_bit_for_bit() {
                 for schedule in [GPipe, OneFOneB] {
                     let got = model.train(mesh, &options(micro_batches, schedule), STEPS);
                     let case = format!("mesh {mesh}, {micro_batches} micro-batches, {schedule:?}");
-                    assert!(got.bits() == one.bits(), "{case}: {:?} against {:?}", got.losses, one.losses);
+                    assert!(got.bits() == one.bits(), "{case}: got {:?}, expected {:?}", got.losses, one.losses);
                 }
             }
         }
@@ -138,7 +138,7 @@ fn clipping_is_the_same_on_every_mesh() {
         let unclipped = Model::default().train(ONE, &options(2, OneFOneB), STEPS);
         assert!(one.parameters != unclipped.parameters, "clipping has no effect");
         let pipeline = model.train("stage=2", &options(2, OneFOneB), STEPS);
-        assert!(pipeline.bits() == one.bits(), "{:?} against {:?}", pipeline.losses, one.losses);
+        assert!(pipeline.bits() == one.bits(), "got {:?}, expected {:?}", pipeline.losses, one.losses);
         for mesh in ["data=2", "tensor=3", "data=2,stage=2,tensor=2"] {
             assert_close(&format!("mesh {mesh}"), &model.train(mesh, &options(2, OneFOneB), STEPS), &one);
         }
@@ -157,7 +157,7 @@ fn training_matches_the_float64_reference() {
                 for (step, (got, want)) in got.losses.iter().zip(&want).enumerate() {
                     let limit = if step == 0 { FIRST_MAX } else { LATER_MAX };
                     let difference = relative(f64::from(*got), *want);
-                    assert!(difference <= limit, "mesh {mesh:?}, step {step}: {got} against {want}: {difference:e}");
+                    assert!(difference <= limit, "mesh {mesh:?}, step {step}: {got}, expected {want}: {difference:e}");
                 }
             }
         }
@@ -175,7 +175,7 @@ fn gradients_match_the_float64_reference() {
             [(ONE, 1), (ONE, 4), ("data=3", 2), ("tensor=3", 2), ("data=2,stage=2,tensor=2", 2)]
         {
             let (got, reported) = first_gradients(&model, mesh, &options(micro_batches, OneFOneB));
-            assert!(relative(reported, norm) < 1e-5, "mesh {mesh:?}: norm {reported} against {norm}");
+            assert!(relative(reported, norm) < 1e-5, "mesh {mesh:?}: norm {reported}, expected {norm}");
             assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>());
             for (name, want) in &want {
                 let size = want.iter().map(|g| g * g).sum::<f64>().sqrt();

@@ -68,7 +68,7 @@ impl Running {
         while let Ok(line) = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             lines.push(line);
         }
-        assert!(Instant::now() < deadline, "did not end: {lines:?}");
+        assert!(Instant::now() < deadline, "the launcher did not end: {lines:?}");
         (self.child.wait().expect("a child that ends").code(), lines)
     }
 }
@@ -139,7 +139,7 @@ fn has_process_in(folder: &Path) -> bool {
 /// Waits for the death of the launcher, then for the end of its processes. Returns the seconds between the two.
 fn launcher_dies(folder: &Path, launcher: Running) -> f64 {
     let (code, lines) = launcher.wait();
-    assert_eq!(code, None, "the launcher was killed: {lines:?}");
+    assert_eq!(code, None, "the launcher was not killed: {lines:?}");
     let (died, _) = read_death(folder).expect("the process that killed it has written the file");
     let deadline = Instant::now() + NO_CHILD_AFTER;
     while has_process_in(folder) {
@@ -179,11 +179,11 @@ fn check(target: &str, rank: u32, step: u64, phase: &str) -> CaseTimes {
     assert!(in_phase, "{case}: died in {location}");
     let log = read_log(folder);
     assert!(log.losses == *undisturbed(), "{case}: the losses differ from an undisturbed run");
-    let [(0, 0), (from, before)] = log.from[..] else { panic!("{case}: started at {:?}", log.from) };
+    let [(0, 0), (from, before)] = log.from[..] else { panic!("{case}: expected two starts, got {:?}", log.from) };
     let committed = log.committed;
-    assert!(from >= committed && from > 0 && from <= step, "{case}: resumed from {from}, committed was {committed}");
-    assert_eq!(log.done[before].0, from, "{case}: the first step after the start");
-    // Another process may finish the step while this process is in its update.
+    assert!(from >= committed && from > 0 && from <= step, "{case}: resumed from step {from} after commit {committed}");
+    assert_eq!(log.done[before].0, from, "{case}: the first step after the restart differs");
+    // Another process may finish the step while the victim is in its update.
     let done_max = if phase == "update" { step } else { step - 1 };
     assert!(
         log.done[..before].iter().all(|(done, _)| *done <= done_max),
@@ -193,9 +193,9 @@ fn check(target: &str, rank: u32, step: u64, phase: &str) -> CaseTimes {
     assert!(times.next_step < NEXT_STEP_WITHIN, "{case}: next step after {:.1} s: {lines:#?}", times.next_step);
     if target == "STOP" {
         let reported = lines.iter().find(|(_, line)| line.contains(&format!("rank {rank}")));
-        let (reported, _) = reported.unwrap_or_else(|| panic!("{case}: not reported in {lines:#?}"));
+        let (reported, _) = reported.unwrap_or_else(|| panic!("{case}: no report in {lines:#?}"));
         let noticed = seconds(died, *reported);
-        assert!(noticed < FREEZE_NOTICED_WITHIN, "{case}: noticed after {noticed:.1} s: {lines:#?}");
+        assert!(noticed < FREEZE_NOTICED_WITHIN, "{case}: reported after {noticed:.1} s: {lines:#?}");
         times.noticed = Some(noticed);
     }
     println!("{case:<26} next step after {:.2} s, noticed {:.2?}", times.next_step, times.noticed);
@@ -219,7 +219,7 @@ fn a_death_in_any_phase_is_survived() {
     check("LAUNCHER", 1, 14, "backward");
 }
 
-/// Runs each phase five times, with another rank each time. This takes some minutes.
+/// Runs each phase five times, with a different rank each time. This takes some minutes.
 fn soak(target: &str, rank: impl Fn(u32) -> u32) {
     let mut all = Vec::new();
     for phase in PHASES {

@@ -24,11 +24,11 @@ fn bf16_options(micro_batches: usize) -> CompileOptions {
 fn assert_close(case: &str, got: &TrainingResult, want: &TrainingResult) {
     for (step, (got, want)) in got.losses.iter().zip(&want.losses).enumerate() {
         let difference = relative(f64::from(*got), f64::from(*want));
-        assert!(difference <= LOSS_MAX, "{case}: loss {got} against {want} at step {step}: {difference:e}");
+        assert!(difference <= LOSS_MAX, "{case}: loss {got}, expected {want}, at step {step}: {difference:e}");
     }
     for (step, (got, want)) in got.norms.iter().zip(&want.norms).enumerate() {
         let difference = relative(*got, *want);
-        assert!(difference <= 0.05, "{case}: norm {got} against {want} at step {step}: {difference:e}");
+        assert!(difference <= 0.05, "{case}: norm {got}, expected {want}, at step {step}: {difference:e}");
     }
 }
 
@@ -54,7 +54,7 @@ fn pipelines_and_repetitions_give_the_same_bits() {
         for mesh in [ONE, "stage=2", "stage=4"] {
             for schedule in [GPipe, OneFOneB] {
                 let got = model.train(mesh, &CompileOptions { schedule, ..bf16_options(4) }, STEPS);
-                assert_eq!(got.losses, one.losses, "{mesh} {schedule:?}");
+                assert_eq!(got.losses, one.losses, "mesh {mesh}, {schedule:?}");
             }
         }
         let [a, b] = [(); 2].map(|()| model.train("data=2,tensor=2", &bf16_options(2), STEPS));
@@ -102,7 +102,7 @@ fn activations_use_less_memory_and_the_update_is_in_f32() {
                 _ => {}
             }
         }
-        assert!(products > 0 && updates > 0 && casts > 0, "{mesh}: {products} {updates} {casts}");
+        assert!(products > 0 && updates > 0 && casts > 0, "{products} products, {updates} updates, {casts} casts");
     }
 }
 
@@ -148,11 +148,11 @@ fn loaded_weights_are_used_by_the_next_step() {
             let mut other = model.session(mesh, &bf16_options(2));
             (0..5).for_each(|_| drop(model.step(&mut other)));
             other.restore(&file).expect("a good file");
-            assert_eq!(continue_training(&mut other), expected, "{mesh}: from a file");
+            assert_eq!(continue_training(&mut other), expected, "{mesh}: weights from a file");
             let mut other = model.session(mesh, &bf16_options(2));
             other.set_parameters(&weights).expect("the same program");
             let loss = other.step(&model.batch(3), 1e-3).expect("a step").loss;
-            assert_eq!(loss, expected[0], "{mesh}: from memory");
+            assert_eq!(loss, expected[0], "{mesh}: weights from memory");
         }
     });
 }
@@ -177,8 +177,8 @@ fn collectives_move_f32_and_stages_bf16() {
     assert!(collectives > 0 && transfers > 0, "{collectives} collectives, {transfers} transfers");
 }
 
-/// Data that exists before a step is transferred in f32, and the reader casts it. Examples are a float input that is
-/// fed on the whole mesh, and a weight of a later stage that the first stage reads.
+/// If data already exists when a step begins, it is transferred in f32, and the reader casts it. Examples are a float
+/// input that is fed on the whole mesh, and a weight of a later stage that the first stage reads.
 #[test]
 fn transferred_inputs_and_weights_are_cast_by_their_reader() {
     let mut g = Graph::new(&Mesh::parse("stage=2").expect("a mesh"));
@@ -200,7 +200,8 @@ fn transferred_inputs_and_weights_are_cast_by_their_reader() {
     assert!(losses[19] < losses[0] - 0.1, "{losses:?}");
 }
 
-/// The terms of an f32 sum are in f32. Examples are a weight that is used twice, and a reduction over devices.
+/// The terms of an f32 sum are in f32. Examples are the gradient of a weight that is used twice, and a reduction over
+/// devices.
 #[test]
 fn terms_of_sums_are_not_rounded() {
     let mut g = Graph::new(&Mesh::parse("data=2").expect("a mesh"));

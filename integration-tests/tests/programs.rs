@@ -255,10 +255,10 @@ fn check_program(build: fn(&mut Graph) -> Var, same_bits: bool) {
                         assert_eq!(got, (losses.clone(), norms.clone()), "{case}");
                     }
                     for (a, b) in got.0.iter().zip(&losses) {
-                        assert!(relative((*a).into(), (*b).into()) < 1e-4, "{case}: {:?} against {losses:?}", got.0);
+                        assert!(relative((*a).into(), (*b).into()) < 1e-4, "{case}: {:?}, expected {losses:?}", got.0);
                     }
                     for (a, b) in got.1.iter().zip(&norms) {
-                        assert!(relative(*a, *b) < 1e-3, "{case}: {:?} against {norms:?}", got.1);
+                        assert!(relative(*a, *b) < 1e-3, "{case}: got {:?}, expected {norms:?}", got.1);
                     }
                 }
             }
@@ -298,7 +298,7 @@ fn placements_can_overlap() {
 
 #[test]
 fn tensors_and_inputs_can_skip_stages() {
-    // Gradient terms of one stage are first added on that stage, so a sum of three terms has another order.
+    // Gradient terms of one stage are first added on that stage, so three terms are added in another order.
     check_program(skipping, false);
 }
 
@@ -386,7 +386,7 @@ fn other_stages_can_read_weights_without_updates() {
         for (near, exact) in outputs("stage=2", Precision::BF16).iter().zip(&expected) {
             let (near, exact) = (near.as_f32().expect("floats"), exact.as_f32().expect("floats"));
             let most = exact.iter().fold(0.0f32, |most, y| most.max(y.abs()));
-            assert!(near.iter().zip(exact).all(|(a, b)| (a - b).abs() < 0.03 * most), "{near:?}, not {exact:?}");
+            assert!(near.iter().zip(exact).all(|(a, b)| (a - b).abs() < 0.03 * most), "{near:?}, expected {exact:?}");
         }
     });
 }
@@ -543,14 +543,14 @@ const WRONG: &[Wrong] = &[
     (|g| with_gradients(g, "small"), "a gradient of shape [3, 3, 6] for input 0, got [6, 6]"),
 ];
 
-/// `compile` refuses each program with a line of this file.
+/// `compile` refuses each program, and the error names a line of this file.
 #[test]
 fn compile_reports_invalid_programs() {
     for (build, want) in WRONG {
         let mut g = graph("data=2");
         build(&mut g);
         let options = CompileOptions { micro_batches: 2, ..CompileOptions::default() };
-        let Err(error) = compile(g, &options) else { panic!("not refused: {want}") };
+        let Err(error) = compile(g, &options) else { panic!("expected the error {want}") };
         let CompileError::Graph(errors) = &error else { panic!("{want}: {error}") };
         let text = error.to_string();
         assert!(text.contains(want) && text.contains("programs.rs:"), "expected {want:?}, got: {text}");

@@ -21,11 +21,11 @@ fn a_trace_shows_every_firing_and_every_piece() {
         file.add(&session).expect("room");
     }
     let metrics = session.metrics();
-    assert_eq!(file.finish().expect("room"), 0, "no events were dropped");
+    assert_eq!(file.finish().expect("room"), 0, "events were dropped");
     let text = std::fs::read_to_string(&path).expect("a trace");
     let events: Vec<serde_json::Value> = serde_json::from_str(&text).expect("JSON");
     let number =
-        |event: &serde_json::Value, key: &str| event[key].as_f64().unwrap_or_else(|| panic!("no {key}: {event}"));
+        |event: &serde_json::Value, key: &str| event[key].as_f64().unwrap_or_else(|| panic!("no {key} in {event}"));
     let of = |phase: &'static str| events.iter().filter(move |event| event["ph"] == phase);
     let tracks: BTreeMap<u64, &str> = of("M")
         .filter(|e| e["name"] == "thread_name")
@@ -95,7 +95,7 @@ fn check_summary(text: &str, metrics: &Metrics) {
         "{summary}"
     );
     let path: f64 = summary.path.iter().map(|(_, seconds)| seconds).sum();
-    assert!(path > summary.step_seconds * 0.3 && path < summary.step_seconds * 2.0, "{path}: {summary}");
+    assert!(path > summary.step_seconds * 0.3 && path < summary.step_seconds * 2.0, "a path of {path} s: {summary}");
     assert!(summary.path.iter().any(|(action, _)| action.ends_with("compute backward")), "{summary}");
     assert!(matches!(of("[]"), Err(SummaryError)));
     assert!(matches!(JoinedTrace::of(&["[]".into(), "{}".into()]), Err(JoinError::Format { file: 2, .. })));

@@ -137,7 +137,7 @@ fn check_actors(got: &Values, metrics: &Metrics) {
             let (count, busy) =
                 (value(&format!("{}_count{labels}", names::FIRING)), value(&format!("{}_sum{labels}", names::FIRING)));
             assert_eq!(count, *firings as f64, "{labels}");
-            assert!((busy - seconds).abs() < 1e-6, "{labels}: {busy} against {seconds}");
+            assert!((busy - seconds).abs() < 1e-6, "{labels}: got {busy}, expected {seconds}");
         }
     }
     let firings: u64 = metrics.actors.iter().flat_map(|a| &a.actions).map(|a| a.1).sum();
@@ -155,7 +155,7 @@ fn check_actors(got: &Values, metrics: &Metrics) {
         let labels = format!("actor=\"{}\"", actor.name);
         let spent = sum(got, "shardflow_collective_seconds_sum", &labels);
         let busy: f64 = actor.actions.iter().map(|(_, _, seconds)| seconds).sum();
-        assert!(spent <= busy, "{labels}: {spent} of {busy}");
+        assert!(spent <= busy, "{labels}: {spent} s in collectives, but only {busy} s busy");
         if spent > 0.0 {
             collect.insert(actor.name.split(' ').take(2).collect::<Vec<_>>().join(" "));
         }
@@ -245,7 +245,7 @@ fn check_attempts_of_a_job(watch: &Watch, model: &Model) {
         most / 2.0 * (productive_ms as f64 / (productive_ms + 1) as f64)..=most
     };
     let before = ratio();
-    assert!(expected(saved.productive_ms).contains(&before), "{before} for {saved:?}");
+    assert!(expected(saved.productive_ms).contains(&before), "the ratio is {before} for {saved:?}");
     assert!(ratio() < before, "the ratio must fall while no step ends");
     let snapshot = first.snapshot(None).expect("a snapshot");
     save_now(&store, &snapshot, &SingleProcess, &SaverOptions::default(), 0)
@@ -264,7 +264,7 @@ fn check_attempts_of_a_job(watch: &Watch, model: &Model) {
     assert_eq!(job(&second).productive_ms, 0, "the second attempt starts without progress");
     second.restore_newest(&store).expect("the checkpoint");
     assert_eq!(job(&second), saved);
-    assert!(expected(saved.productive_ms).contains(&ratio()), "{} for {saved:?}", ratio());
+    assert!(expected(saved.productive_ms).contains(&ratio()), "the ratio is {} for {saved:?}", ratio());
     second.shutdown().expect("a clean shutdown");
 
     let mut other = attempt(now);

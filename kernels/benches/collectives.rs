@@ -4,9 +4,9 @@
 //! `cargo bench -p shardflow-kernels --bench collectives -- [--engine on-node|unix|tcp] [--worlds 2,4] [--sizes 1024,4096]
 //! [--ops all_reduce,send]`
 //!
-//! `bytes` is the size of a rank's float input (for `all_gather`, of its output). `us` is the median time of a call in
-//! microseconds. As in nccl-tests, `busbw_GBps` is `algbw_GBps` times a factor: 2(n-1)/n for `all_reduce`, 1 for `send`
-//! (half a ping-pong), and (n-1)/n for the other collectives.
+//! `bytes` is the size of a rank's float input (for `all_gather`, of the rank's output). `us` is the median time of a
+//! call in microseconds. As in nccl-tests, `algbw_GBps` is `bytes` per median time, and `busbw_GBps` is `algbw_GBps`
+//! times a factor: 2(n-1)/n for `all_reduce`, 1 for `send` (half a ping-pong), and (n-1)/n for the other collectives.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};

@@ -110,7 +110,7 @@ def build(module, architecture, out):
     kernels = resources(log)
     expected = set(re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(', text))
     if set(kernels) != expected:
-        raise CompileError(f"the report has the kernels {sorted(kernels)}, the source has {sorted(expected)}\n{log}")
+        raise CompileError(f"ptxas reports the kernels {sorted(kernels)}, but the source has {sorted(expected)}\n{log}")
     cubin.write_bytes(data)
     report.write_text(json.dumps({"key": key, "kernels": kernels}))
     return kernels
@@ -146,7 +146,7 @@ def main():
         print(f"{module + '.' + kernel:44}" + "".join(f"{cell:>22}" for cell in cells))
         for architecture, usage in usages.items():
             if usage["spilled"] > SPILL_BYTES_MAX:
-                spilled = f"spills {usage['spilled']} bytes, the maximum is {SPILL_BYTES_MAX}"
+                spilled = f"it spills {usage['spilled']} bytes; the maximum is {SPILL_BYTES_MAX}"
                 failures.append(f"{kernel} of {module}.cu for {architecture}: {spilled}; use a smaller tile")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)

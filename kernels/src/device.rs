@@ -158,7 +158,7 @@ impl Device {
     }
 
     /// Like [`Device::stream`], but with a given priority and collective engine. This engine replaces the device's
-    /// engine for this stream, so the caller can create it after the device's arenas. GPUs ignore `threads`.
+    /// engine for this stream, so the caller can create the engine after the arenas. GPUs ignore `threads`.
     ///
     /// # Errors
     /// As [`Device::stream`].

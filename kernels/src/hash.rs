@@ -16,7 +16,7 @@ impl SplitMix64 {
         mix64(self.0)
     }
 
-    /// Returns a random number below `bound`, which must not be 0. The remainder's bias is small for small bounds.
+    /// Returns a random number below `bound`, which must not be 0. It is biased, but only slightly if `bound` is small.
     pub fn below(&mut self, bound: u64) -> u64 {
         self.draw() % bound
     }

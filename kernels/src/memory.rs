@@ -45,7 +45,7 @@ pub(crate) trait DeviceStorage: Any + Debug + Send + Sync {
     fn place(&self) -> String;
 
     /// Writes `bytes` bytes at `offset`. The caller has checked this range. `fill` supplies the bytes piece by piece;
-    /// if it returns false, the write ends early. Waits for the copies.
+    /// if it returns false, the write ends early. Returns after all copies to the memory have ended.
     fn write(&self, offset: usize, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<()>;
 
     /// Reads `bytes` bytes at `offset`. The caller has checked this range. Passes the bytes to `take` piece by piece;
@@ -204,7 +204,7 @@ impl Arena {
         };
         let view = View::new("write_host", self, offset, &tensor.shape, tensor.dtype())?;
         let bytes = tensor.data.as_bytes();
-        assert_eq!(bytes.len(), view.bytes(), "elements of a tensor of shape {:?}", tensor.shape);
+        assert_eq!(bytes.len(), view.bytes(), "the data does not fit the shape {:?}", tensor.shape);
         let mut at = 0;
         memory.write(offset, bytes.len(), &mut |piece| {
             piece.copy_from_slice(&bytes[at..][..piece.len()]);
@@ -229,7 +229,7 @@ impl Arena {
         check_inside(USER, "region", region, &tensor.shape)?;
         let view = View::new(USER, self, offset, &region.size, tensor.dtype())?;
         let (bytes, element) = (tensor.data.as_bytes(), tensor.dtype().bytes());
-        assert_eq!(tensor.elements_held(), element_count(&tensor.shape), "elements for {:?}", tensor.shape);
+        assert_eq!(tensor.elements_held(), element_count(&tensor.shape), "the data does not fit {:?}", tensor.shape);
         host_access(view.start(), view.bytes(), true);
         Runs::new(&tensor.shape, region).for_each(0..view.element_count(), |from, to, len| {
             let run = &bytes[from * element..][..len * element];

@@ -17,7 +17,8 @@ pub(crate) fn for_each_run(
     if size.contains(&0) {
         return;
     }
-    // The dims from `inner` on form one run, because all of them except the first are complete in both tensors.
+    // The dims from `inner` on form one run, because the box has the full extent of both tensors in all of
+    // them except the first.
     let mut inner = size.len().saturating_sub(1);
     while inner > 0 && size[inner] == from_shape[inner] && size[inner] == to_shape[inner] {
         inner -= 1;
@@ -125,7 +126,7 @@ pub(crate) fn check_inside(op: &str, what: &str, region: &Region, shape: &[usize
     Err(KernelError::arguments(op, what, format!("a box inside {shape:?}"), format!("{region:?}")))
 }
 
-/// Returns the part of `region` outside of `hole` as disjoint boxes.
+/// Returns disjoint boxes that cover the part of `region` outside of `hole`.
 pub(crate) fn subtract(region: &Region, hole: &Region) -> Vec<Region> {
     let Some(common) = region.intersect(hole) else {
         return if region.is_empty() { Vec::new() } else { vec![region.clone()] };
@@ -188,7 +189,7 @@ mod tests {
                         assert_eq!(at, found.len());
                         found.extend(place..place + len);
                     });
-                    assert_eq!(found, places[from..to], "{shape:?} {region:?} {from} {to}");
+                    assert_eq!(found, places[from..to], "elements {from}..{to} of {region:?} in {shape:?}");
                     let is_contiguous =
                         runs.contiguous(&(from..to)).is_some_and(|range| range.eq(found.iter().copied()));
                     let neighbours = found.windows(2).all(|pair| pair[0] + 1 == pair[1]);
@@ -205,7 +206,7 @@ mod tests {
         for i in 0..5 {
             for j in 0..7 {
                 let holds = |r: &Region| r.intersect(&region(&[i, j], &[1, 1])).is_some();
-                assert_eq!(left.iter().filter(|r| holds(r)).count(), usize::from(!holds(&hole)), "{i} {j}");
+                assert_eq!(left.iter().filter(|r| holds(r)).count(), usize::from(!holds(&hole)), "element [{i}, {j}]");
             }
         }
         assert_eq!(subtract(&whole, &region(&[5, 0], &[1, 7])), [whole]);

@@ -49,7 +49,8 @@ pub fn element_count(shape: &[usize]) -> usize {
     shape.iter().fold(1, |count: usize, extent| count.saturating_mul(*extent))
 }
 
-/// The subrange of `0..len` that part `index` of `parts` holds. The first `len mod parts` parts have one element more.
+/// The subrange of `0..len` that part `index` holds if the range is split into `parts` parts. The first `len mod parts`
+/// parts have one element more than the others.
 /// If `len < parts`, some parts are empty. Every split of a tensor, or of a collective into chunks, uses this function.
 pub fn split_range(len: usize, parts: usize, index: usize) -> Range<usize> {
     let (base, extra) = (len / parts, len % parts);
@@ -232,7 +233,7 @@ impl HostTensor {
         }
     }
 
-    /// Number of elements in `data`. Every function rejects a tensor whose shape and data differ in this number.
+    /// Number of elements in `data`. Every function rejects a tensor whose shape has another number.
     pub fn elements_held(&self) -> usize {
         self.as_bytes().len() / self.dtype().bytes()
     }

@@ -277,7 +277,7 @@ fn errors_in_pairs() {
         arena.write_host(PLACE * 4, &HostTensor::i32(&[5], vec![1, 72, 3, 4, 5])).expect("inside");
         let notifications = submit(&stream, &program, &arena).expect("a live stream");
         let [Notification::Failed(KernelError::Data { op, what })] = &notifications[..] else {
-            panic!("{notifications:?}")
+            panic!("got {notifications:?}")
         };
         assert_eq!((&op[..], &what[..]), ("sum_exp_target", "index 72 at position 1 is not in 0..72"));
         arena.write_host(PLACE * 4, &HostTensor::i32(&[5], vec![0; 5])).expect("inside");
@@ -326,7 +326,7 @@ fn another_context() {
     let gpus = gpus();
     let device = Device::cuda(0, gpus[0].clone(), Arc::new(SharedGpu::new()));
     let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * PLACE).expect("memory"));
-    let program = after_call(move || assert!(gpus[1].memory().is_ok(), "the other GPU"));
+    let program = after_call(move || assert!(gpus[1].memory().is_ok(), "the other GPU gives no answer"));
     for _ in 0..2 {
         let notifications = submit(&stream, &program, &arena).expect("a live stream");
         assert_eq!(notifications, [Notification::Signal(1), Notification::Done]);
@@ -356,7 +356,7 @@ fn dropped(by_kernel: bool) {
     assert_eq!(received, [Notification::Signal(1), Notification::Done]);
     let deadline = Instant::now() + WITHIN;
     while device.bytes_allocated() > before {
-        assert!(Instant::now() < deadline, "the stream's memory is never freed");
+        assert!(Instant::now() < deadline, "the stream's memory was not freed in time");
         thread::yield_now();
     }
 }
@@ -400,16 +400,16 @@ fn lost() {
             Some(Notification::Failed(error)) => {
                 first.get_or_insert(error);
             }
-            other => panic!("{other:?}"),
+            other => panic!("got {other:?}"),
         }
     }
     let first = first.expect("the device is killed within these launches");
     let KernelError::Cuda { place, name, code, .. } = &first else { panic!("{first}") };
     assert!(place.contains("cuda device 0") && name.starts_with("CUDA_ERROR_") && *code > 0, "{first}");
-    assert!(ended > 0 && ended < 20, "{ended}");
+    assert!(ended > 0 && ended < 20, "{ended} programs ended");
     for stream in [&stream, &other] {
         assert_eq!(submit(stream, &program, &arena).err(), Some(first.clone()));
-        assert!(stream.record().query(), "an event of a lost device is never set");
+        assert!(stream.record().query(), "an event of the lost device was not set");
     }
 }
 
@@ -627,7 +627,7 @@ fn an_nccl_before_2_24_is_refused() {
     let mut child = command(program, &folder, 1, "in-order", 1).expect("the software device");
     child.args(["--ignored", "--exact", "child"]).env(CASE, "old nccl").env("SOFTWARE_CUDA_NCCL", "22304");
     let output = child.output().expect("a child");
-    std::fs::remove_dir_all(&folder).expect("the child made it");
+    std::fs::remove_dir_all(&folder).expect("a folder that the child created");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
 }
 

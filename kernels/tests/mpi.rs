@@ -117,7 +117,7 @@ fn aborts(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
         let results = ended.recv_timeout(Duration::from_secs(2));
         let aborted = || Err(KernelError::Aborted { cause: "aborted by the test".to_owned() });
         if early.is_ok() || results != Ok([aborted(), aborted()]) {
-            return Ok(format!("{kind:?}: {early:?}, then {results:?}"));
+            return Ok(format!("{kind:?}: {early:?} before the abort, {results:?} after it"));
         }
     }
     Ok("passed".to_owned())
@@ -170,9 +170,9 @@ fn rejections(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     };
     let fails_with = |result: &Result<(), String>, text: &str| result.as_ref().is_err_and(|error| error.contains(text));
     let all = fails_with(&again, "started before in this process")
-        && fails_with(&same, "members of group 1 in different processes, numbered below 2")
+        && fails_with(&same, "distinct process numbers below 2, one per member of group 1")
         && fails_with(&late, "not all of 2 processes arrived");
-    Ok(if all { "passed".to_owned() } else { format!("{again:?} {same:?} {late:?}") })
+    Ok(if all { "passed".to_owned() } else { format!("again: {again:?}, same process: {same:?}, late: {late:?}") })
 }
 
 /// The body of a child process. Does nothing in the parent.
@@ -230,7 +230,7 @@ fn run_scenario(scenario: &str, processes: usize) -> (Option<i32>, Vec<String>) 
 fn check_passes(scenario: &str, processes: usize) {
     let expected: Vec<String> = (0..processes).map(|rank| format!("{rank} passed")).collect();
     // The exit code is 0 only if MPI was finalized.
-    assert_eq!(run_scenario(scenario, processes), (Some(0), expected), "{scenario} of {processes}");
+    assert_eq!(run_scenario(scenario, processes), (Some(0), expected), "{scenario} in {processes} processes");
 }
 
 #[test]
@@ -254,7 +254,7 @@ fn an_abort_ends_waiting_calls_and_the_process_exits_without_the_others() {
 fn a_killed_process_ends_all_processes_soon_with_a_nonzero_code() {
     let began = Instant::now();
     let (code, lines) = run_scenario("lost", 4);
-    assert!(code.is_some_and(|code| code != 0), "{code:?} {lines:?}");
+    assert!(code.is_some_and(|code| code != 0), "exit code {code:?}, lines {lines:?}");
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
 }
 
@@ -270,7 +270,7 @@ fn a_process_that_exits_early_does_not_wait_forever() {
 fn waiting_for_a_member_that_creates_no_communicator_times_out() {
     let began = Instant::now();
     let (code, lines) = run_scenario("missing communicator", 2);
-    assert!(code.is_some_and(|code| code != 0) && lines.contains(&"0 passed".to_owned()), "{code:?} {lines:?}");
+    assert!(code.is_some_and(|code| code != 0) && lines.contains(&"0 passed".to_owned()), "{code:?}, {lines:?}");
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
 }
 

@@ -244,7 +244,7 @@ fn all_processes_report_a_disagreement() {
         for (rank, process) in start("odd", &board, &arenas).iter().enumerate() {
             let line = process.line();
             let expected = "collective mismatch in group 7, member 1: the other members expect AllReduce { op: Sum }";
-            assert!(line.starts_with(expected) && line.contains("got AllReduce { op: Max }"), "{rank}: {line}");
+            assert!(line.starts_with(expected) && line.contains("got AllReduce { op: Max }"), "rank {rank}: {line}");
         }
     }
 }

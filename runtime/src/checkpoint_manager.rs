@@ -59,8 +59,8 @@ pub struct ManagerOptions {
     pub batch: u64,
     /// Path of the parameter file that the program will also write, if any. The check of free space includes this file.
     pub save: Option<PathBuf>,
-    /// The requests to this process. The manager records the duration of each save there, so that before the end of a
-    /// Slurm job the request to end comes early enough for one more save.
+    /// The requests to this process. The manager records the duration of each save in them. Under Slurm, the request to
+    /// end then comes early enough before the end time for one more save.
     pub requests: Option<Arc<Requests>>,
     /// Receives messages for the user, one line each. Only rank 0 receives messages about the whole job.
     pub on_note: Arc<dyn Fn(&str) + Send + Sync>,
@@ -267,7 +267,7 @@ impl CheckpointManager {
             Ok(_) => {
                 let (step, place) = (report.step, self.store.place());
                 if self.requested == Some(step) {
-                    self.note(format!("checkpoint of step {step} saved in {place}, on request"));
+                    self.note(format!("the checkpoint of step {step} is saved in {place}, on request"));
                 }
                 // The launcher gives up after restarts without progress. Without a launcher, this does nothing.
                 if let Err(error) = exit::progress(step) {

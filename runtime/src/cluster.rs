@@ -4,7 +4,7 @@
 //! use shardflow::prelude::*;
 //!
 //! # fn program(plan: Plan) -> Result<(), Box<dyn std::error::Error>> {
-//! let cluster = Cluster::from_env()?; // set by the launcher, torchrun, Slurm, ..; a single process without them
+//! let cluster = Cluster::from_env()?; // one process, unless the launcher, torchrun, Slurm, .. started several
 //! let session = Session::start(plan, &SessionOptions { cluster, ..SessionOptions::default() })?;
 //! # Ok(())
 //! # }
@@ -92,7 +92,7 @@ impl Cluster {
         if let LaunchContext::World(world) = &self.launch { Some(world) } else { None }
     }
 
-    /// How the job divides this number of devices.
+    /// How this number of devices is divided among the job's processes.
     ///
     /// # Errors
     /// [`ClusterError::Refused`] if there are more processes than devices.
@@ -137,12 +137,12 @@ impl Cluster {
         process_map.on_node(first..(first + world.local_processes).min(world.processes), world.process).all
     }
 
-    /// How many times the job was restarted, as far as this process knows.
+    /// How many times the job was restarted, according to the launcher's variables.
     pub fn restart(&self) -> u64 {
         self.world().map_or(0, |world| world.restart)
     }
 
-    /// True for rank 0, the only process that prints output for all.
+    /// True for rank 0, the only process that prints output about the whole job.
     pub fn is_first(&self) -> bool {
         self.process() == 0
     }

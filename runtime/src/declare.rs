@@ -121,12 +121,12 @@ impl Declarations {
             if value.len() > VALUE_BYTES_MAX {
                 let bytes = value.len();
                 return wrong(format!(
-                    "the value has {bytes} bytes, the maximum is {VALUE_BYTES_MAX}: declare a digest of it"
+                    "the value has {bytes} bytes, but the maximum is {VALUE_BYTES_MAX}; declare a digest of it"
                 ));
             }
             if total > DECLARED_BYTES_MAX {
                 return wrong(format!(
-                    "all names and values together have more than {DECLARED_BYTES_MAX} bytes: declare digests"
+                    "all names and values together have more than {DECLARED_BYTES_MAX} bytes; declare digests"
                 ));
             }
             if is_reserved(name) {

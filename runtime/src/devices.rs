@@ -30,7 +30,7 @@ pub(crate) type IdSource<'a> = &'a dyn Fn(&[Arc<Group>]) -> Result<Vec<UniqueId>
 /// number of devices that share a GPU.
 ///
 /// # Errors
-/// [`KernelError::Unavailable`] if there is no GPU, or a library that it needs is missing.
+/// [`KernelError::Unavailable`] if there is no GPU, or if a library for GPUs is missing.
 pub fn gpu_memory_bytes(devices: usize) -> Result<usize, KernelError> {
     let count = Gpu::count()?.max(1);
     let (free, _) = Gpu::open(0)?.memory()?;
@@ -91,7 +91,7 @@ fn gpus(process_map: &ProcessMap, node: NodeDevices, count: usize) -> Result<BTr
 fn ordinals(process_map: &ProcessMap, node: NodeDevices, count: usize) -> Result<Vec<usize>, KernelError> {
     if count == 0 || (node.all > count && process_map.processes > 1) {
         let what = format!("{} devices of this node need one GPU each, but the node has {count}", node.all);
-        let hint = "choose a smaller mesh, or use more nodes; only devices of a single-process job share GPUs";
+        let hint = "choose a smaller mesh, or use more nodes; devices can share a GPU only in a single-process job";
         return Err(KernelError::Unavailable { what, hint: hint.to_owned() });
     }
     Ok((0..process_map.own().len()).map(|index| (node.before + index) % count).collect())

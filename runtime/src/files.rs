@@ -13,8 +13,8 @@ use rustix::io::Errno;
 pub use output::{OutputFileError, check_appendable, check_room, check_writable, hint, is_full, resolved};
 pub(crate) use output::{folder_of, free_bytes, free_inodes};
 
-/// `f_type` (statfs(2)) of the file systems that belong to one machine: all its processes see writes at once, and
-/// `flock` works. The order is overlay, tmpfs, ext2 to 4, XFS, btrfs, ZFS, F2FS, bcachefs.
+/// `f_type` (statfs(2)) of the file systems that belong to one machine: all processes of the machine see writes
+/// immediately, and `flock` works. The order is overlay, tmpfs, ext2 to 4, XFS, btrfs, ZFS, F2FS, bcachefs.
 const OF_ONE_MACHINE: [u64; 8] =
     [0x794c_7630, 0x0102_1994, 0xef53, 0x5846_5342, 0x9123_683e, 0x2fc1_2fc1, 0xf2f5_2010, 0xca45_1a4e];
 /// Maximum number of attempts to take a claim from other writers.

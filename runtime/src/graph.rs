@@ -163,8 +163,8 @@ pub enum NodeOp {
         axes: Vec<usize>,
     },
     /// Sums of squares of this placement's gradients, of shape `[number of parameters, 2]`. The columns are those of
-    /// [`Op::SumSquares`]; rows of parameters without an input are zero. `indices` has the row of each input: the index
-    /// of its parameter in [`Graph::parameters`].
+    /// [`Op::SumSquares`]; a row is zero if the node has no gradient of its parameter as input. `indices` has the row
+    /// of each input: the index of its parameter in [`Graph::parameters`].
     NormSums {
         indices: Vec<usize>,
     },
@@ -412,7 +412,8 @@ impl Graph {
         std::mem::take(&mut self.tensors)
     }
 
-    /// Adds a node to `rebuilt`, as the producer of its outputs, for a pass that rebuilds the list of nodes.
+    /// Adds a node to `rebuilt` and records the node as its outputs' producer, for a pass that rebuilds the list of
+    /// nodes.
     pub(crate) fn push_rebuilt(&mut self, rebuilt: &mut Vec<Node>, node: Node) {
         let id = NodeId(rebuilt.len() as u32);
         node.outputs.iter().for_each(|output| self.tensors[output.index()].producer = id);
@@ -446,6 +447,18 @@ impl Graph {
 
     pub(crate) fn placement_of(&self, var: Var) -> usize {
         self.producer(var).placement
+    }
+
+    /// True if the host fetches an output from this device. Of equal copies, the host fetches only the first one. Of sums
+    /// of squares, the host fetches those of devices with the first copy of a gradient, because other sums are 0.
+    pub(crate) fn is_fetched(&self, output: Var, device: usize) -> bool {
+        let (node, placement) = (self.producer(output), &self.placements[self.placement_of(output)]);
+        let Some(coords) = placement.index_of(device).map(|index| placement.coords(index)) else { return false };
+        let is_first_copy = |var: &Var| self.layout(*var).is_first_copy(&coords);
+        match &node.op {
+            NodeOp::NormSums { .. } => node.inputs.iter().any(is_first_copy),
+            _ => is_first_copy(&output),
+        }
     }
 
     /// Parameters and optimizer states, in the program's order.

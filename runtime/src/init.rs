@@ -96,7 +96,7 @@ mod tests {
         let expected = [-0.020_832_26_f32, -0.002_899_026, 0.015_812_693, 0.008_699_37];
         for (got, want) in all.iter().zip(expected) {
             // The platform's `ln` and `cos` may differ in the last bit.
-            assert!((got - want).abs() <= want.abs() * f32::EPSILON, "{got} {want}");
+            assert!((got - want).abs() <= want.abs() * f32::EPSILON, "got {got}, expected {want}");
         }
         let mean = all.iter().map(|v| f64::from(*v)).sum::<f64>() / all.len() as f64;
         let square = all.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / all.len() as f64;

@@ -59,7 +59,7 @@ impl JsonLog {
     /// Opens the log of a run that continues from a checkpoint. Steps that the run repeats appear twice. Removes an
     /// incomplete last line of the earlier run.
     pub fn append(path: &Path) -> Result<Self, OutputFileError> {
-        // A pipe is opened for writing only. If it were also opened for reading, the pipe would always have a reader.
+        // A pipe is opened for writing only. If this process also read it, writes would not fail when the reader ends.
         let is_stream = path.metadata().is_ok_and(|data| !data.is_file());
         Self::open(path, File::options().read(!is_stream).append(true).create(true))
     }

@@ -4,10 +4,10 @@
 //! network file systems and in cloud stores, other writers may not see `flock`, so the holder also renews the file.
 //!
 //! - LK-1: the process that created the file of the highest n holds the lock. Each file is created by an operation that
-//!   fails if the file exists, so two processes never hold the lock at once.
+//!   fails if the file exists, so two processes never hold the lock at the same time.
 //! - LK-2: a holder whose `flock` is held is alive. If its `flock` is free and visible to the waiting process, it is
 //!   dead. Otherwise it is dead if it misses three renewals by the clock of the waiting process.
-//! - LK-3: a higher epoch of the same job, or a later saver of the same process, takes the lock at once.
+//! - LK-3: a higher epoch of the same job, or a later saver of the same process, takes the lock without waiting.
 //! - LK-4: a process checks LK-1 before a commit, a deletion or a change of the cursor. If it loses the lock between
 //!   the check and a commit, it may still commit a checkpoint of a step that has none. It replaces no manifest (ST-1).
 
@@ -77,7 +77,7 @@ impl Holder {
         (&self.host, &self.boot) == (&other.host, &other.boot)
     }
 
-    /// LK-3: true if this process may take the lock from `other` at once.
+    /// LK-3: true if this process may take the lock from `other` without waiting.
     fn supersedes(&self, other: &Self) -> bool {
         let later = self.job.is_some() && self.job == other.job && self.epoch > other.epoch;
         later || (self.is_on_host_of(other) && (self.pid, self.process_ns) == (other.pid, other.process_ns))

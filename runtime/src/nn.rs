@@ -128,7 +128,7 @@ pub struct GptConfig {
 /// Maximum number of layers of a [`gpt`]. The limit catches a typing error before the program is built.
 pub const LAYERS_MAX: usize = 1024;
 
-/// The error of a size of a [`gpt`] that does not divide evenly.
+/// A size of a [`gpt`] model does not divide evenly.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{size} = {value} is not a multiple of {divisor} = {parts}")]
 pub struct UnevenSize {
@@ -190,7 +190,7 @@ fn build_gpt(g: &mut Graph, config: &GptConfig) -> Var {
         g.refuse("gpt", message);
     }
     if config.layers > LAYERS_MAX {
-        let message = format!("{} layers, but the maximum is {LAYERS_MAX}", config.layers);
+        let message = format!("the model has {} layers, but the maximum is {LAYERS_MAX}", config.layers);
         g.refuse("gpt", message);
     }
     let tensor = g.mesh().axis("tensor").ok().map(|_| "tensor");

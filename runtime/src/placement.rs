@@ -122,7 +122,7 @@ impl fmt::Display for Mesh {
 pub struct Placement {
     axes: Arc<[Axis]>,
     devices: Arc<[usize]>,
-    /// The same devices, in a compact form if they are a grid.
+    /// The same ranks as `devices`, in a compact form if they are a grid.
     ranks: Ranks,
 }
 
@@ -295,7 +295,8 @@ impl Placement {
         self.axes.iter().enumerate().filter(|(a, _)| axes.contains(a)).map(|(_, axis)| axis.size).product()
     }
 
-    /// Like [`Placement::group_of`], but returns ranks: a formula if each axis has a constant stride, else a list.
+    /// Like [`Placement::group_of`], but returns ranks, as a formula if each axis has a constant stride, else as a
+    /// list.
     pub(crate) fn group_ranks(&self, index: usize, axes: &[usize]) -> Ranks {
         let (mut rest, mut step, mut first) = (index, 1, index);
         let mut all = Vec::with_capacity(self.axes.len());

@@ -2,6 +2,7 @@
 //! device's memory map. A session loads it.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use shardflow_actors::spec::StreamKind;
 use shardflow_kernels::device::DeviceKind;
@@ -47,6 +48,13 @@ pub struct ClassPlan {
     pub(crate) residents: Vec<ResidentTensor>,
     /// The actions of the class's representative, in the order of its segments.
     pub(crate) actions: Vec<EmittedAction>,
+}
+
+impl ClassPlan {
+    /// The index of a parameter or state among the residents.
+    pub(crate) fn resident_index(&self, var: Var) -> Option<usize> {
+        self.residents.binary_search_by_key(&var, |resident| resident.var).ok()
+    }
 }
 
 /// A compiled program, with one [`ClassPlan`] for all devices that do the same work. A session loads an
@@ -115,18 +123,16 @@ impl Plan {
         self.class_plan(device).residents.iter().map(move |resident| self.part_of(device, resident))
     }
 
-    /// The parts of a parameter or state, in the placement's order: `(device, index among the device's residents, part)`.
-    pub(crate) fn resident_parts(&self, var: Var) -> impl Iterator<Item = (usize, usize, ResidentTensor)> {
-        let placement = &self.graph.placements[self.graph.placement_of(var)];
-        let part = move |device: &usize| self.resident(*device, var).map(|(index, part)| (*device, index, part));
-        placement.devices().iter().filter_map(part)
-    }
-
-    /// A device's part of a parameter or state, with its index among the device's residents.
-    pub(crate) fn resident(&self, device: usize, var: Var) -> Option<(usize, ResidentTensor)> {
-        let residents = &self.class_plan(device).residents;
-        let index = residents.binary_search_by_key(&var, |resident| resident.var).ok()?;
-        Some((index, self.part_of(device, &residents[index])))
+    /// The parts of a parameter or state on these devices.
+    pub(crate) fn resident_parts(
+        &self,
+        var: Var,
+        devices: Range<usize>,
+    ) -> impl Iterator<Item = (usize, ResidentTensor)> {
+        devices.filter_map(move |device| {
+            let class = self.class_plan(device);
+            Some((device, self.part_of(device, &class.residents[class.resident_index(var)?])))
+        })
     }
 
     /// A device's part of a resident tensor of its class.

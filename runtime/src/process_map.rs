@@ -1,19 +1,21 @@
-//! Maps devices to processes, and finds the data of a plan that crosses processes: bytes of registers and groups of
-//! collectives. The plan and the number of processes determine both, so a process can compute them for all processes.
+//! Maps devices to processes, and finds which bytes of registers and which collective groups cross processes in a
+//! plan. The plan and the number of processes determine all of this, so each process can compute it for all processes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
 use shardflow_actors::remote::ByteRun;
-use shardflow_actors::spec::{ActionRef, ActorId, ActorSpec, RegisterId};
-use shardflow_kernels::collective::Group;
+use shardflow_actors::spec::{ActionRef, ActorId, ActorSpec, RegisterId, StreamKind};
+use shardflow_kernels::collective::{CollectiveKind, Group, wire};
 use shardflow_kernels::op::{Buffer, Launch, Op};
 use shardflow_kernels::tensor::{element_count, split_range};
 
+use crate::graph::NodeId;
 use crate::plan::emit::emit;
+use crate::plan::groups::collective_axes;
 use crate::plan::instance::Instance;
-use crate::plan::{BaseKey, Plan};
+use crate::plan::{BaseKey, ClassPlan, Plan};
 
 /// The processes that run a plan, and the rank of this one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,6 +142,37 @@ pub fn groups(plan: &Plan, devices: impl Iterator<Item = usize>) -> Vec<Arc<Grou
     all.map(|group| (group.id, group)).collect::<BTreeMap<_, _>>().into_values().collect()
 }
 
+/// For each group of some devices: each of these devices as a member, with each peer to which it needs a channel.
+pub fn links(plan: &Plan, devices: Range<usize>) -> BTreeMap<u32, BTreeSet<(usize, usize)>> {
+    let mut calls_of_class = BTreeMap::new();
+    let mut links: BTreeMap<u32, BTreeSet<(usize, usize)>> = BTreeMap::new();
+    for device in devices {
+        let calls =
+            calls_of_class.entry(plan.classes.of[device]).or_insert_with(|| calls(plan, plan.class_plan(device)));
+        for ((stream, axes), placement, kind) in calls.iter() {
+            let group = plan.patterns.group(&plan.graph, (*stream, axes), *placement, device);
+            let member = group.ranks.member_of(device).expect("a device is in its own group");
+            let peers = wire::peers(kind, group.ranks.len(), member).into_iter();
+            links.entry(group.id).or_default().extend(peers.map(|peer| (member, peer)));
+        }
+    }
+    links
+}
+
+/// A collective that the devices of a class call: the stream and axes of its groups, their placement, and its kind.
+type ClassCall<'a> = ((StreamKind, Vec<usize>), usize, &'a CollectiveKind);
+
+/// The distinct collectives of a class. All devices of a class make the same calls, each in its own groups.
+fn calls<'a>(plan: &Plan, class: &'a ClassPlan) -> HashSet<ClassCall<'a>> {
+    let actions = class.actions.iter().map(|action| &action.plan);
+    let launches = actions.flat_map(|plan| plan.nodes.iter().zip(&plan.launches));
+    let call = |(id, launch): (&NodeId, &'a Launch)| {
+        let (node, Op::Collective(call)) = (&plan.graph.nodes[id.index()], &launch.op) else { return None };
+        Some((collective_axes(&plan.graph, node)?, node.placement, &call.kind))
+    };
+    launches.filter_map(call).collect()
+}
+
 /// Byte ranges of a register's slot that an action reads.
 fn read_ranges(plan: &Instance, reader: ActionRef, register: RegisterId) -> Vec<Range<usize>> {
     let ((device, segment), at) = (plan.segment_at(reader), plan.register_at(register));
@@ -179,6 +212,21 @@ fn merge(mut ranges: Vec<Range<usize>>) -> Vec<ByteRun> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::Schedule;
+    use crate::plan::tests::gpt;
+
+    #[test]
+    fn the_links_of_a_class_are_those_of_each_of_its_devices() {
+        for mesh in ["data=3,tensor=3", "tensor=5", "data=2,stage=2,tensor=2", "data=6,stage=2"] {
+            let plan = gpt(mesh, 4, Schedule::OneFOneB).instance();
+            let mut expected: BTreeMap<u32, BTreeSet<(usize, usize)>> = BTreeMap::new();
+            for call in plan.actions.values().flatten().flat_map(|action| action.collectives()) {
+                let peers = wire::peers(&call.kind, call.group.ranks.len(), call.member).into_iter();
+                expected.entry(call.group.id).or_default().extend(peers.map(|peer| (call.member, peer)));
+            }
+            assert_eq!(links(&plan, 0..plan.device_count()), expected, "{mesh}");
+        }
+    }
 
     #[test]
     fn overlapping_or_touching_ranges_become_one_run() {
@@ -195,7 +243,7 @@ mod tests {
                 for device in 0..devices {
                     let hosts =
                         (0..processes).filter(|p| process_map.devices_of(*p).contains(&device)).collect::<Vec<_>>();
-                    assert_eq!(hosts, [process_map.process_of(device)], "{device} of {devices} over {processes}");
+                    assert_eq!(hosts, [process_map.process_of(device)], "device {device}/{devices}, {processes} ranks");
                 }
                 assert!((0..processes).all(|p| !process_map.devices_of(p).is_empty()));
             }

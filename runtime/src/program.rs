@@ -31,7 +31,7 @@ const STDOUT_DRAIN: Duration = Duration::from_millis(200);
 ///         let requests = Requests::on_signals()?;
 ///         let options = SessionOptions { requests: Some(requests.clone()), ..SessionOptions::default() };
 ///         let mut session = Session::start(plan, &options)?;
-///         let _deferred = requests.defer(); // before this, SIGTERM ends the process at once
+///         let _deferred = requests.defer(); // before this, SIGTERM ends the process immediately
 ///         while session.step(&[], 1e-3)?.request == Request::Nothing {
 ///             program::print(session.steps());
 ///         }

@@ -7,10 +7,11 @@ pub(crate) mod cost;
 pub mod region;
 pub mod rule;
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use shardflow_kernels::collective::ReduceOp;
-use shardflow_kernels::tensor::{HostData, HostTensor, Region, split_range};
+use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region, split_range};
 
 use crate::layout_error::LayoutError;
 use crate::placement::Placement;
@@ -68,10 +69,15 @@ impl NdSbp {
         Self(vec![Sbp::Broadcast; axes])
     }
 
-    /// True if the device at these coordinates holds the first copy of its part, that is, if it is the first of the
-    /// placement's devices with an equal part.
+    /// True if the device at these coordinates holds the first copy of its part: no device with a lower index in the
+    /// placement has an equal part.
     pub fn is_first_copy(&self, coords: &[usize]) -> bool {
         self.0.iter().zip(coords).all(|(sbp, at)| *sbp != Sbp::Broadcast || *at == 0)
+    }
+
+    /// Indices of the `Broadcast` axes. Devices that differ only along these axes hold copies of the same part.
+    pub(crate) fn broadcast_axes(&self) -> Vec<usize> {
+        (0..self.0.len()).filter(|&axis| self.0[axis] == Sbp::Broadcast).collect()
     }
 
     /// Parses `(S0, B)`, `S0,B` or, for a placement without axes, `()`.
@@ -193,11 +199,11 @@ pub(crate) fn region_at(
 /// Calls `f` for one device of each class, with its regions under two layouts. `sizes` are the sizes of the axes. The
 /// first device has coordinate 0 on all axes.
 ///
-/// A class has devices on which each of the two regions has the same size, and the common part of the regions has the
-/// same size. Along an axis that neither layout splits, all coordinates are in one class. An axis that splits a dim
-/// makes parts of two sizes, larger ones first, so the remainder of the division is the first coordinate of a class.
-/// These classes suffice if one layout divides the parts of the other layout, because the smaller region is then the
-/// common part. Otherwise the size of the common part depends on the position, and each coordinate is a class.
+/// All devices of a class agree in three sizes: those of the two regions, and that of the regions' common part. Along
+/// an axis that neither layout splits, all coordinates are in one class. An axis that splits a dim makes parts of two
+/// sizes, larger ones first, so the remainder of the division is the first coordinate of a class. These classes suffice
+/// if one layout divides the parts of the other layout, because the smaller region is then the common part. Otherwise
+/// the size of the common part depends on the position, and each coordinate is a class.
 pub(crate) fn for_each_class(
     shape: &[usize],
     sizes: &[usize],
@@ -226,7 +232,7 @@ fn class_coordinates(shape: &[usize], sizes: &[usize], layouts: [&NdSbp; 2]) -> 
         });
         let is_nested = axes[0].starts_with(&axes[1]) || axes[1].starts_with(&axes[0]);
         for axes in &axes {
-            // The parts that an axis divides have one or two different extents.
+            // The extents of the parts that the next axis divides: one or two different values.
             let mut extents = vec![extent];
             for &axis in axes {
                 let size = sizes[axis];
@@ -305,6 +311,28 @@ fn random_terms(value: f32, op: ReduceOp, count: usize, state: &mut u64) -> Vec<
     }
 }
 
+/// Assembles a tensor of this shape from the first copies of its parts, each with its region. Combines terms of the same
+/// region in the given order.
+pub(crate) fn assemble(
+    parts: impl IntoIterator<Item = (Region, HostTensor)>,
+    shape: &[usize],
+    op: Option<ReduceOp>,
+) -> HostTensor {
+    let mut sums: BTreeMap<(Vec<usize>, Vec<usize>), HostTensor> = BTreeMap::new();
+    for (Region { start, size }, part) in parts {
+        let key = (start, size);
+        match sums.get_mut(&key) {
+            Some(sum) => region::combine(sum, &part, op.unwrap_or(ReduceOp::Sum)),
+            None => drop(sums.insert(key, part)),
+        }
+    }
+    let mut whole = filled(shape, sums.values().next().map_or(DType::F32, HostTensor::dtype), 0.0);
+    for ((start, size), sum) in sums {
+        copy_box(&sum, &Region::whole(&sum.shape), &mut whole, &Region { start, size });
+    }
+    whole
+}
+
 /// Assembles a tensor of this shape from its shards (by index). Combines `Partial` terms in row-major order of the
 /// devices. Takes the `Broadcast` copy at coordinate 0.
 ///
@@ -335,28 +363,16 @@ pub fn gather(
         }
     }
     layout.check_dtype(&shards[0], placement)?;
-    let axes_with = |f: fn(Sbp) -> bool| (0..layout.0.len()).filter(|&a| f(layout.0[a])).collect::<Vec<_>>();
-    let mut is_first_copy = vec![true; shards.len()];
-    for group in placement.group_indices(&axes_with(|sbp| sbp == Sbp::Broadcast)) {
-        for &index in &group[1..] {
-            is_first_copy[index] = false;
-            if !region::same_bits(&shards[index], &shards[group[0]]) {
-                let first = format!("the same bits as shard {}", group[0]);
-                return Err(error(index, first, "different bits".into()));
-            }
+    let copies = placement.group_indices(&layout.broadcast_axes());
+    for group in &copies {
+        if let Some(index) = group.iter().find(|index| !region::same_bits(&shards[**index], &shards[group[0]])) {
+            let first = format!("the same bits as shard {}", group[0]);
+            return Err(error(*index, first, "different bits".into()));
         }
     }
-    let mut whole = filled(shape, shards[0].dtype(), 0.0);
-    let terms = placement.group_indices(&axes_with(Sbp::is_partial)).into_iter();
-    for group in terms.filter(|group| is_first_copy[group[0]]) {
-        let mut sum = shards[group[0]].clone();
-        for &index in &group[1..] {
-            region::combine(&mut sum, &shards[index], layout.partial().unwrap_or(ReduceOp::Sum));
-        }
-        let target = local_region(shape, layout, placement, group[0]);
-        copy_box(&sum, &Region::whole(&sum.shape), &mut whole, &target);
-    }
-    Ok(whole)
+    let region = |index| local_region(shape, layout, placement, index);
+    let first = copies.iter().map(|group| (region(group[0]), shards[group[0]].clone()));
+    Ok(assemble(first, shape, layout.partial()))
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shardflow_actors::error::{Failure, PeerError};
+use shardflow_actors::remote::HostPiece;
 use shardflow_actors::shell::RunningSession;
 use shardflow_kernels::memory::Arena;
 use shardflow_kernels::tensor::HostTensor;
@@ -184,6 +185,13 @@ impl Session {
         received
     }
 
+    /// Sends a tensor to the processes of the port's route.
+    fn send(&self, port: u32, tensor: HostTensor) -> Result<(), Failure> {
+        let piece = HostPiece { port, tensors: vec![tensor] };
+        self.host_io.send(self.running()?, &mut self.host_io.inbox.lock(), piece);
+        Ok(())
+    }
+
     /// Sends to each peer the parameters that the peer reads and this process has written. All processes call it.
     fn refresh(&mut self) -> Result<(), SessionError> {
         self.set_activity(WAITING);
@@ -247,7 +255,7 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // The call that failed has returned its error already.
+        // An error of an earlier call was returned by that call. Nothing receives an error of this end.
         let _ = self.end();
     }
 }

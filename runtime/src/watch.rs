@@ -47,7 +47,7 @@ use shape::shape;
 use status::Status;
 use stream::{ServerState, ShownSession};
 
-/// Interval at which samples of histograms are moved to their buckets, so that they do not accumulate without scrapes.
+/// Interval at which histograms sort their samples into buckets. Without scrapes, samples would accumulate otherwise.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
 /// Why the server cannot start.
@@ -87,7 +87,7 @@ impl Watch {
     /// this crate, because metrics that were recorded earlier are lost.
     ///
     /// # Errors
-    /// If the server cannot listen on the address, or there is another recorder.
+    /// If the server cannot listen on the address, or the program has installed another metrics recorder.
     pub fn listen(address: SocketAddr) -> Result<Self, WatchError> {
         let failed = |source| WatchError::Listen { address, source };
         let listener = TcpListener::bind(address).map_err(failed)?;

@@ -323,7 +323,7 @@ fn the_next_launcher_removes_the_folder_of_a_killed_one() {
     assert!(guard.ends_before(std::time::Instant::now() + timeout(10)));
     running.signal(Signal::KILL);
     running.end();
-    assert_eq!(count(), 1, "no process is left to remove it");
+    assert_eq!(count(), 1, "the folder remains, because no process is left to remove it");
     assert_eq!(job.sh_with(&given, &[], "true").end().code, 0);
     assert_eq!(count(), 0);
 }
@@ -591,7 +591,7 @@ fn a_stalled_reader_blocks_no_process() {
         i=0; while [ $i -lt 1500 ]; do echo warning $i $line >&2; i=$((i+1)); done
         echo error: of one line; echo last; echo done > $READY";
     let mut unread = job.sh_unread(&["--rdzv-id=x"], script);
-    assert_eq!(job.ready(), "done", "with no reader");
+    assert_eq!(job.ready(), "done", "the script must end without a reader of its output");
     let (out, err) = unread.read();
     assert_eq!(unread.end(), 0);
     let steps = out.lines().filter(|line| line.starts_with("step ")).count();
@@ -599,7 +599,7 @@ fn a_stalled_reader_blocks_no_process() {
     let notices = out.lines().filter(|line| line.starts_with("(dropped ") && line.contains(" progress line"));
     let dropped: usize =
         notices.map(|line| line["(dropped ".len()..].split(' ').next().unwrap().parse::<usize>().unwrap()).sum();
-    assert!(steps + dropped == 6000 && dropped > 0, "{steps} {dropped}");
+    assert!(steps + dropped == 6000 && dropped > 0, "{steps} steps in the output, {dropped} dropped");
     assert_eq!(err.lines().filter(|line| line.starts_with("warning ")).count(), 1500);
     let log = job.log("x", 0, 0);
     assert_eq!(log.lines().filter(|line| line.starts_with("step ")).count(), 6000, "the log has all lines");

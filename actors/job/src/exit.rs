@@ -131,8 +131,8 @@ impl Exit {
         matches!(self, Exit::PeerUnavailable | Exit::Retry)
     }
 
-    /// Returns the exit of the processes that wait for a node which has ended with this exit: 69 if this exit is a
-    /// signal or a restart may help, or else this exit itself.
+    /// If a node has ended with this exit, returns the exit of the processes that wait for that node: 69 if this exit
+    /// is a signal or a restart may help, or else this exit itself.
     pub(crate) fn of_waiting(self) -> Exit {
         let is_final = self.parts().1.is_some() && !self.worth_a_retry();
         if is_final { self } else { Exit::PeerUnavailable }
@@ -181,7 +181,8 @@ pub struct Report {
     /// True if the process had joined the session. In this case, the session also reports the failure to the others.
     #[serde(default)]
     pub joined: bool,
-    /// True if the node with the first cause has ended its job. Restarted processes would wait for that node in vain.
+    /// True if the node where the failure began has left the job: its launcher starts no more processes. Restarted
+    /// processes of other nodes would wait for that node in vain.
     #[serde(default)]
     pub departed: bool,
 }
@@ -237,7 +238,7 @@ pub fn mark_joined() -> bool {
 
 static DEPARTED: AtomicBool = AtomicBool::new(false);
 
-/// Records that another node has ended its job. The launcher then does not restart this process.
+/// Records that another node has left the job ([`Report::departed`]). The launcher then does not restart this process.
 pub(crate) fn mark_departed() {
     DEPARTED.store(true, Ordering::Relaxed);
 }
@@ -329,10 +330,10 @@ mod tests {
         assert!(!Report { first_cause_rank: None, ..report.clone() }.is_own_failure());
         let code = |exit| Report { exit, first_cause_rank: None, ..report.clone() };
         assert_eq!([0, 2, 70, 78].map(|exit| code(exit).concerns_all()), [false, true, false, true]);
-        assert!(!Report { joined: true, ..code(2) }.concerns_all(), "its session reports it");
+        assert!(!Report { joined: true, ..code(2) }.concerns_all(), "the session reports this failure");
         let departed = |exit| Report { departed: true, first_cause_rank: Some(3), ..code(exit) };
         assert_eq!([0, 1, 69, 137].map(|exit| departed(exit).concerns_all()), [false, true, true, true]);
-        assert!(!Report { first_cause_rank: Some(1), ..code(2) }.concerns_all(), "rank 1 reports it");
+        assert!(!Report { first_cause_rank: Some(1), ..code(2) }.concerns_all(), "rank 1 reports this failure");
         fs::write(&path, "{\"rank\":").unwrap();
         assert_eq!(Report::read(&path), None);
         fs::write(&path, vec![b' '; REPORT_BYTES_MAX as usize + 1]).unwrap();

@@ -95,7 +95,7 @@ fn supervise(job: &mut Job) -> Result<(Exit, Option<u8>), LaunchError> {
         }
         let Some(cause) = first_cause(&outcome.ended) else { return Ok((Exit::Done, None)) };
         let decision = if outcome.abandoned || cause.ended_on_request() || outcome.reports().any(|r| r.departed) {
-            // A process lives on and holds devices, this node was asked to end, or another node has ended its job.
+            // A process still runs and holds devices, this node was asked to end, or another node has left the job.
             Decision::WouldNotHelp
         } else {
             restarts.next(cause.exit, read_progress(&job.progress_file()))
@@ -124,7 +124,7 @@ fn supervise(job: &mut Job) -> Result<(Exit, Option<u8>), LaunchError> {
             Decision::WouldNotHelp | Decision::Exhausted => {}
         }
         if outcome.abandoned || decision != Decision::WouldNotHelp {
-            // The other nodes may restart their processes, which would wait for this node without this report.
+            // Without this report, other nodes could restart their processes, which would then wait for this node.
             job.report(departed(options, cause.exit, &cause.describe()));
         }
         output::stderr().line(&format!("error: {}", outcome.describe(cause)));

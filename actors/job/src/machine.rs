@@ -27,7 +27,7 @@ pub struct TemporaryError {
 
 /// Creates a folder that only this user can access, below `TMPDIR`. Dropping the value removes the folder.
 pub fn temporary_folder(prefix: &str) -> Result<PrivateFolder, TemporaryError> {
-    // The error of `PrivateFolder` names a random path below `TMPDIR`, so this error names `TMPDIR` itself instead.
+    // The error of `PrivateFolder` contains a random path below `TMPDIR`. So this error contains `TMPDIR` instead.
     PrivateFolder::new(prefix).map_err(|error| TemporaryError { folder: env::temp_dir(), cause: error.kind() })
 }
 

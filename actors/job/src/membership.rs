@@ -239,7 +239,7 @@ impl Membership {
         &self.shared.tree
     }
 
-    /// Ends the session because this process has failed. If a lost peer caused this, call [`Membership::suspect`].
+    /// Ends the session because this process has failed. After losing a peer, call [`Membership::suspect`] instead.
     pub fn fail(&self, cause: impl Into<String>, exit: u8) {
         self.shared.fail(cause.into(), exit);
     }

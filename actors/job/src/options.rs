@@ -41,7 +41,7 @@ pub enum Collectives {
 /// Receives log lines. A line may name the ranks that this process waits for, or state why a transport was replaced.
 pub type OnWaiting = Arc<dyn Fn(&str) + Send + Sync>;
 
-/// Maps the addresses on which this process listens to those that others use, for example if it is behind a proxy.
+/// Translates this process's listening addresses into those that others use, for example if it is behind a proxy.
 pub trait Advertise: fmt::Debug + Send + Sync {
     /// Returns the address to which others connect to reach `bound`. After an error, the process does not start.
     fn connections(&self, bound: &Address) -> io::Result<Address>;

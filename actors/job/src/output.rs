@@ -1,4 +1,4 @@
-//! Queues for standard output and standard error. Threads write them out, so a full pipe does not block the training.
+//! Queues for standard output and standard error. Threads write the texts, so a full pipe does not block the training.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -21,7 +21,7 @@ const RECORD_BYTES_MAX: usize = 64 << 20;
 /// Whether a text may be dropped while the reader stalls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutputKind {
-    /// When the queue is full, the oldest texts are dropped. A line reports how many texts were dropped.
+    /// When the queue is full, the oldest texts of this kind are dropped. A line reports how many were dropped.
     Progress,
     /// Never dropped: errors, warnings, results and JSON records.
     Record,
@@ -332,7 +332,7 @@ mod tests {
         assert!(seen.try_recv().is_err());
         (0..2).for_each(|_| go.send(()).unwrap());
         output.flush(None);
-        assert_eq!(seen.try_iter().collect::<Vec<_>>().concat(), b"step 1\n", "one end of the line");
+        assert_eq!(seen.try_iter().collect::<Vec<_>>().concat(), b"step 1\n", "the line ends once");
     }
 
     #[test]

@@ -10,8 +10,8 @@
 //!    ── Start ──►
 //! ```
 //!
-//! - **RV-1**: no process starts before all are ready. So a member that has started can dial every member of its roster.
-//! - **RV-2**: a refusal is sent to all processes. If two processes differ, the refusal names them and both values.
+//! - **RV-1**: no process starts before all are ready. So a member that has started can dial all members of its roster.
+//! - **RV-2**: a refusal is sent to all processes. If processes differ in a fact, it names two and their values.
 //! - **RV-3**: a process may join again while others wait. The new connection replaces the old one if the old one is
 //!   dead, if the new restart count is higher, or if the same process opened both connections.
 //! - **RV-4**: process 0 receives a report in two cases: a process fails before it joins and no retry can help, or a

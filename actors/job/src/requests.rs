@@ -13,7 +13,7 @@ use crate::output;
 
 /// Slurm's variable with the job's end time, in Unix seconds.
 const JOB_END_TIME: &str = "SLURM_JOB_END_TIME";
-/// The training ends before the job's end time. The time between is this margin plus the time of a step and a save.
+/// The training ends earlier than the job's end time, by this margin plus the time of a step and a save.
 const MARGIN: Duration = Duration::from_secs(60);
 /// How long a process that ends immediately waits until its output is read.
 const OUTPUT_TIMEOUT: Duration = Duration::from_millis(200);
@@ -54,7 +54,7 @@ impl Request {
     }
 }
 
-/// When a signal that ends the process takes effect: at once, or later.
+/// When a signal that ends the process takes effect: immediately, or later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Effect {
     AtOnce,
@@ -69,7 +69,7 @@ struct State {
     pending: Request,
     on_usr1: Request,
     effect: Effect,
-    /// The job's end time since 1970. The training ends earlier: by `margin` plus the time of a step and a save.
+    /// The job's end as Unix time. The training ends earlier, by `margin` plus the time of a step and a save.
     job_end: Option<Duration>,
     margin: Duration,
     save: Duration,
@@ -98,7 +98,7 @@ pub struct Deferred<'a> {
 }
 
 impl Deferred<'_> {
-    /// Call this for work after the last step. From now on, a signal ends the process after at most `limit`.
+    /// Call this before work that follows the last step. From then on, a signal ends the process after at most `limit`.
     pub fn within(&self, limit: Duration) {
         let mut state = self.requests.state.lock();
         state.effect = Effect::Within(limit);
@@ -173,7 +173,7 @@ impl Requests {
         self.state.lock().pending
     }
 
-    /// The pending request, or the one that the job's end time requires at `now` (since 1970). A step takes `step`.
+    /// The pending request, or the one that the job's end time requires. `now` is the Unix time; a step takes `step`.
     pub fn before_step(&self, step: Duration, now: Duration) -> Request {
         let mut state = self.state.lock();
         let left = state.save.saturating_add(step).saturating_add(state.margin);
@@ -234,7 +234,7 @@ fn end_now(exit: Exit) -> ! {
     signal_hook::low_level::exit(i32::from(exit.code()))
 }
 
-/// The current time since 1970.
+/// The current Unix time.
 pub fn since_1970() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }

@@ -18,7 +18,7 @@ pub struct Secret {
 
 /// The secret is so short that it could be guessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a secret of {chars} characters, but the minimum is {SECRET_CHARS_MIN}; make one with `shardflow secret`")]
+#[error("a secret of {chars} characters, but the minimum is {SECRET_CHARS_MIN}; make another with `shardflow secret`")]
 pub struct ShortSecret {
     /// The secret's length in characters, without surrounding white space.
     pub chars: usize,

@@ -1,7 +1,7 @@
 //! Connections between the processes of a world: listening, dialling, and the handshake that authenticates both sides.
 //!
 //! The handshake proves that both sides hold the job's secret and agree on session, epoch, processes and purpose. Later
-//! bytes are encrypted if the dialler requests it ([`Hello::sealed`]). Otherwise, they are not authenticated either.
+//! bytes are encrypted and authenticated only if the dialler requests it ([`Hello::sealed`]).
 
 mod address;
 mod connection;

@@ -23,7 +23,7 @@ fn resident_kb() -> usize {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// The bytes that connection `number` sends before it stops. `greeting` was recorded from a valid peer.
+/// The bytes that connection `number` sends before it falls silent. `greeting` was recorded from a valid peer.
 fn partial_handshake(greeting: &[u8], number: usize) -> Vec<u8> {
     let whole = [&(greeting.len() as u16).to_le_bytes()[..], greeting].concat();
     match number % 6 {
@@ -60,7 +60,7 @@ fn unauthenticated_connections_cost_little_memory_and_do_not_delay_valid_peers()
     let listen = [ListenAddress::Tcp((Ipv4Addr::LOCALHOST, 0).into())];
     let listener = Listener::listen(0, secret.clone(), &listen, ListenerOptions::default()).unwrap();
     listener.begin(WORLD);
-    let Address::Tcp(address) = listener.addresses()[0].clone() else { panic!("it listens on TCP") };
+    let Address::Tcp(address) = listener.addresses()[0].clone() else { panic!("the listener has no TCP address") };
     connect_valid_peer(&listener, &secret, 1);
 
     let before_kb = resident_kb();
@@ -72,7 +72,7 @@ fn unauthenticated_connections_cost_little_memory_and_do_not_delay_valid_peers()
         connections.push(stream);
     }
     let took = connect_valid_peer(&listener, &secret, 2);
-    assert!(took < Duration::from_secs(5), "{took:?} with {CONNECTIONS} silent connections");
+    assert!(took < Duration::from_secs(5), "a valid peer needed {took:?} with {CONNECTIONS} silent connections");
 
     // Opens more connections as fast as possible while valid peers connect.
     let (stop, opened) = (AtomicBool::new(false), AtomicUsize::new(0));
@@ -90,15 +90,15 @@ fn unauthenticated_connections_cost_little_memory_and_do_not_delay_valid_peers()
         let slowest = (3..23).map(|from| connect_valid_peer(&listener, &secret, from)).max().unwrap();
         stop.store(true, Ordering::Relaxed);
         println!(
-            "slowest valid peer: {slowest:?}, during {} unauthenticated connections",
+            "the slowest valid peer needed {slowest:?} during {} unauthenticated connections",
             opened.load(Ordering::Relaxed)
         );
-        assert!(slowest < Duration::from_secs(5), "{slowest:?} during unauthenticated connections");
+        assert!(slowest < Duration::from_secs(5), "the slowest valid peer needed {slowest:?}");
     });
 
     let grown_kb = resident_kb().saturating_sub(before_kb);
-    println!("grown by {grown_kb} kB, {:?}", listener.refused());
-    assert!(grown_kb < GROWTH_KB_MAX, "grown by {grown_kb} kB");
+    println!("memory grew by {grown_kb} kB, {:?}", listener.refused());
+    assert!(grown_kb < GROWTH_KB_MAX, "memory grew by {grown_kb} kB");
     let refusals = listener.refused();
     assert!(refusals.evicted + refusals.disconnected >= (CONNECTIONS - 64) as u64, "{refusals:?}");
 }

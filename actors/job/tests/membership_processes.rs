@@ -1,4 +1,4 @@
-//! Tests memberships in real processes that are stopped and killed. Each process runs this test binary; an environment
+//! Tests memberships in real processes that are paused and killed. Each process runs this test binary; an environment
 //! variable makes the process a member.
 
 use std::collections::BTreeMap;
@@ -208,7 +208,7 @@ impl World {
             let after = start.elapsed();
             assert!(line.starts_with(&format!("ended by {cause}, code 69")), "process {process}: {line}");
             println!("process {process} after {after:?}: {line}");
-            assert!(after < within, "process {process} after {after:?}");
+            assert!(after < within, "process {process} reported the cause after {after:?}");
         }
         for &process in processes {
             let line = self.next_line(process, SOON);
@@ -237,7 +237,7 @@ fn a_stopped_process_is_the_first_cause_within_five_seconds_and_costs_no_memory(
     println!("{flooded}");
     let numbers: Vec<u64> = flooded.split(' ').skip(1).map(|n| n.parse().expect("a number")).collect();
     // The outbox takes 1024 messages. Some more fit in socket buffers, which are not memory of this process.
-    assert!(numbers[0] < 100_000 && numbers[1] < 32 << 10, "messages sent, and KiB: {flooded}");
+    assert!(numbers[0] < 100_000 && numbers[1] < 32 << 10, "accepted messages, and memory growth in KiB: {flooded}");
     world.assert_first_cause(&[0, 2], 1, start, Duration::from_secs(5));
     // After process 1 resumes, it reports itself as the first cause, although the other processes have ended meanwhile.
     world.signal(1, Signal::CONT);

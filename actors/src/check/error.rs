@@ -31,7 +31,7 @@ pub enum SpecError {
     #[error("{action} fires {per_step} times per step, but its table for '{register}' has {entries} entries")]
     TableLength { action: String, register: String, per_step: u32, entries: usize },
     #[error(
-        "{action}, firing {firing}: its table for '{register}' names piece {piece}, but a step has {pieces_per_step} pieces"
+        "{action}, firing {firing}: its table for '{register}' has piece {piece}, expected less than {pieces_per_step}"
     )]
     PieceRange { action: String, register: String, firing: u32, piece: u32, pieces_per_step: u32 },
     #[error("register '{register}': no action writes piece {piece} of a step")]

@@ -8,7 +8,7 @@ use crate::spec::{ActionRef, PieceAccess, Pieces, RegisterId, RegisterSpec, Spec
 #[derive(Clone, Copy, PartialEq)]
 enum Progress {
     None,
-    /// The piece is begun. Its latest access is at this position.
+    /// The piece is begun but not ended. The number is the index of its latest access in the list of accesses.
     Open(usize),
     Ended,
 }
@@ -35,7 +35,8 @@ pub(super) fn check(spec: &Spec, id: RegisterId) -> Result<(), SpecError> {
     };
     let writers: Vec<_> = spec.writers(id).collect();
     if writers.len() == 1 && writers.iter().all(|writer| plain(*writer)) && register.slot_of.is_empty() {
-        // One writer fills a ring in the order of piece numbers. `check_slots` has shown that initial pieces fit.
+        // One writer that fills a ring in order of piece numbers cannot fail the checks below, since `check_slots` has
+        // shown that the initial pieces fit.
         return Ok(());
     }
     let mut fired = vec![0; spec.actor(register.producer).actions.len()];
@@ -91,8 +92,8 @@ fn check_flags(
     open.map_or(Ok(progress.clone()), |at| wrong(&accesses[at], "last", true))
 }
 
-/// Replays the writes of one period and checks each slot. A piece must be complete before the slot's next piece begins.
-/// No step may overwrite a piece that a later step reads.
+/// Replays the writes of one period, after which the assignment of pieces to slots repeats, and checks each slot.
+/// A piece must be complete before the slot's next piece begins. No step may overwrite a piece that a later step reads.
 fn check_order_of_slots(spec: &Spec, id: RegisterId, writes: &[Port]) -> Result<(), SpecError> {
     let register = spec.register(id);
     let RegisterSpec { name, pieces_per_step, initial, .. } = register;

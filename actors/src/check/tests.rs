@@ -76,7 +76,7 @@ fn unbounded_actions_are_rejected() {
     let text =
         "host feed can fire without end: it is not external and none of its inputs depends on an external action";
     assert_eq!(reject(|s| s.actors[ActorId(0)].actions[0].external = false), text);
-    // A cycle that starts from its own initial piece.
+    // The action reads the register that it writes. The initial piece would let it start without the host.
     let mut b = Builder::new();
     let actor = b.actor("ring", 0, Firing::Credit);
     let turn = b.action(actor, "turn", 1);
@@ -154,7 +154,7 @@ fn inconsistent_tables_of_readers_are_rejected() {
     reject_all(
         plans::routes,
         &[
-            ("worker0 work, firing 2: its table for 'whole' names piece 6, but a step has 6 pieces", |s| {
+            ("worker0 work, firing 2: its table for 'whole' has piece 6, expected less than 6", |s| {
                 table(&mut s.actors[ActorId(2)].actions[0].inputs[0].pieces, |table| table[2].piece = 6)
             }),
             ("worker0 work, firing 1: piece 0 of register 'whole' is read a second time in the step", |s| {

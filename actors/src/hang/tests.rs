@@ -42,7 +42,7 @@ pub(crate) fn explains(spec: &Spec, root: &Root, expected: &Root) -> bool {
     let plain = |register: RegisterId, reader: ActionRef| {
         let producer = spec.actor(spec.register(register).producer);
         let written = |(action, port): (u32, u32)| &producer.actions[action as usize].outputs[port as usize].pieces;
-        let read = &spec.input(register, reader).expect("a reader").pieces;
+        let read = &spec.input(register, reader).expect("it reads the register").pieces;
         let mut all = spec.writers(register).map(written).chain([read]);
         all.all(|pieces| matches!(pieces, Pieces::Rate(_)))
     };
@@ -77,7 +77,7 @@ fn a_lost_message_is_the_root_cause() {
             }
         }
         assert!(lost_pieces > 0, "{name}: no lost piece caused a hang");
-        // In plan `accumulation`, the only register between actors has the same number of slots and pieces.
+        // A plan with few pieces may reuse no slot, and then no producer waits for a lost release.
         assert!(lost_releases > 0 || pieces(&spec, steps).len() < 10, "{name}: no lost release caused a hang");
     }
 }
@@ -87,7 +87,7 @@ fn a_firing_that_does_not_end_is_the_root_cause() {
     for (name, spec, steps) in plans::all() {
         for (at, action) in spec.all_actions() {
             for firing in 0..u64::from(action.per_step * steps) {
-                let hang = hang(&spec, steps, Fault::Hang(at, firing)).expect("others wait for its end");
+                let hang = hang(&spec, steps, Fault::Hang(at, firing)).expect("the run hangs");
                 let root = if action.groups.is_empty() { Root::Firing(at) } else { Root::Collective(at) };
                 assert_eq!(hang.root, root, "{name}, firing {firing}: {hang}");
                 assert!(hang.chain.iter().all(|waiting| waiting.action != at), "{name}: the root waits: {hang}");
@@ -121,7 +121,7 @@ fn the_member_that_is_not_in_the_collective_is_the_root_cause() {
     let (spec, snapshots) = members_in_flight();
     let members: Vec<_> = snapshots.iter().filter(|s| s.waiting.in_flight.is_some()).map(|s| s.actor).collect();
     let device = |actor: ActorId| spec.actor(actor).device;
-    let action = |actor: ActorId| snapshots[actor.0 as usize].waiting.in_flight.expect("a member");
+    let action = |actor: ActorId| snapshots[actor.0 as usize].waiting.in_flight.expect("a member is in flight");
     for late in &members {
         let communicator = spec.action(*late, action(*late)).communicators[0];
         let in_it = |m: &&ActorId| m != &late && spec.action(**m, action(**m)).communicators.contains(&communicator);
@@ -132,7 +132,7 @@ fn the_member_that_is_not_in_the_collective_is_the_root_cause() {
         snapshots.retain(|s| s.actor == *late || members.iter().filter(in_it).any(|m| *m == s.actor));
         let alone = HangSnapshot::of_one_process(&spec, &snapshots);
         let input = HangSnapshot { collectives: &waits, knows_collectives: true, ..alone };
-        let hang = explain(input, 9).expect("none has fired nine times");
+        let hang = explain(input, 9).expect("no action has fired nine times");
         assert_eq!(hang.root, Root::Firing(ActionRef { actor: *late, action: action(*late) }), "{hang}");
     }
 }
@@ -141,7 +141,7 @@ fn the_member_that_is_not_in_the_collective_is_the_root_cause() {
 fn a_hanging_pipe_is_reported_and_a_collective_is_not() {
     let (spec, _) = members_in_flight();
     let of_plan = spec.actors.values().flat_map(|actor| &actor.actions).flat_map(|action| &action.communicators).max();
-    let of_pipe = of_plan.expect("a communicator") + 1;
+    let of_pipe = of_plan.expect("an action has a communicator") + 1;
     let texts = describe_pipe_waits(&spec, &[(of_pipe - 1, 0, 1), (of_pipe, 3, 2)]);
     assert_eq!(texts, ["device 3: a transfer of registers with device 2 is in progress on the GPU and does not end"]);
 }

@@ -7,23 +7,23 @@ use crate::spec::RegisterId;
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum ProtocolError {
-    #[error("CR-4 register '{register}': {message} carries piece {got}, expected {expected}")]
+    #[error("register '{register}': {message} carries piece {got}, expected {expected} (CR-4)")]
     WrongPiece { register: String, message: String, expected: u64, got: u64 },
-    #[error("CR-4 register '{register}': piece {piece} arrived in slot {got}, expected {expected}")]
+    #[error("register '{register}': piece {piece} arrived in slot {got}, expected {expected} (CR-4)")]
     WrongSlot { register: String, piece: u64, expected: u32, got: u32 },
     #[error(
-        "CR-3 register '{register}': reader {reader} received piece {piece} in slot {slot}, where piece {unread} is unread"
+        "register '{register}': {reader} received piece {piece} in slot {slot}, which still holds piece {unread} (CR-3)"
     )]
     Overflow { register: String, reader: String, slot: u32, unread: u64, piece: u64 },
-    #[error("CR-1 register '{register}': {reader} released piece {piece} from slot {slot}, which {state}")]
+    #[error("register '{register}': {reader} released piece {piece} from slot {slot}, which {state} (CR-1)")]
     Unpublished { register: String, reader: String, piece: u64, slot: u32, state: SlotState },
     #[error(
-        "actor {actor} received a message that belongs to another actor: about reader {reader} of register {}",
+        "actor {actor} received a message for another actor, about reader {reader} of register {}",
         .register.0
     )]
     Misrouted { actor: String, register: RegisterId, reader: u32 },
     #[error(
-        "CR-5 actor {actor}: action {action} reports {event}, but {} is in flight",
+        "actor {actor}: action {action} reports {event}, but {} is in flight (CR-5)",
         .in_flight.map_or_else(|| "no action".to_owned(), |a| format!("action {a}"))
     )]
     NotInFlight { actor: String, action: u32, event: String, in_flight: Option<u32> },
@@ -33,6 +33,6 @@ pub enum ProtocolError {
     MissingSignal { action: String, output: u32 },
     #[error("actor {actor}: action {action} accepts no tokens from the host")]
     UnexpectedToken { actor: String, action: u32 },
-    #[error("{label} {at}: {numbers}")]
+    #[error("{at}: {numbers} ({label})")]
     Invariant { label: &'static str, at: String, numbers: String },
 }

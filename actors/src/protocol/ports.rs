@@ -79,7 +79,7 @@ impl InPort {
         let map = PortMap::new(spec, input.register, &input.pieces, 0);
         let mut port = Self {
             register: input.register,
-            reader: register.readers.iter().position(|r| *r == at).expect("checked: is listed") as u32,
+            reader: register.readers.iter().position(|r| *r == at).expect("the checked plan lists the reader") as u32,
             producer: register.producer,
             current: map.reach(0),
             map,

@@ -7,7 +7,7 @@ use crate::spec::{ActionRef, Pieces, RegisterId, RegisterSpec, Spec};
 /// order of their numbers and the slots form a ring.
 #[derive(Clone, Debug)]
 pub(crate) struct Sequence {
-    /// The pieces of step 0, in this order. Empty if the sequence contains all pieces in order of their numbers.
+    /// The pieces of step 0, in the sequence's order. Empty if the sequence contains all pieces in order of number.
     order: Box<[u32]>,
     slots: SlotMap,
     pieces_per_step: u32,

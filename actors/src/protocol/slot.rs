@@ -1,4 +1,4 @@
-//! The pieces that lie in one slot of a register, and the slot's state.
+//! The state of one slot of a register, and the map from pieces to slots.
 
 use std::fmt;
 use std::sync::Arc;

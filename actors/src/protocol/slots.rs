@@ -54,7 +54,7 @@ pub struct RegisterSlots {
     pub(super) readers: Box<[ReaderState]>,
     held: u32,
     published: u64,
-    /// Maximum number of slots held at once.
+    /// Maximum number of slots held at the same time.
     pub(crate) peak: u32,
     #[cfg(test)]
     pub(crate) fault: Option<SlotFault>,
@@ -262,7 +262,7 @@ impl RegisterSlots {
                 return violated(
                     "CR-1",
                     format!(
-                        "slot {slot}, piece {piece}: {readers} readers have not released it, but the set has {left}"
+                        "slot {slot} waits for {readers} releases of piece {piece}, but its reader set contains {left}"
                     ),
                 );
             }
@@ -278,15 +278,17 @@ impl RegisterSlots {
             let (filled, released) = ((0..self.count()).filter(is_filled).count(), reader.released);
             let published = self.published_to(index);
             if released + filled as u64 != published {
-                let numbers =
-                    format!("reader {index}: published {published}, released {released}, filled slots {filled}");
+                let numbers = format!(
+                    "{published} pieces were published to reader {index} and {released} released, but it has {filled} \
+                     filled slots"
+                );
                 return violated("CR-1", numbers);
             }
         }
         if held != self.held {
             return violated(
                 "CR-2",
-                format!("{} slots, {held} in use, {} acquired and not freed", self.count(), self.held),
+                format!("{held} of {} slots are in use, but {} are counted as held", self.count(), self.held),
             );
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! Tests events that no correct peer sends, and details of registers.
+//! Tests the protocol of one actor: slots, releases, early outputs, tables of pieces, and events that it must reject.
 
 use std::collections::VecDeque;
 
@@ -94,37 +94,38 @@ fn credits_limit_the_pieces_in_flight() {
 #[test]
 fn invalid_messages_are_rejected() {
     let (_, mut sink) = source_and_sink();
-    let text = "CR-4 register 'wire': the filled message carries piece 1, expected 0";
+    let text = "register 'wire': the `Filled` message carries piece 1, expected 0 (CR-4)";
     assert_eq!(reject(&mut sink.clone(), filled(1, 1)), text);
-    assert_eq!(reject(&mut sink.clone(), filled(0, 1)), "CR-4 register 'wire': piece 0 arrived in slot 1, expected 0");
+    let text = "register 'wire': piece 0 arrived in slot 1, expected 0 (CR-4)";
+    assert_eq!(reject(&mut sink.clone(), filled(0, 1)), text);
     handle(&mut sink, filled(0, 0));
     assert_eq!(
         reject(&mut sink.clone(), filled(0, 0)),
-        "CR-4 register 'wire': the filled message carries piece 0, expected 1"
+        "register 'wire': the `Filled` message carries piece 0, expected 1 (CR-4)"
     );
     handle(&mut sink, filled(1, 1));
-    let text = "CR-3 register 'wire': reader sink read received piece 2 in slot 0, where piece 0 is unread";
+    let text = "register 'wire': sink read received piece 2 in slot 0, which still holds piece 0 (CR-3)";
     assert_eq!(reject(&mut sink.clone(), filled(2, 0)), text);
-    assert!(reject(&mut sink.clone(), released(0, 0)).contains("belongs to another actor"));
+    assert!(reject(&mut sink.clone(), released(0, 0)).contains("a message for another actor"));
     let stray = Message::Filled { register: RegisterId(9), reader: 0, slot: 0, piece: 0 };
-    assert!(reject(&mut sink.clone(), ProtocolEvent::Message(stray)).contains("belongs to another actor"));
+    assert!(reject(&mut sink.clone(), ProtocolEvent::Message(stray)).contains("a message for another actor"));
     assert!(reject(&mut sink.clone(), tokens(0, 1)).contains("accepts no tokens"));
     assert!(reject(&mut sink.clone(), tokens(7, 1)).contains("accepts no tokens"));
     assert!(reject(&mut sink.clone(), ProtocolEvent::Signal { action: 0, output: 0 }).contains("not an early output"));
     handle(&mut sink, DONE);
     handle(&mut sink, DONE);
-    assert!(reject(&mut sink, DONE).starts_with("CR-5"));
+    assert!(reject(&mut sink, DONE).ends_with("(CR-5)"));
 }
 
 #[test]
 fn releases_are_checked() {
     let (mut source, _) = source_and_sink();
     handle(&mut source, tokens(0, 4));
-    let text = "CR-1 register 'wire': sink read released piece 0 from slot 0, which is being written with piece 0";
+    let text = "register 'wire': sink read released piece 0 from slot 0, which is being written with piece 0 (CR-1)";
     assert_eq!(reject(&mut source.clone(), released(0, 0)), text);
     handle(&mut source, DONE);
     handle(&mut source, released(0, 0));
-    let text = "CR-4 register 'wire': the release by sink read carries piece 0, expected 1";
+    let text = "register 'wire': the `Released` message of sink read carries piece 0, expected 1 (CR-4)";
     assert_eq!(reject(&mut source, released(0, 0)), text);
 }
 
@@ -207,10 +208,10 @@ fn slots_are_freed_by_piece_and_not_in_order() {
     assert_eq!(text, "source write waits for a credit of register 'wire' (2 of 3 slots held by sink read)");
     assert_eq!(handle(&mut source, released(0, 0)), launch(0, 3));
     // The release of piece 1 is due next. After it, the release of piece 5 is due, the first release of the next step.
-    let text = "CR-4 register 'wire': the release by sink read carries piece 5, expected 1";
+    let text = "register 'wire': the `Released` message of sink read carries piece 5, expected 1 (CR-4)";
     assert_eq!(reject(&mut source.clone(), released(5, 2)), text);
     handle(&mut source, released(1, 1));
-    let text = "CR-1 register 'wire': sink read released piece 5 from slot 2, which is free";
+    let text = "register 'wire': sink read released piece 5 from slot 2, which is free (CR-1)";
     assert_eq!(reject(&mut source, released(5, 2)), text);
 }
 
@@ -219,13 +220,13 @@ fn a_slot_table_is_checked_on_each_message() {
     let (mut source, mut sink) = permuted(&[2, 0, 1]);
     handle(&mut source, tokens(0, 6));
     assert_eq!((source.output_slot(0, 0, 0), source.output_slot(0, 0, 4)), (2, 0));
-    let text = "CR-4 register 'wire': piece 0 arrived in slot 0, expected 2";
+    let text = "register 'wire': piece 0 arrived in slot 0, expected 2 (CR-4)";
     assert_eq!(reject(&mut sink.clone(), filled(0, 0)), text);
     for event in [filled(0, 2), filled(1, 0), filled(2, 1)] {
         handle(&mut sink, event);
     }
     // The sink reads piece 2, and the other pieces wait.
-    let text = "CR-3 register 'wire': reader sink read received piece 3 in slot 2, where piece 0 is unread";
+    let text = "register 'wire': sink read received piece 3 in slot 2, which still holds piece 0 (CR-3)";
     assert_eq!(reject(&mut sink, filled(3, 2)), text);
 }
 
@@ -241,11 +242,11 @@ fn a_reader_gets_only_the_pieces_of_its_table() {
     handle(&mut source, ProtocolEvent::Start);
     handle(&mut source, tokens(0, 3));
     assert_eq!(handle(&mut source, DONE).len(), 1);
-    // Nobody reads piece 1. So its slot is free at once, and no message is sent.
+    // Nobody reads piece 1, so its slot is free as soon as the firing ends, and no message is sent.
     assert_eq!(handle(&mut source, released(0, 0)), launch(0, 1));
     assert_eq!(handle(&mut source, DONE), launch(0, 2));
     handle(&mut sink, filled(0, 0));
-    let text = "CR-4 register 'wire': the filled message carries piece 1, expected 2";
+    let text = "register 'wire': the `Filled` message carries piece 1, expected 2 (CR-4)";
     assert_eq!(reject(&mut sink, filled(1, 0)), text);
 }
 
@@ -327,5 +328,5 @@ fn stray_messages_neither_panic_nor_change_the_state() {
             }
         }
     }
-    assert!(rejected > 10_000 && accepted > 20, "{rejected} rejected, {accepted} accepted");
+    assert!(rejected > 10_000 && accepted > 20, "only {rejected} messages were rejected and {accepted} accepted");
 }

@@ -22,10 +22,11 @@ use crate::spec::RegisterId;
 use crate::supervisor::Session;
 use shardflow_job::transport::Connection;
 
-/// Size of the buffers in bytes. Longer runs go directly from the slot to the connection.
+/// Size of the buffers in bytes. Longer parts of a slot bypass the buffers.
 const BUFFER_BYTES: usize = 1 << 16;
 
-/// Maximum number of pieces that the host has not read. A step of a large mesh needs fewer; this many fit in memory.
+/// Maximum number of pieces that the host has not read. A step of a large mesh needs fewer, and this number of pieces
+/// fits in memory.
 const HOST_PIECES_MAX: usize = 1 << 16;
 
 /// The data that both threads of a connection use.
@@ -280,7 +281,7 @@ impl Reader {
         };
         if !remote.is_at(self.link.index, from) || !remote.is_local(to) {
             let name = self.link.session.spec.register_name(register);
-            return unexpected(format!("a message about register '{name}' between actors {from:?} and {to:?}"));
+            return unexpected(format!("a message about register '{name}' from actor {} to actor {}", from.0, to.0));
         }
         if matches!(message, Message::Filled { .. })
             && self.mirrored.get(&register).is_some_and(|mirrored| !mirrored.slots.contains(&Some(piece)))
@@ -299,7 +300,8 @@ impl Reader {
         Ok(())
     }
 
-    /// Waits until this process has finished sending a slot. A release only shows that the reader has the bytes.
+    /// Waits until this process has finished sending a slot. A release shows that the reader has received the bytes,
+    /// but not that the send has ended.
     fn wait_for_send(&self, register: RegisterId, slot: u32) -> Result<(), PeerError> {
         let Some(pipe) = self.link.pipes.get(&register) else { return Ok(()) };
         let sent = self.link.sent.lock().get(&(register, slot)).cloned();

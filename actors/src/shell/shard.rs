@@ -1,4 +1,4 @@
-//! One shard as a ractor actor: it feeds events to the protocol and turns the effects into launches and casts.
+//! Runs one actor of the plan as a ractor actor: feeds events to its protocol, launches firings and sends messages.
 
 use std::sync::Arc;
 
@@ -163,8 +163,8 @@ impl Shard {
     }
 }
 
-/// Returns a callback that turns stream notifications into casts, and reports the end of the firing to the host. It runs
-/// on the stream's thread and does not block.
+/// Returns a callback that turns stream notifications into casts, and reports the end of the firing to the host. The
+/// callback runs on the stream's thread and does not block.
 fn notify(session: Arc<Session>, end: FiringEnd, ends: Option<Sender<Stamped<FiringEnd>>>) -> Notify {
     let FiringEnd { at: ActionRef { actor: me, action }, firing } = end;
     Box::new(move |notification| {

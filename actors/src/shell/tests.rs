@@ -296,7 +296,7 @@ fn the_first_cause_names_its_actor_and_action() {
         (
             idle(),
             Some(stray),
-            ["a1 on device 1: CR-4 register 'wire1': the filled message carries piece 1, expected 0", ""],
+            ["a1 on device 1: register 'wire1': the `Filled` message carries piece 1, expected 0 (CR-4)", ""],
         ),
     ];
     for (op, cast, [start, part]) in cases {

@@ -32,7 +32,7 @@ pub struct SimulatedFiring {
 
 /// A violation of CR-7: a firing's input changed, or the input was not written.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
-#[error("CR-7 {action}, firing {firing}: its input slot of register '{register}' {fault}")]
+#[error("{action}, firing {firing}: its input slot of register '{register}' {fault} (CR-7)")]
 pub struct DataRace {
     action: String,
     firing: u64,
@@ -81,7 +81,7 @@ impl Data {
             let slot = protocol.input_slot(fired.action, port, fired.firing);
             let read = self.slots[input.register.0 as usize][slot as usize];
             if read == UNWRITTEN {
-                return Err(race(spec, fired, input.register, "is not written"));
+                return Err(race(spec, fired, input.register, "has not been written"));
             }
             flight.reads.push(read);
             flight.value = mix(flight.value, read);

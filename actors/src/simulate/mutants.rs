@@ -202,13 +202,13 @@ fn a_changed_plan_in_one_actor_is_caught() {
                 let caught = is_caught(&spec, steps, digest, fault);
                 let (tried, found) = counts.entry(mutation).or_default();
                 (*tried, *found) = (*tried + 1, *found + u32::from(caught));
-                assert!(caught || mutation.is_race(), "{name}: {fault:?} of '{}'", spec.register(register).name);
+                assert!(caught || mutation.is_race(), "{name}: missed {fault:?} of '{}'", spec.register(register).name);
             }
         }
     }
     for mutation in ALL {
         let (tried, found) = counts.get(&mutation).copied().unwrap_or_default();
-        assert!(found >= 6 && 2 * found >= tried, "{mutation:?}: {found} of {tried} caught");
+        assert!(found >= 6 && 2 * found >= tried, "{mutation:?}: only {found} of {tried} faults were caught");
     }
 }
 
@@ -222,6 +222,6 @@ fn a_broken_rule_for_slots_is_caught() {
             tried += 1;
             found += u32::from(is_caught(&spec, steps, digest, Fault::Slots(broken)));
         }
-        assert!(found >= 10, "{broken:?}: {found} of {tried} plans caught it");
+        assert!(found >= 10, "{broken:?}: only {found} of {tried} plans revealed the fault");
     }
 }

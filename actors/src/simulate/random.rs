@@ -10,7 +10,7 @@ use crate::builder::Builder;
 use crate::check::{SpecError, check};
 use crate::spec::{ActionRef, Firing, Pieces, RegisterId, Spec};
 
-/// Number of steps of the run from which the lifetimes for the colouring come.
+/// Number of steps of the run that determines the lifetimes for the colouring.
 const STEPS: u32 = 12;
 /// Maximum length of a slot table in steps.
 const TABLE_STEPS_MAX: u32 = 6;
@@ -195,7 +195,7 @@ impl Lifetime {
 /// The lifetimes of a register's pieces in an exact run of [`STEPS`] steps.
 fn lifetimes(spec: &Arc<Spec>, times: &Timing, id: RegisterId) -> Vec<Lifetime> {
     let run =
-        simulate(spec, times, &SimulationOptions::steps(STEPS)).unwrap_or_else(|e| panic!("unlimited slots: {e}"));
+        simulate(spec, times, &SimulationOptions::steps(STEPS)).unwrap_or_else(|e| panic!("with unlimited slots: {e}"));
     let register = spec.register(id);
     let (per_step, initial) = (u64::from(register.pieces_per_step), u64::from(register.initial));
     let count = per_step * u64::from(STEPS) + initial;
@@ -254,7 +254,7 @@ pub(crate) fn coloured(spec: &Spec, seed: u64) -> Spec {
     coloured
 }
 
-/// Assigns a slot to each piece number modulo `length`, so that no slot holds two live pieces at once. Returns `None`
+/// Assigns a slot to each piece number modulo `length`, so that live pieces never share a slot. Returns `None`
 /// if a piece is still alive when the piece whose number is larger by `length` begins.
 fn colour(lives: &[Lifetime], length: usize, rng: &mut SplitMix64) -> Option<Vec<u32>> {
     let of = |residue: usize| lives.iter().skip(residue).step_by(length);
@@ -282,7 +282,8 @@ fn jittered(seed: u64, steps: u32) -> SimulationOptions {
     SimulationOptions { jitter: Some(jitter), ..SimulationOptions::steps(steps) }
 }
 
-/// True if a register has one slot and an initial piece. Its writer reads the slot's old content, so slots affect data.
+/// True if a register has one slot and an initial piece. The writer of such a register reads the slot's old content, so
+/// the data depends on the number of slots.
 fn updates_in_place(spec: &Spec) -> bool {
     spec.registers.values().any(|register| register.slots == 1 && register.initial > 0)
 }
@@ -318,7 +319,8 @@ fn coloured_slots_give_the_same_data_as_unlimited_slots_in_any_timing() {
         periods += u32::from(limited.period_steps() > 1);
     }
     let all = [tables, permuted, shared, partial, periods];
-    assert!(all.iter().all(|count| *count > 20), "slot tables, permuted, several writers, partial, periods: {all:?}");
+    let kinds = "plans with slot tables, permuted reads, several writers, partial reads and longer periods";
+    assert!(all.iter().all(|count| *count > 20), "too few {kinds}: {all:?}");
 }
 
 /// Adds a collective whose two members are actions of different actors with ordered lists, if such actions exist.
@@ -334,7 +336,8 @@ fn add_collective(spec: &mut Spec) {
     }
 }
 
-/// The theorem of `docs/semantics.md`: one period decides whether a plan runs, for any slots and any timing.
+/// The theorem of `docs/semantics.md`: if a plan completes one period, it completes any number of steps in any timing.
+/// If it gets stuck in one period, it always gets stuck.
 #[test]
 fn one_period_decides_whether_a_plan_runs() {
     let (mut alive, mut stuck, mut collectives) = (0, 0, 0);
@@ -378,6 +381,6 @@ fn one_period_decides_whether_a_plan_runs() {
         *if one { &mut alive } else { &mut stuck } += 1;
         collectives += u32::from(one && spec.all_actions().any(|(_, action)| !action.groups.is_empty()));
     }
-    assert!(alive > 150 && stuck > 150, "{alive} plans run, {stuck} do not");
-    assert!(collectives > 10, "{collectives} of them have a collective");
+    assert!(alive > 150 && stuck > 150, "only {alive} plans complete and {stuck} get stuck");
+    assert!(collectives > 10, "only {collectives} of the completing plans have a collective");
 }

@@ -9,7 +9,8 @@ use crate::pipeline::{Pipeline, PipelineSchedule};
 use crate::protocol::{Sequence, SlotFault};
 use crate::spec::{ActorSpec, Firing};
 
-/// A fault to inject: the n-th message is changed, messages are lost, or a firing never ends.
+/// A fault to inject. `Lose`, `Repeat`, `NextPiece` and `NextSlot` change the n-th message. `Hang` prevents the end of
+/// the n-th firing of an action.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Fault {
     Lose(u64),
@@ -37,7 +38,7 @@ pub(super) fn protocol(spec: &Arc<Spec>, actor: ActorId, fault: Option<Fault>) -
     if let Some(Fault::Plan(of, register, mutation)) = fault
         && of == actor
     {
-        let changed = mutants::mutated(spec, register, mutation).expect("it applies");
+        let changed = mutants::mutated(spec, register, mutation).expect("the mutation applies to the register");
         return Protocol::new(&Arc::new(changed), actor);
     }
     let mut protocol = Protocol::new(spec, actor);
@@ -74,7 +75,7 @@ impl Fault {
     }
 }
 
-/// True if `piece` is `from` or comes after it. At least one of the two must be in the sequence.
+/// True if `piece` is `from` or comes after `from` in `sequence`. The sequence must contain at least one of the two.
 pub(crate) fn follows(mut sequence: Sequence, from: u64, piece: u64) -> bool {
     while ![from, piece].contains(&sequence.piece()) {
         sequence.advance();
@@ -153,7 +154,8 @@ fn fewer_credits_never_shorten_the_makespan() {
         for fewer in 0..full[0] {
             let credits = full.iter().map(|w| w.saturating_sub(fewer).max(1)).collect();
             let span = makespan(&alternating(m, credits), &times);
-            assert!(span >= last, "F {f} B {b} c {c}: {fewer} credits fewer take {span}, one more takes {last}");
+            let durations = format!("forward {f}, backward {b}, hop {c}");
+            assert!(span >= last, "{durations}: {fewer} fewer credits take {span}, {} fewer take {last}", fewer - 1);
             last = span;
         }
         assert!(last > makespan(&alternating(m, full), &times));
@@ -170,12 +172,13 @@ proptest::proptest! {
         let unlimited = alternating(m, vec![m; p as usize]);
         let limited = alternating(m, computed.clone());
         let (limited, unlimited) = (makespan(&limited, &times), makespan(&unlimited, &times));
-        proptest::prop_assert!(limited <= unlimited, "{:?}: {} > {}", computed, limited, unlimited);
+        let text = format!("{computed:?} credits take {limited} ticks, unlimited credits take {unlimited}");
+        proptest::prop_assert!(limited <= unlimited, "{}", text);
     }
 }
 
 pub(super) fn shuffled(seed: u64, steps: u32) -> SimulationOptions {
-    // In some runs firings have the longer delays, in others messages, so that either can overtake the other.
+    // Some runs delay firings more than messages, others delay messages more, so that either can overtake the other.
     let (action_ticks_max, hop_ticks_max) = [(5, 5), (1, 20), (20, 1), (0, 3)][seed as usize % 4];
     SimulationOptions {
         jitter: Some(Jitter { seed, action_ticks_max, hop_ticks_max }),
@@ -194,7 +197,7 @@ fn all_interleavings_end_with_the_same_digest_and_keep_the_invariants() {
             let run = simulate(&spec, &times, &shuffled(seed, steps)).unwrap_or_else(|e| panic!("{name} {seed}: {e}"));
             assert_eq!(run.digest, exact.digest, "{name}, seed {seed}");
             for (register, &peak) in spec.registers.values().zip(&run.slots_peak) {
-                assert!(peak <= register.slots, "{name}, seed {seed}, {}", register.name);
+                assert!(peak <= register.slots, "{name}, seed {seed}: '{}' held {peak} slots", register.name);
             }
             timelines.insert(run.timeline.iter().map(|f| (f.actor, f.action, f.firing)).collect::<Vec<_>>());
             runs += 1;
@@ -223,11 +226,11 @@ fn faulty_messages_are_detected() {
             for fault in [Fault::Lose(nth), Fault::Repeat(nth), Fault::NextPiece(nth), Fault::NextSlot(nth)] {
                 let options = SimulationOptions { fault: Some(fault), ..shuffled(nth, steps) };
                 let result = simulate(&spec, &times, &options);
-                assert!(result.is_err(), "{name}: {fault:?} of {count} messages was not detected");
+                assert!(result.is_err(), "{name}: {fault:?} was not detected among {count} messages");
                 caught += 1;
             }
         }
-        assert!(caught > 10, "{name}: {caught} faults tried");
+        assert!(caught > 10, "{name}: only {caught} faults were tried");
     }
 }
 
@@ -244,7 +247,7 @@ fn one_credit_too_many_is_detected() {
         // If every micro-batch has a slot, or a list limits the forwards, the credits never run out.
         let listed = |a: &ActorSpec| matches!(a.firing, Firing::Ordered(_));
         let never_full = name.starts_with("gpipe") || spec.actors.values().all(listed);
-        assert!(faulty > 0 || never_full, "{name}: {faulty} of 20 detected");
+        assert!(faulty > 0 || never_full, "{name}: {faulty} of 20 runs detected the surplus credit");
         caught += faulty;
     }
     assert!(caught >= 80);

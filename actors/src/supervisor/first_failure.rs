@@ -30,7 +30,7 @@ impl FirstFailure {
         self.first.lock().clone()
     }
 
-    /// Sets the callback for the first cause. Calls it at once if the session has already failed.
+    /// Sets the callback for the first cause. If the session has already failed, calls it before returning.
     pub(crate) fn set_callback(&self, callback: OnFailure) {
         // A concurrent `record` may also call the callback. A repeated call changes nothing.
         let _ = self.callback.set(callback);

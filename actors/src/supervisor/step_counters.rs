@@ -59,7 +59,7 @@ impl StepCounters {
         }
         let completed = completed.fetch_add(1, Ordering::AcqRel) + 1;
         let whole = self.whole.load(Ordering::Acquire);
-        // A step can end only with the last firing of an action in that step.
+        // A step can end only when an action ends its last firing of that step.
         completed == whole * per_step && self.has_ended(whole)
     }
 
@@ -89,7 +89,8 @@ impl StepCounters {
         !self.has_ended(self.begun())
     }
 
-    /// Number of ended firings of this process's readers of a register; `None` while one of them is in mid-step.
+    /// Number of ended firings of this process's readers of a register; `None` while one of them is in the middle
+    /// of a step.
     pub(crate) fn firings_of_readers(&self, register: RegisterId) -> Option<u64> {
         let readers = self.spec.register(register).readers.iter();
         let firings = |reader: &ActionRef| {

@@ -62,7 +62,7 @@ impl CustomOp for SquaredReluGrad {
     }
 
     fn backward(&self, _: &mut Graph, _: &[Var], _: &[Var], _: &[Option<Var>]) -> Vec<Option<Var>> {
-        // There are no second derivatives.
+        // This op is itself a gradient, and second derivatives are not supported.
         vec![None, None]
     }
 }
@@ -142,7 +142,7 @@ fn compare() -> Result<(), Box<dyn std::error::Error>> {
         if difference.is_nan() || difference > 1e-3 {
             return Err(format!("losses on {mesh} differ from those of one device by {difference:.1e}").into());
         }
-        program::print(format!("mesh {mesh}: the same losses within {difference:.1e}"));
+        program::print(format!("mesh {mesh}: losses agree with those of one device within {difference:.1e}"));
     }
     Ok(())
 }
@@ -166,7 +166,7 @@ mod tests {
         let (above, below, dx) = (at(h), at(-h), launch(&SquaredReluGrad, &[&dy, &x]));
         for i in 0..x.len() {
             let expected = dy[i] * (above[i] - below[i]) / (2.0 * h);
-            assert!((dx[i] - expected).abs() < 1e-3, "at {}: {} instead of {expected}", x[i], dx[i]);
+            assert!((dx[i] - expected).abs() < 1e-3, "gradient at x = {}: got {}, expected {expected}", x[i], dx[i]);
         }
     }
 }

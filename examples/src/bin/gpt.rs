@@ -1,5 +1,5 @@
-//! Trains a small GPT on a text, on any mesh of devices of one or several processes, and generates text with it at the
-//! end.
+//! Trains a small GPT on a text, with any mesh of devices in one or several processes. At the end, generates text with
+//! the trained model.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ use shardflow_examples::sample::{Sampler, loading_bytes, sampling_bytes};
 
 /// Time limit for the work after the last step, once a signal has requested the end.
 const FINISH_LIMIT: Duration = Duration::from_secs(20);
-/// How long a process that ends on request waits for the reader of its output.
+/// A process that was requested to end waits this long for the reader of its output.
 const OUTPUT_LIMIT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
@@ -152,10 +152,10 @@ fn open_checkpoints(
     Ok(Some(CheckpointManager::open(place, options, session)?))
 }
 
-/// Loads the parameters in `path`, except when the session has continued from a checkpoint with its own parameters.
+/// Loads the parameters in `path`, unless the session has already loaded those of a checkpoint.
 fn init_from(path: &Path, session: &mut Session) -> Result<(), GptError> {
     let notes = if session.steps() > 0 {
-        vec![format!("--init-from {} is not used: the checkpoint has the parameters", path.display())]
+        vec![format!("--init-from {} is not used: the parameters are those of the checkpoint", path.display())]
     } else {
         session.init_from(path).map_err(|e| GptError::InitFrom(e.into()))?
     };
@@ -251,7 +251,7 @@ fn start(args: &GptArgs, plan: Plan, options: &SessionOptions) -> Result<Session
     }
     let threads = session.plan().threads_per_device;
     if threads != planned_threads && session.is_first() {
-        note(format!("using {} per device, as the cores of this process allow", counted(threads, "thread")));
+        note(format!("using {} per device, to fit the cores of this process", counted(threads, "thread")));
     }
     Ok(session)
 }
@@ -420,7 +420,7 @@ fn train(
         (steps, seconds, final_loss) = (steps + 1, seconds + step_seconds, Some(loss));
         if let Some(found) = &report.non_finite {
             if prints {
-                note(format!("warning: {found}; nothing is updated"));
+                note(format!("warning: {found}; no weight is updated"));
             }
             if let Some(checkpoints) = checkpoints.as_mut().filter(|_| args.on_non_finite == NonFiniteArg::Rollback) {
                 checkpoints.roll_back(session, found)?;

@@ -19,7 +19,7 @@ pub fn launcher() -> PathBuf {
     launcher
 }
 
-/// A folder of one test that contains a text. It is removed at the end.
+/// The folder of one test, with a file `text`. Dropping this value removes the folder.
 pub struct Folder(PathBuf);
 
 impl Drop for Folder {
@@ -127,12 +127,12 @@ impl Running {
         while let Ok(line) = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             self.seen.push(line);
         }
-        assert!(Instant::now() < deadline, "did not end within {within:?}:\n{}", self.text());
+        assert!(Instant::now() < deadline, "the program did not end within {within:?}:\n{}", self.text());
         self.child.wait().expect("a child that ends").code()
     }
 }
 
 pub fn signal(pid: u32, name: &str) {
-    let sent = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status().expect("kill is everywhere");
+    let sent = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status().expect("`kill` exists");
     assert!(sent.success(), "kill -{name} {pid}");
 }

@@ -2,7 +2,7 @@
 
 use libfuzzer_sys::fuzzer_mutate;
 
-/// One of this number of inputs starts from a sample. The others are mutations of inputs that reached new code.
+/// One input out of this number starts from a sample. The others are mutations of inputs that reached new code.
 const FRESH: u32 = 64;
 
 /// Mutates `data`. Sometimes first replaces `data` with a sample. The macro `fuzz_mutator!` calls this function.

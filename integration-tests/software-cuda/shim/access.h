@@ -40,7 +40,7 @@ static constexpr u64 LANE = 0x7ffull << 32;
 // All data of the shim is in .data, so that .bss holds only the kernel's shared memory.
 #define SC_DATA __attribute__((section(".data.software_cuda")))
 SC_DATA static Checker* checker = (Checker*)1;
-// The running thread, in bit fields from the highest: a 1, the block, the thread, and block and warp barriers so far.
+// Bit fields of the running thread, highest first: 1, block, thread, number of block barriers, number of warp barriers.
 SC_DATA static u64 thread_now = 1;
 SC_DATA static u64 block_generation = 1;
 SC_DATA static size_t dynamic_bytes = 1;

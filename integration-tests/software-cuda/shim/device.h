@@ -154,7 +154,7 @@ template <class T> static inline __attribute__((always_inline)) void __stcg(T* p
 template <class T> static inline __attribute__((always_inline)) void __stwb(T* p, T v) { *p = v; }
 template <class T> static inline __attribute__((always_inline)) void __stwt(T* p, T v) { *p = v; }
 
-// memcpy and memset check their whole ranges at once. A copy of at most 16 bytes becomes plain loads and stores.
+// memcpy and memset check each range as one access. A copy of at most 16 bytes becomes plain loads and stores.
 extern "C" {
 void* memcpy(void*, const void*, size_t) noexcept;
 void* memset(void*, int, size_t) noexcept;

@@ -1,7 +1,7 @@
 //! Vector clocks, which define the happens-before order.
 //!
 //! An agent is a stream or a host thread. Each agent has a clock with one entry for each agent. The agent's own entry
-//! counts its actions. The entry for another agent is the number of that agent's last action that happened before.
+//! counts its actions. The entry for another agent is the number of its last action before this agent's next one.
 
 /// A vector clock; missing entries are 0.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

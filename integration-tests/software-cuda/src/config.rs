@@ -91,7 +91,7 @@ pub(crate) struct SoftwareConfig {
     pub shared_bytes: usize,
     /// `SOFTWARE_CUDA_ABORT_MS`: how long ncclCommAbort takes, 0 by default.
     pub abort: Duration,
-    /// `SOFTWARE_CUDA_DEADLOCK_MS`: how long queued work may make no progress, 10 s by default.
+    /// `SOFTWARE_CUDA_DEADLOCK_MS`: time without progress before a deadlock is reported, 10 s by default.
     pub deadlock: Duration,
     /// `SOFTWARE_CUDA_HANG_MS`: how long a host call waits for a hung device, 60 s by default.
     pub hang: Duration,

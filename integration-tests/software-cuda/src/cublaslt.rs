@@ -209,7 +209,7 @@ exports! { cublaslt;
             CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET => {}
             // f32 factors in host memory are the default.
             CUBLASLT_MATMUL_DESC_POINTER_MODE if value == 0 => {}
-            other => return refuse(&format!("{other:?} as {value}")),
+            other => return refuse(&format!("attribute {other:?} with the value {value}")),
         }
         Ok(())
     }
@@ -259,7 +259,7 @@ exports! { cublaslt;
             CUBLASLT_MATRIX_LAYOUT_LD => l.leading = value as usize,
             CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT => l.batch = value as usize,
             CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET => l.stride = value as usize,
-            other => return refuse(&format!("{other:?} as {value}")),
+            other => return refuse(&format!("attribute {other:?} with the value {value}")),
         }
         Ok(())
     }

@@ -64,7 +64,7 @@ fn objects() -> &'static Mutex<Objects> {
 
 /// Refuses a request that a correct program never makes, and records it as a finding.
 fn misuse<T>(status: CudnnStatus, message: &str) -> Result<T, CudnnStatus> {
-    machine().report_finding("misuse", message, || format!("cuDNN: {message}"));
+    machine().report_finding("misuse", message, || format!("a cuDNN call {message}"));
     Err(status)
 }
 
@@ -77,9 +77,9 @@ fn refuse<T>(request: &str) -> Result<T, CudnnStatus> {
 impl Objects {
     fn sealed(&self, handle: i64, by: &str) -> Result<&Descriptor, CudnnStatus> {
         match self.descriptors.get(&(handle as u64)) {
-            None => misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, &format!("{by}: refers to an unknown descriptor")),
+            None => misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, &format!("passes an unknown descriptor as {by}")),
             Some(found) if !found.is_sealed => {
-                let message = format!("{by}: refers to a {:?} that is not finalised", found.kind);
+                let message = format!("passes a {:?} that is not finalised as {by}", found.kind);
                 misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM_NOT_FINALIZED, &message)
             }
             Some(found) => Ok(found),
@@ -99,7 +99,7 @@ impl Objects {
         };
         if known.kind != kind || values.is_empty() || values.len() > known.count_max {
             let message = format!(
-                "sets {attribute} to {} values of type {kind:?}, expected 1 to {} of type {:?}",
+                "sets {attribute} to {} values of type {kind:?} instead of 1 to {} values of type {:?}",
                 values.len(),
                 known.count_max,
                 known.kind
@@ -165,7 +165,7 @@ impl Objects {
                 if ids != count(Attribute::CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS) {
                     return misuse(
                         CudnnStatus::CUDNN_STATUS_BAD_PARAM,
-                        "a variant pack has different numbers of ids and pointers",
+                        "finalises a variant pack with different numbers of ids and pointers",
                     );
                 }
                 None
@@ -179,13 +179,13 @@ impl Objects {
 
     /// Writes the results of a heuristic to engine configurations, and returns the number of results.
     fn results(&mut self, heuristic: u64, to: &[u64]) -> Result<usize, CudnnStatus> {
-        let graph = self.sealed(heuristic as i64, "a heuristic's results")?.graph.clone();
+        let graph = self.sealed(heuristic as i64, "a heuristic")?.graph.clone();
         let Some(graph) = graph.filter(|graph| graph.has_engine()) else { return Ok(0) };
         let Some(first) = to.first().and_then(|first| self.descriptors.get_mut(first)) else { return Ok(0) };
         if first.kind != DescriptorKind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR || first.is_sealed {
             return misuse(
                 CudnnStatus::CUDNN_STATUS_BAD_PARAM_DESCRIPTOR_TYPE,
-                "heuristic results need new engine configurations",
+                "reads a heuristic's results into a descriptor that is finalised or is no engine configuration",
             );
         }
         (first.is_sealed, first.graph) = (true, Some(graph));
@@ -315,7 +315,8 @@ exports! { cudnn;
             CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR as PLAN, CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR as PACK,
         };
         let Some(graph) = plan.graph.clone().filter(|_| kinds == (PLAN, PACK)) else {
-            return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM_DESCRIPTOR_TYPE, &format!("executes {kinds:?}"));
+            let message = format!("executes descriptors of the kinds {kinds:?} instead of {:?}", (PLAN, PACK));
+            return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM_DESCRIPTOR_TYPE, &message);
         };
         let workspace = pack.long(Attribute::CUDNN_ATTR_VARIANT_PACK_WORKSPACE).unwrap_or(0) as usize;
         if workspace == 0 {

@@ -40,7 +40,7 @@ pub fn report(machine: &SoftwareMachine) -> SimReport {
 pub fn find_leaks(machine: &SoftwareMachine) -> usize {
     let leaks = leaks(machine);
     for leak in &leaks {
-        machine.report_finding("leak", leak, || leak.clone());
+        machine.report_finding("leak", leak, || format!("the program did not release {leak}"));
     }
     leaks.len()
 }

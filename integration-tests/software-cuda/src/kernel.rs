@@ -133,7 +133,7 @@ fn addresses(launch: &Launch) -> Option<Vec<usize>> {
         return None;
     }
     let words = launch.arguments.iter().flat_map(|a| a.chunks_exact(size_of::<usize>()));
-    Some(words.map(|w| usize::from_ne_bytes(w.try_into().expect("a chunk of eight bytes"))).collect())
+    Some(words.map(|w| usize::from_ne_bytes(w.try_into().expect("a chunk has eight bytes"))).collect())
 }
 
 /// Runs a kernel. Its blocks run one after another in an order derived from the seed.

@@ -14,7 +14,7 @@
 //! | `uninitialised` | a read of bytes that nothing has written |
 //! | `peer` | an access to another device's memory without peer access, or to another device's memory pool |
 //! | `staged` | a copy between devices that goes through host memory, because peer access is missing |
-//! | `barrier`, `warp` | threads wait for other threads that never arrive |
+//! | `barrier`, `warp` | threads wait for other threads that never arrive; lanes misuse a warp function |
 //! | `alignment`, `trap` | a misaligned access; a kernel that traps |
 //! | `collective-mismatch`, `collective-order`, `ungrouped`, `aborted` | a violation of NCCL's rules |
 //! | `deadlock` | no operation can continue; the message contains the chain of waits |
@@ -54,18 +54,18 @@
 //! | `SOFTWARE_CUDA_REPORT` | file for the [`SimReport`] that is written at exit | none |
 //! | `SOFTWARE_CUDA_FAULT` | `KIND:DEVICE:LAUNCH`, where KIND is `kill`, `hang` or `die` (abort the process) | none |
 //! | `SOFTWARE_CUDA_HANG_MS` | how long a call waits for a hung launch, in milliseconds | 60000 |
-//! | `SOFTWARE_CUDA_DEADLOCK_MS` | how long queued work may make no progress, in milliseconds | 10000 |
+//! | `SOFTWARE_CUDA_DEADLOCK_MS` | milliseconds without progress before a deadlock is reported | 10000 |
 //! | `SOFTWARE_CUDA_NCCL` | the version that NCCL reports | 23003, which is 2.30.3 |
 //! | `SOFTWARE_CUDA_CACHE` | folder for compiled kernels | the system's temporary folder |
 //! | `SOFTWARE_CUDA_HOST` | `global`: treats all host threads as one, for programs that pass no clock tokens | none |
 //! | `SOFTWARE_CUDA_NODE` | name of this process's node; NCCL refuses two ranks on one device of a node | empty |
 //! | `SOFTWARE_CUDA_TRACE` | `1`: prints each operation when it is executed | none |
 //!
-//! If streams wait for each other in a cycle, the library reports the deadlock at once.
+//! If streams wait for each other in a cycle, the library reports the deadlock immediately.
 //!
-//! The names of the functions in `control.rs` begin with `software_cuda_`. Some return findings, counters and leaks at
-//! any time. Others change the schedule, inject faults, pass clocks between host threads, name the slots of an arena,
-//! or record the host's own accesses to pinned memory, which the library cannot detect itself.
+//! The names of the functions in `control.rs` begin with `software_cuda_`. Some functions return findings, counters and
+//! leaks at any time. Others change the schedule, inject faults, pass clocks between host threads, name the slots of an
+//! arena, or record the host's own accesses to pinned memory, which the library cannot detect itself.
 //!
 //! # Limits
 //!

@@ -80,12 +80,12 @@ fn pick(state: &mut State, ready: &[u64]) -> u64 {
     let sequence = |handle: &u64| state.streams[handle].queue[0].sequence;
     match state.policy {
         SchedulePolicy::InOrder | SchedulePolicy::Lazy => {
-            *ready.iter().min_by_key(|h| sequence(h)).expect("a ready stream")
+            *ready.iter().min_by_key(|h| sequence(h)).expect("a stream is ready")
         }
-        SchedulePolicy::Adversarial => *ready.iter().max_by_key(|h| sequence(h)).expect("a ready stream"),
+        SchedulePolicy::Adversarial => *ready.iter().max_by_key(|h| sequence(h)).expect("a stream is ready"),
         SchedulePolicy::Starve => {
             let seed = state.seed;
-            *ready.iter().min_by_key(|h| crate::world::mix(**h ^ seed << 20)).expect("a ready stream")
+            *ready.iter().min_by_key(|h| crate::world::mix(**h ^ seed << 20)).expect("a stream is ready")
         }
         SchedulePolicy::Random => ready[(state.random() >> 11) as usize % ready.len()],
     }
@@ -137,8 +137,7 @@ fn detect_deadlock(machine: &SoftwareMachine, state: &mut State) {
     state.is_stuck = true;
     let lines: Vec<String> = stuck.iter().map(|(handle, blockers)| describe(state, *handle, blockers)).collect();
     let key = lines.first().cloned().unwrap_or_default();
-    let summary =
-        if is_cycle { "streams wait for each other" } else { "no progress, and no queued operation ends these waits" };
+    let summary = if is_cycle { "streams wait for each other" } else { "no queued operation can end these waits" };
     machine.report_finding("deadlock", &key, || format!("{summary}:\n  {}", lines.join("\n  ")));
     machine.progressed.notify_all();
 }

@@ -376,12 +376,12 @@ impl<'a> Accessor<'a> {
         let mut registry = registry.lock().unwrap_or_else(|e| e.into_inner());
         let verb = if whole.2 == Access::Read { "reads" } else { "writes" };
         let Some(owner) = registry.owner(at).filter(|o| at + bytes <= o.base + o.bytes) else {
-            let near = registry.nearest(at).map_or(String::from("any allocation"), |a| {
-                format!("the nearest allocation of {} bytes on {}", a.bytes, a.place)
+            let near = registry.nearest(at).map_or(format!("address {at:#x}, before all allocations"), |a| {
+                let (offset, bytes, place) = (at - a.base, a.bytes, a.place);
+                format!("offset {offset}, past the end of the nearest allocation of {bytes} bytes on {place}")
             });
-            let offset = registry.nearest(at).map_or(0, |a| at - a.base);
             drop(registry);
-            self.report("bounds", &format!("{verb} {} bytes at offset {offset}, past the end of {near}", whole.1));
+            self.report("bounds", &format!("{verb} {} bytes at {near}", whole.1));
             return false;
         };
         let offset = at - owner.base;
@@ -401,18 +401,18 @@ impl<'a> Accessor<'a> {
         };
         drop(registry);
         if !born {
-            self.report(
-                "race",
-                &format!("{verb} memory of {} bytes that another stream allocates, in no defined order", owner.bytes),
-            );
+            let bytes = owner.bytes;
+            let message = format!("{verb} an allocation of {bytes} bytes by another stream, without synchronisation");
+            self.report("race", &message);
         }
         if !is_peer {
             self.report("peer", &format!("{verb} memory of {} without peer access", owner.place));
             return false;
         }
         if self.allowed.as_ref().is_some_and(|a| !a.contains(&owner.region)) {
+            let bytes = owner.bytes;
             let message =
-                format!("{verb} offset {offset} of {} bytes, outside of the regions of its pointers", owner.bytes);
+                format!("{verb} offset {offset} of an allocation of {bytes} bytes, outside its pointers' regions");
             self.report("bounds", &message);
             return false;
         }
@@ -451,7 +451,7 @@ impl<'a> Accessor<'a> {
         if cell.writer != me && !self.shadow.is_before(cell.writer, self.clock) {
             if same_bytes {
                 let writer = self.shadow.name(cell.writer);
-                self.word_finding("race", at, &format!("{verb} bytes that {writer} writes, in no defined order"));
+                self.word_finding("race", at, &format!("{verb} bytes that {writer} writes, without synchronisation"));
             }
         } else if cell.writer == me && same_bytes && !both_atomic && conflict(cell.writer_thread, thread, fenced) {
             self.word_finding(
@@ -481,7 +481,7 @@ impl<'a> Accessor<'a> {
                 }
             } else if read_bytes && !self.shadow.is_before(reader, self.clock) {
                 let reader = self.shadow.name(reader);
-                self.word_finding("race", at, &format!("writes bytes that {reader} reads, in no defined order"));
+                self.word_finding("race", at, &format!("writes bytes that {reader} reads, without synchronisation"));
             }
         }
         if cell.reader != me {
@@ -505,9 +505,10 @@ impl<'a> Accessor<'a> {
         let generic = message.split(" (").next().unwrap_or("");
         findings.add(kind, &format!("{function} {generic}"), || match owner {
             Some(o) => {
-                format!("{} {message}, at offset {} of {} bytes on {}", self.name, at - o.base, o.bytes, o.place)
+                let place = format!("offset {} of an allocation of {} bytes on {}", at - o.base, o.bytes, o.place);
+                format!("{} {message} (at {place})", self.name)
             }
-            None => format!("{} {message}, at {at:#x}", self.name),
+            None => format!("{} {message} (at address {at:#x})", self.name),
         });
     }
 
@@ -572,9 +573,9 @@ mod tests {
         let a = thread(0, 3, 1, 1);
         assert!(!conflict(a, a, false) && !conflict(0, a, false));
         assert!(conflict(a, thread(0, 4, 1, 1), false) && conflict(a, thread(0, 40, 1, 1), false));
-        assert!(!conflict(a, thread(0, 4, 1, 2), false), "a barrier of the warp");
-        assert!(conflict(a, thread(0, 40, 1, 2), false), "a barrier of another warp");
-        assert!(!conflict(a, thread(0, 40, 2, 1), false), "a barrier of the block");
+        assert!(!conflict(a, thread(0, 4, 1, 2), false), "a barrier of the warp prevents a conflict");
+        assert!(conflict(a, thread(0, 40, 1, 2), false), "a barrier of another warp does not prevent a conflict");
+        assert!(!conflict(a, thread(0, 40, 2, 1), false), "a barrier of the block prevents a conflict");
         assert!(conflict(a, thread(1, 3, 2, 2), false) && !conflict(a, thread(1, 3, 2, 2), true));
     }
 

@@ -2,7 +2,7 @@
 //!
 //! The dynamic linker reads its search path when a process starts. A test therefore starts a child process, which runs
 //! the test program itself with other arguments, or another program. [`command`] returns the child's command, and
-//! [`SimReport::read`](crate::SimReport::read) reads its report.
+//! [`SimReport::read`](crate::SimReport::read) reads the child's report.
 
 use std::ffi::OsStr;
 use std::io;
@@ -94,7 +94,7 @@ pub fn case() -> String {
     let name = case.clone();
     std::thread::spawn(move || {
         std::thread::sleep(CHILD_WITHIN);
-        eprintln!("{name}: not done after {CHILD_WITHIN:?}");
+        eprintln!("{name}: the case has not ended after {CHILD_WITHIN:?}");
         std::process::exit(124);
     });
     case
@@ -124,16 +124,16 @@ pub fn run_child(case: &str, devices: usize, policy: &str, seed: u64, fault: Opt
 /// # Panics
 /// Like [`run_child`].
 pub fn run_child_in(case: &str, devices: usize, policy: &str, seed: u64, environment: &[(&str, &str)]) -> ChildRun {
-    let folder = tempfile::tempdir().expect("a folder");
-    let program = std::env::current_exe().expect("this program");
-    let mut child = command(program, folder.path(), devices, policy, seed).expect("the software device");
+    let folder = tempfile::tempdir().expect("the temporary folder is writable");
+    let program = std::env::current_exe().expect("the program has a path");
+    let mut child = command(program, folder.path(), devices, policy, seed).expect("the software device is built");
     child.args(["--ignored", "--exact", "child", "--nocapture"]).env(CASE, case);
     child.envs(environment.iter().copied());
-    let output = child.output().expect("a child");
+    let output = child.output().expect("this program starts");
     let text = String::from_utf8_lossy(&output.stderr);
     let tail: String = text.lines().rev().take(60).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n");
-    assert!(output.status.success(), "{case}, {policy}, seed {seed}:\n{tail}");
-    let report = SimReport::read(folder.path()).expect("a report");
+    assert!(output.status.success(), "{case} failed under {policy}, seed {seed}:\n{tail}");
+    let report = SimReport::read(folder.path()).expect("the child has written a report");
     ChildRun { stdout: String::from_utf8_lossy(&output.stdout).into_owned(), report }
 }
 

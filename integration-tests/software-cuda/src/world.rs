@@ -281,7 +281,7 @@ pub fn machine() -> &'static SoftwareMachine {
     let machine = WORLD.get_or_init(|| SoftwareMachine::new(SoftwareConfig::from_environment()));
     START.call_once(|| {
         let executor = std::thread::Builder::new().name("software-cuda".into()).stack_size(16 << 20);
-        executor.spawn(|| crate::scheduler::execute(machine)).expect("a thread for the executor");
+        executor.spawn(|| crate::scheduler::execute(machine)).expect("the executor's thread starts");
         crate::exit::report_at_exit();
     });
     machine

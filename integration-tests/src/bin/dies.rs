@@ -47,7 +47,7 @@ enum Target {
 #[derive(Clone, Debug)]
 struct DeathPlan {
     target: Target,
-    /// Whether this process has the rank RANK. It then signals itself or, if the target is `Launcher`, its launcher.
+    /// Whether this process has the rank RANK. If so, it signals itself or, if the target is `Launcher`, its launcher.
     is_own: bool,
     step: u64,
     phase: String,
@@ -158,7 +158,7 @@ fn wait_for_death() {
     }
 }
 
-/// Whether the process named in the file `died` has ended or is stopped.
+/// Whether the process named in the file `died` has ended or is frozen.
 fn victim_is_dead() -> bool {
     let Ok(text) = fs::read_to_string("died") else { return false };
     let pid = text.trim_end().rsplit(' ').next().unwrap_or_default();
@@ -191,7 +191,7 @@ impl tracing::Subscriber for Watch {
     fn exit(&self, _: &span::Id) {}
 }
 
-/// Appends a line to the log, which covers all restarts. Only the first process writes it.
+/// Appends a line to the log of all restarts, if this is the first process of the job. Other processes do not log.
 fn log_line(is_first: bool, line: String) -> Result<()> {
     if is_first {
         OpenOptions::new().create(true).append(true).open("log")?.write_all(format!("{line}\n").as_bytes())?;

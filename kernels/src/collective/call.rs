@@ -73,7 +73,8 @@ pub enum CollectiveKind {
         parts: Regions,
     },
     /// `(part) -> (other part)`: each member contributes its region of `sources` and receives its region of `targets`.
-    /// A member takes each element from its own source or, if that lacks the element, from the first source with it.
+    /// A member takes each element from its own source or, if its source lacks the element, from the first source that
+    /// has the element.
     AllToAll {
         /// The region that each member contributes.
         sources: Regions,

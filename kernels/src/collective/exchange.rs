@@ -1,7 +1,7 @@
 //! Checks the buffers and terms of a collective, and computes its result by reading other members' memory.
 //!
-//! - EXCHANGE-1: a member writes only its own y. It writes no part of y that another member reads between the same two
-//!   barriers.
+//! - EXCHANGE-1: a member writes only its own y. Between two barriers, it writes no part of y that another member reads
+//!   between these barriers.
 #![allow(unsafe_code)]
 
 use crate::collective::call::{CollectiveCall, CollectiveKind, ReduceOp};
@@ -386,7 +386,7 @@ pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Resu
         // The root's x is also its y: there is nothing to copy, and other members read that memory.
         CollectiveKind::Broadcast { root } if member == *root && x.at(0) == y.at(0) => {}
         CollectiveKind::Broadcast { root } => {
-            // SAFETY: x and y are whole views of one size. Nobody writes the root's x: the root's y is other memory.
+            // SAFETY: x and y are whole views of equal size. Nobody writes the root's x: its y is other memory.
             unsafe { copy_part(&buffers.xs[*root], 0, y, 0, y.elements, bypass_caches) };
         }
         CollectiveKind::Send { .. } | CollectiveKind::Receive { .. } => {}

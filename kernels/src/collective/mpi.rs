@@ -149,7 +149,7 @@ impl Mpi {
             let is_invalid = |(i, p): (usize, &c_int)| *p as u32 >= world.size() || processes[..i].contains(p);
             if processes.iter().enumerate().any(is_invalid) {
                 let expected =
-                    format!("members of group {} in different processes, numbered below {}", group.id, world.size());
+                    format!("distinct process numbers below {}, one per member of group {}", world.size(), group.id);
                 return Err(KernelError::arguments("collectives by MPI", "group", expected, format!("{processes:?}")));
             }
             let Some(member) = processes.iter().position(|p| *p as u32 == world.rank()) else { continue };
@@ -195,7 +195,7 @@ struct Call<'a> {
 /// The error of a call, and whether its transfers have completed.
 enum CallError {
     Completed(KernelError),
-    /// A transfer is in flight and never completes (MPI-2).
+    /// A transfer is in flight, and may never complete (MPI-2).
     InFlight(KernelError),
 }
 
@@ -451,8 +451,8 @@ impl Collective for Mpi {
         let known = self.groups.get(&call.group.id);
         let known = known.filter(|known| known.group.ranks == call.group.ranks && known.member == call.member);
         let (Some(known), true) = (known, peer != Some(call.member)) else {
-            let got = format!("member {} of group {} of {:?}", call.member, call.group.id, call.group.ranks);
-            let expected = "this process's member of a known group";
+            let got = format!("member {} of group {} with ranks {:?}", call.member, call.group.id, call.group.ranks);
+            let expected = "this process's member of a group of the engine";
             return Err(KernelError::arguments(call.name(), "member", expected, got));
         };
         let mut state = known.state.lock();

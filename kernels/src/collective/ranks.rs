@@ -149,7 +149,7 @@ impl Grid {
             rank = rank.wrapping_add_signed(axis.stride.wrapping_mul((rest % axis.count) as isize));
             rest /= axis.count;
         }
-        assert!(rest == 0, "member {member} of {} ranks", self.len());
+        assert!(rest == 0, "there is no member {member} among {} ranks", self.len());
         rank
     }
 
@@ -290,7 +290,7 @@ mod tests {
             }
             check(&ranks, &list);
         }
-        assert!(grids > 1000 && lists > 500, "{grids} grids, {lists} lists");
+        assert!(grids > 1000 && lists > 500, "only {grids} grids, {lists} lists");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Collectives between devices of several processes of one node. Members post their calls on a board in shared memory,
 //! and then read each other's arenas directly.
 //!
-//! MEET-3 (see `rendezvous`) holds. MEET-1 (see `in_process`) holds except under NODE-2. NODE-1 replaces MEET-2:
+//! MEET-3 (see `rendezvous`) holds. MEET-1 (see `in_process`) holds except in calls of NODE-2. NODE-1 replaces MEET-2:
 //! - NODE-1: a peer may die or freeze at any time, so every wait ends once any process aborts. Partial results of an
 //!   aborted call are invalid.
 //! - NODE-2: if no member's x in a collective exceeds `COPY_BYTES_MAX`, each member copies its x to the board, and does
@@ -24,7 +24,7 @@ use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Membe
 use crate::error::{KernelError, Result};
 use crate::memory::{Arena, View};
 
-/// If two calls differ, a member waits for the other member's description of its call for at most this many [`TICK`]s.
+/// After a mismatch of calls, a member waits at most this many [`TICK`]s until the other member has described its call.
 const DESCRIPTION_TICKS_MAX: u32 = 50;
 
 /// The engine of groups whose members run in several processes of one node. Each process has one engine.
@@ -101,7 +101,8 @@ impl SharedMemory {
     }
 
     fn check_aborted(&self) -> Result<()> {
-        // Prefers the cause on the board: the first of all processes. If its writer died, the board has no cause.
+        // Prefers the cause on the board: that of the first abort by any process. If the process that aborted first has
+        // died before it wrote its cause, the board has none.
         match self.board.aborted() {
             Some(cause) => Err(KernelError::Aborted { cause }),
             None => self.abort_status.check(),
@@ -109,7 +110,7 @@ impl SharedMemory {
     }
 }
 
-/// The largest contribution of any member, in bytes, and a function that returns each member's number of elements.
+/// The bytes of the largest contribution, and a function that returns the number of elements that a member contributes.
 fn contributions(call: &CollectiveCall, own_elements: usize) -> (usize, impl Fn(usize) -> usize) {
     let regions = match &call.kind {
         CollectiveKind::AllGather { parts } => Some(parts),
@@ -171,7 +172,8 @@ impl Call<'_> {
         (0..self.members()).for_each(|member| self.other(member).offer.wake_waiters());
     }
 
-    /// Waits for the description of another member's call, for an error text. A live member publishes it within a tick.
+    /// Returns the description of another member's call, once that member has published it. A live member does so
+    /// within a tick.
     fn wait_for_description(&self, member: usize) -> String {
         let until = Instant::now() + TICK * DESCRIPTION_TICKS_MAX;
         loop {
@@ -185,7 +187,8 @@ impl Call<'_> {
         }
     }
 
-    /// Fails the group: the calls of this member and of `other` differ. The error names the one with the rarer call.
+    /// Fails the group, because this member's call differs from that of `other`. The error names the
+    /// one of these two members whose call fewer members make.
     fn fail_disagreement(&self, other: usize) -> KernelError {
         let (member, own_call) = (self.call.member, self.describe());
         self.slot.publish_call(&own_call);
@@ -252,7 +255,7 @@ impl Call<'_> {
             arrivals_counter.wake_waiters();
             return Ok(());
         }
-        // Other members may have reached the next barrier already.
+        // The counter may exceed the target, because other members may have arrived at the next barrier already.
         let done = |arrivals: u32| arrivals.wrapping_sub(target) as i32 >= 0;
         self.wait(arrivals_counter, &done, mismatched_peer)
     }

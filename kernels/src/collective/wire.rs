@@ -7,10 +7,13 @@
 //! - WIRE-3: every wait ends on an abort, on a failure of the group, or at the end of a connection. While this member
 //!   has bytes to send, a wait also ends on the write timeout. A failed group stays failed.
 //!
-//! Memory: from its first call on, a member of a group holds [`SCRATCH_BYTES`] and about 17 KiB per other member.
-//! Within a node the kernel buffers at most 1 MiB per direction of a connection.
+//! A member has links only to members with which it exchanges data ([`peers`]). So a member of an all-reduce among n
+//! members has at most log2(n) + 2 links. These links are enough to detect different calls, see the module `port`.
+//!
+//! Memory: from its first call on, a member of a group holds [`SCRATCH_BYTES`] and about 17 KiB per link. Within a node
+//! the kernel buffers at most 1 MiB per direction of a connection.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::io;
@@ -25,7 +28,8 @@ use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Membe
 use crate::error::{KernelError, Result};
 use crate::hash::Fnv;
 use crate::memory::{View, Words};
-use crate::tensor::{DType, Region};
+use crate::tensor::regions::Regions;
+use crate::tensor::{DType, Region, element_count};
 
 mod channel;
 mod flow;
@@ -44,7 +48,8 @@ mod tree;
 pub use channel::{Channel, SealedStream};
 use link::{Context, Link};
 use parking_lot::Mutex;
-use port::{GroupStatus, Port};
+use port::{MemberStatus, Port};
+use tree::Tree;
 
 /// Size of a member's buffer for data in transit, in bytes.
 pub const SCRATCH_BYTES: usize = flow::SLOTS * flow::PIECE_WORDS * size_of::<f32>();
@@ -61,9 +66,29 @@ pub type ChannelKey = (u32, usize, usize);
 /// Creates a group's channel from one member (first index) to another (second). Called once per pair; must not block.
 pub type Connect = dyn Fn(&Group, usize, usize) -> io::Result<Channel> + Send + Sync;
 
-/// The members to which `member` needs a channel: all other members, since any two members may exchange tensors.
-pub fn peers(group: &Group, member: usize) -> Vec<usize> {
-    (0..group.ranks.len()).filter(|&peer| peer != member).collect()
+/// The members to which `member` needs a channel, in a collective of this kind among `members` members. If a is a peer
+/// of b, then b is a peer of a. The peers of an all-reduce include those of the ring and of the tree, because the size
+/// of the tensor decides between them.
+pub fn peers(kind: &CollectiveKind, members: usize, member: usize) -> BTreeSet<usize> {
+    let ring = ring::neighbours(members, member);
+    let mut peers: BTreeSet<usize> = match kind {
+        CollectiveKind::AllReduce { .. } => Tree::new(members, member, 0).neighbours().chain(ring).collect(),
+        CollectiveKind::ReduceScatter { .. } => ring.into(),
+        CollectiveKind::AllGather { parts } if is_disjoint(parts) => ring.into(),
+        CollectiveKind::AllGather { parts } => {
+            pairs::peers(member, &parts.list(), &vec![Region::whole(&parts.bounds()); members])
+        }
+        CollectiveKind::AllToAll { sources, targets } => pairs::peers(member, &sources.list(), &targets.list()),
+        CollectiveKind::Broadcast { root } => Tree::new(members, member, *root).neighbours().collect(),
+        CollectiveKind::Send { to: peer } | CollectiveKind::Receive { from: peer } => [*peer].into(),
+    };
+    peers.remove(&member);
+    peers
+}
+
+/// True if no two parts of an all-gather overlap. Together, the parts cover the tensor.
+fn is_disjoint(parts: &Regions) -> bool {
+    parts.elements_sum() == element_count(&parts.bounds())
 }
 
 /// The engine of devices whose processes communicate over sockets. A process has one engine for all its members.
@@ -78,10 +103,14 @@ pub struct Wire {
     tree_bytes_max: AtomicUsize,
 }
 
+/// A member, which its running call locks, and its status.
+type SharedMember = (Arc<Mutex<Member>>, Arc<MemberStatus>);
+
 #[derive(Default)]
 struct Groups {
-    members: HashMap<(u32, usize), Arc<Mutex<Member>>>,
-    statuses: HashMap<u32, Arc<GroupStatus>>,
+    members: HashMap<(u32, usize), SharedMember>,
+    /// The failure of each group, set by any of its members in this process.
+    failures: HashMap<u32, Arc<OnceLock<KernelError>>>,
     /// All channels in use, so that an abort can shut them down.
     channels: Vec<Arc<Channel>>,
 }
@@ -98,7 +127,8 @@ impl fmt::Debug for Wire {
 }
 
 impl Wire {
-    /// Creates an engine over authenticated connections from each local member of a group to each of its [`peers`].
+    /// Creates an engine over authenticated connections. They must connect each local member of a group with its
+    /// [`peers`] in all calls of the group.
     ///
     /// If a write makes no progress for `write_timeout`, the group fails. A write makes no progress while the receiver
     /// is late, so the timeout must exceed the largest delay between two members within a step.
@@ -114,7 +144,7 @@ impl Wire {
         }
     }
 
-    /// Creates an engine without connections. Each member creates its connections to the group at its first call.
+    /// Creates an engine without connections. Each member connects to all other members of the group at its first call.
     pub fn with_connector(connect: Box<Connect>, write_timeout: Duration) -> Self {
         Self { connect: Some(connect), ..Self::new(BTreeMap::new(), write_timeout) }
     }
@@ -125,37 +155,40 @@ impl Wire {
         self.tree_bytes_max.store(bytes.min(SCRATCH_BYTES), Ordering::Relaxed);
     }
 
-    fn channel(&self, group: &Group, member: usize, peer: usize) -> io::Result<Channel> {
-        let existing = self.unused_channels.lock().remove(&(group.id, member, peer));
-        match (existing, &self.connect) {
-            (Some(channel), _) => Ok(channel),
-            (None, Some(connect)) => connect(group, member, peer),
-            (None, None) => Err(io::Error::other("no channel exists")),
+    /// The member's channels, by peer.
+    fn channels(&self, group: &Group, member: usize) -> Vec<(usize, io::Result<Channel>)> {
+        if let Some(connect) = &self.connect {
+            let others = (0..group.ranks.len()).filter(|peer| *peer != member);
+            return others.map(|peer| (peer, connect(group, member, peer))).collect();
         }
+        let own = (group.id, member, 0)..=(group.id, member, usize::MAX);
+        let mut unused = self.unused_channels.lock();
+        unused.extract_if(own, |_, _| true).map(|((.., peer), channel)| (peer, Ok(channel))).collect()
     }
 
     /// Returns the member's state. The first call creates its links.
-    fn member(&self, call: &CollectiveCall) -> Result<(Arc<Mutex<Member>>, Arc<GroupStatus>)> {
+    fn member(&self, call: &CollectiveCall) -> Result<SharedMember> {
         let (group, member) = (&call.group, call.member);
         let mut groups = self.groups.lock();
-        let new_status = || Arc::new(GroupStatus::new(group.clone(), self.aborted.clone()));
-        let status = groups.statuses.entry(group.id).or_insert_with(new_status).clone();
-        status.check()?;
-        if let Some(found) = groups.members.get(&(group.id, member)) {
-            return Ok((found.clone(), status));
+        if let Some((found, status)) = groups.members.get(&(group.id, member)) {
+            status.check()?;
+            return Ok((found.clone(), status.clone()));
         }
+        let failed = groups.failures.entry(group.id).or_default().clone();
+        let status = Arc::new(MemberStatus::new(group.clone(), member, self.aborted.clone(), failed));
+        status.check()?;
         let context = Context { group: group.clone(), member, digest: 0, text: String::new(), peer: None };
-        let mut links: Vec<Option<Link>> = group.ranks.iter().map(|_| None).collect();
-        for peer in peers(group, member) {
+        let mut links = BTreeMap::new();
+        for (peer, channel) in self.channels(group, member) {
             let failed = |error: io::Error| context.link_error(peer, format!("cannot connect: {error}"));
-            let channel = Arc::new(self.channel(group, member, peer).map_err(failed)?);
+            let channel = Arc::new(channel.map_err(failed)?);
             channel.prepare().map_err(failed)?;
             groups.channels.push(channel.clone());
-            links[peer] = Some(Link::new(channel, peer));
+            links.insert(peer, Link::new(channel, peer));
         }
         let port = Port::new(context, links, status.clone(), self.write_timeout);
         let created = Arc::new(Mutex::new(Member { port, scratch: vec![0.0; SCRATCH_BYTES / size_of::<f32>()] }));
-        groups.members.insert((group.id, member), created.clone());
+        groups.members.insert((group.id, member), (created.clone(), status.clone()));
         Ok((created, status))
     }
 }
@@ -170,7 +203,7 @@ impl Member {
         tree_bytes_max: usize,
     ) -> Result<()> {
         let Self { port, scratch } = self;
-        let (n, all) = (call.group.ranks.len(), words.y.len());
+        let n = call.group.ranks.len();
         match &call.kind {
             CollectiveKind::AllReduce { op } => {
                 let tree_bytes_max = if n == 2 { tree_bytes_max / 4 } else { tree_bytes_max };
@@ -189,8 +222,7 @@ impl Member {
                 ring::reduce_scatter(port, words, scratch, *op, (x_shape, &parts.list()))
             }
             CollectiveKind::AllGather { parts } => {
-                let disjoint = parts.elements_sum() == all;
-                if disjoint && n > 1 {
+                if is_disjoint(parts) && n > 1 {
                     return ring::all_gather(port, words, scratch, (y_shape, &parts.list()));
                 }
                 let targets = vec![Region::whole(y_shape); n];
@@ -250,7 +282,7 @@ impl Collective for Wire {
     }
 
     fn waits(&self) -> Vec<MemberWait> {
-        self.groups.lock().statuses.values().flat_map(|status| status.waits()).collect()
+        self.groups.lock().members.values().filter_map(|(_, status)| status.wait()).collect()
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {

@@ -101,7 +101,7 @@ pub(super) fn run(report: &mut Report, make: &Make<'_>, requirements: &EngineReq
     if members_max >= 3
         && let Err(error) = concurrent(report, make, any_order)
     {
-        report.fail("groups in flight at once", error);
+        report.fail("groups in flight at the same time", error);
     }
     if members_max >= 3 && compares_calls {
         disagreements(report, make);
@@ -183,8 +183,8 @@ fn cut(whole: &[f32], shape: &[usize], region: &Region) -> Vec<f32> {
     (0..region.element_count()).map(|index| whole[flat(index, region, shape)]).collect()
 }
 
-/// Combines the members' values of the owner's part in f32. The order is the one that every engine must keep: from the
-/// member after the owner to the owner.
+/// Combines the members' values of the part that `owner` owns, in f32. Every engine must keep this order: it begins
+/// with the member after the owner, and ends with the owner.
 fn combine(op: ReduceOp, owner: usize, members: &[Vec<f32>]) -> Vec<f32> {
     let n = members.len();
     let mut sum = members[(owner + 1) % n].clone();
@@ -265,9 +265,9 @@ impl Suite<'_> {
             }
             let after = member.arena.read_host(Y + 4 * element_count(&role.y_shape), &[1], DType::F32)?;
             let untouched = after.as_f32().is_some_and(|after| after[0].is_nan());
-            self.report.expect(&check, untouched, "wrote past the end of y");
+            self.report.expect(&check, untouched, "the collective wrote past the end of y");
             let (bytes, expected) = (received(member) - bytes_before, 4 * role.received_elements as u64);
-            self.report.expect(&check, bytes == expected, format!("counted {bytes} bytes, not {expected}"));
+            self.report.expect(&check, bytes == expected, format!("expected {expected} received bytes, got {bytes}"));
         }
         Ok(())
     }
@@ -408,7 +408,7 @@ fn concurrent(report: &mut Report, make: &Make<'_>, any_order: bool) -> Result<(
     for (end, arena, offset) in &ends {
         wait(end)?;
         let got = arena.read_host(*offset, &[elements], DType::F32)?;
-        report.close("groups in flight at once", &got, &vec![2.0; elements], 1e-4);
+        report.close("groups in flight at the same time", &got, &vec![2.0; elements], 1e-4);
     }
     Ok(())
 }
@@ -423,14 +423,14 @@ fn disagreements(report: &mut Report, make: &Make<'_>) {
         ("a different shape", 0, sum(), [5, 5]),
         ("a different kind", 0, gather(), [2, 6]),
         ("buffers that do not fit", 0, sum(), [6, 5]),
-        // The odd member sends to member 0 instead of joining the all-reduce.
+        // One member sends to member 0, or receives from it, instead of joining the all-reduce.
         ("a send", 1, CollectiveKind::Send { to: 0 }, [6, 0]),
         ("a receive", 1, CollectiveKind::Receive { from: 0 }, [0, 6]),
     ];
     for (what, first, different_kind, different_shape) in cases {
         // All members must receive the error, no matter which member arrives first.
         for odd_member in first..3 {
-            let check = format!("member {odd_member} of 3 calls {what}");
+            let check = format!("member {odd_member} of 3 with {what}");
             let result = members(make, 3).and_then(|members| {
                 let group = Arc::new(Group { id: 1, ranks: vec![0, 1, 2].into() });
                 let mut ends = Vec::new();
@@ -445,7 +445,7 @@ fn disagreements(report: &mut Report, make: &Make<'_>) {
                 matches!(result, Err(KernelError::CollectiveMismatch { .. } | KernelError::Arguments { .. }))
             };
             let all_report = result.as_ref().is_ok_and(|results| results.iter().all(is_mismatch));
-            report.expect(&check, all_report, format!("{result:?}"));
+            report.expect(&check, all_report, format!("got {result:?}"));
         }
     }
 }
@@ -477,6 +477,7 @@ fn abort(report: &mut Report, check: &str, make: &Make<'_>, kind: CollectiveKind
     let expected = Err(KernelError::Aborted { cause: "aborted by the test".to_owned() });
     let first = wait(&waiting);
     let later = run_program(&members[0].stream, vec![launch], &[&members[0].arena], false);
-    report.expect(check, started && first == expected && later == expected, format!("{first:?}, then {later:?}"));
+    let what = format!("the waiting call returned {first:?}; a later call returned {later:?}");
+    report.expect(check, started && first == expected && later == expected, what);
     Ok(())
 }

@@ -66,7 +66,7 @@ impl Report {
         let tolerance = tolerance + if got.dtype() == DType::BF16 { BF16_ROUNDING } else { 0.0 };
         let Some(got) = got.to_f32() else { return self.fail(check, "the result is not a float tensor") };
         if got.len() != expected.len() {
-            return self.fail(check, format!("{} elements, expected {}", got.len(), expected.len()));
+            return self.fail(check, format!("got {} elements, expected {}", got.len(), expected.len()));
         }
         let differs = |(got, expected): (&f32, &f64)| {
             let (got, expected) = (f64::from(*got), *expected);
@@ -165,7 +165,7 @@ impl<'a> Trial<'a> {
     }
 }
 
-/// Consecutive buffers, with fences between them.
+/// Consecutive buffers. A fence, which is a gap filled with canaries, is before each buffer and after the last one.
 #[derive(Default)]
 pub(super) struct Layout {
     pub(super) fences: Vec<usize>,
@@ -206,7 +206,7 @@ impl Layout {
             let expected = Self::fence();
             let got = arena.read_host(fence, &expected.shape, DType::I32)?;
             if got != expected {
-                return Err(format!("wrote outside its buffers, into the {FENCE_BYTES} bytes at byte {fence}").into());
+                return Err(format!("the op wrote outside its buffers, into the fence at byte {fence}").into());
             }
         }
         Ok(())

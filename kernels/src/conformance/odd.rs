@@ -151,7 +151,7 @@ fn indices(report: &mut Report, device: &Device) {
             let got = Trial::new(op, &reads, &writes).launch(device);
             let expected = format!("index {bad} at position 601 is not in 0..20");
             let is_reported = got.as_ref().is_err_and(|error| error.to_string().contains(&expected));
-            report.expect(&check, is_reported, format!("{got:?}"));
+            report.expect(&check, is_reported, format!("got {got:?}"));
         }
     }
 }
@@ -179,7 +179,7 @@ fn masks(report: &mut Report, device: &Device) {
             }
         }
         let hash = hash.finish();
-        let message = format!("{start:?} of {shape:?}: {hash:#018x}, not {expected:#018x}");
+        let message = format!("part at {start:?} of shape {shape:?}: got hash {hash:#018x}, expected {expected:#018x}");
         report.expect("dropout's mask", hash == expected, message);
     }
 }

@@ -424,7 +424,7 @@ impl Suite<'_> {
                 let [plain, scaled] = [3.0 + squares, 4e-3 + squares * SQUARES_SCALE];
                 let plain = if plain > f64::from(f32::MAX) { f64::INFINITY } else { plain };
                 let expected = [(vec![3, 2], vec![1.0, 2.0, plain, scaled, 5.0, 6.0])];
-                self.compare(&format!("sum_squares of {n} of about {scale}"), &trial, &expected, 1e-6);
+                self.compare(&format!("sum_squares of {n} values of about {scale}"), &trial, &expected, 1e-6);
             }
             self.adamw(n);
         }
@@ -480,7 +480,7 @@ impl Suite<'_> {
             let reads = [grad, narrow(&[2], &[rate, f64::from(step)]), narrow(&[], &[scale])];
             let op =
                 Op::AdamW { beta1: beta1 as f32, beta2: beta2 as f32, eps: eps as f32, weight_decay: decay as f32 };
-            let check = format!("adamw of {n}, step {step}");
+            let check = format!("adamw of {n} elements, step {step}");
             let writes: Vec<Initial> = state.iter().cloned().map(Initial::Values).collect();
             let Some(got) = self.launch(&check, op, &reads, &writes) else { return };
             for (got, expected) in got.iter().zip([&p, &m, &v]) {
@@ -515,7 +515,7 @@ impl Suite<'_> {
         let [floats, widening] = [Types::Floats, Types::Widening]
             .map(|types| Trial { types, ..Trial::new(op.clone(), &reads, &writes) }.launch(self.device));
         let same = matches!((&floats, &widening), (Ok(floats), Ok(widening)) if floats == widening);
-        self.report.expect("dropout of BF16 to F32", same, format!("{widening:?}, of F32 {floats:?}"));
+        self.report.expect("dropout of BF16 to F32", same, format!("got {widening:?}, expected {floats:?}"));
     }
 
     /// Tests casts to BF16 and back, with values that round up, down and to even, and launches that must be rejected.
@@ -538,22 +538,22 @@ impl Suite<'_> {
             let halves = HostTensor::bf16(&[n], y.as_f32().unwrap_or_default());
             let poison = [Initial::Values(filled(&[n], DType::BF16, f32::NAN))];
             let got = Trial::new(Op::Cast, std::slice::from_ref(&x), &poison).launch(self.device);
-            self.report.expect("cast to BF16", got.as_ref().is_ok_and(|got| got[0] == halves), format!("{got:?}"));
+            self.report.expect("cast to BF16", got.as_ref().is_ok_and(|got| got[0] == halves), format!("got {got:?}"));
             let got = Trial::new(Op::Cast, &[halves], &[Initial::Poison(vec![n])]).launch(self.device);
-            self.report.expect("cast to F32", got.as_ref().is_ok_and(|got| got[0] == y), format!("{got:?}"));
+            self.report.expect("cast to F32", got.as_ref().is_ok_and(|got| got[0] == y), format!("got {got:?}"));
         }
         let nan = [HostTensor::f32(&[1], vec![f32::NAN])];
         let zero = [Initial::Values(HostTensor::bf16(&[1], &[0.0]))];
         let got = Trial::new(Op::Cast, &nan, &zero).launch(self.device);
         let is_nan = got.as_ref().is_ok_and(|got| wide(&got[0])[0].is_nan());
-        self.report.expect("cast of NaN", is_nan, format!("{got:?}"));
+        self.report.expect("cast of NaN", is_nan, format!("got {got:?}"));
         let x = [HostTensor::bf16(&[2], &[1.0, 2.0])];
         let half_sum = [Initial::Values(HostTensor::bf16(&[2], &[0.0; 2]))];
         let trial = Trial { accumulate: true, ..Trial::new(Op::Copy, &x, &half_sum) };
-        self.report.expect("a sum in BF16", trial.launch(self.device).is_err(), "accepted");
+        self.report.expect("a sum in BF16", trial.launch(self.device).is_err(), "the launch was accepted");
         let squares = [Initial::Values(HostTensor::f32(&[1, 2], vec![0.0; 2]))];
         let trial = Trial::new(Op::SumSquares { index: 0 }, &x, &squares);
-        self.report.expect("a norm of BF16", trial.launch(self.device).is_err(), "accepted");
+        self.report.expect("a norm of BF16", trial.launch(self.device).is_err(), "the launch was accepted");
     }
 
     fn dropouts(&mut self) {
@@ -628,11 +628,11 @@ impl Suite<'_> {
         ];
         for (what, op, reads, writes) in cases {
             let accepted = Trial::new(op.clone(), &reads, &writes).launch(self.device).is_ok();
-            self.report.expect(&format!("{} rejects {what}", op.name()), !accepted, "accepted");
+            self.report.expect(&format!("{} rejects {what}", op.name()), !accepted, "it was accepted");
         }
         let (reads, writes) = ([x], [poison(&[2, 3])]);
         let trial = Trial { accumulate: true, ..Trial::new(Op::Gelu, &reads, &writes) };
-        self.report.expect("gelu rejects accumulate", trial.launch(self.device).is_err(), "accepted");
+        self.report.expect("gelu rejects accumulate", trial.launch(self.device).is_err(), "it was accepted");
     }
 }
 

@@ -37,7 +37,7 @@ impl CustomKernel for TestKernel {
         let failed = |message: &str| KernelError::Custom { name: self.name().to_owned(), message: message.to_owned() };
         match self {
             TestKernel::Gate(opened) => {
-                opened.lock().recv_timeout(TIMEOUT).map(Stamped::open).map_err(|_| failed("never opened"))
+                opened.lock().recv_timeout(TIMEOUT).map(Stamped::open).map_err(|_| failed("the gate stays closed"))
             }
             TestKernel::Panics => panic!("on purpose"),
             TestKernel::Mixed => {

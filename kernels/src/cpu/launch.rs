@@ -76,7 +76,7 @@ impl Runner {
     }
 }
 
-/// Returns the index of a finished launch's first write with Inf or NaN values that are errors, and their number.
+/// For a finished launch, returns the index of the first write with erroneous Inf or NaN values, and their number.
 pub(crate) fn not_finite(launch: &Launch, bases: &[Base]) -> Option<(usize, usize)> {
     let args = Args::resolve(launch, bases, false).ok()?;
     let count = |write: &View<'_>| {

@@ -1,5 +1,5 @@
-//! The scratch memory of a CPU stream. Every launch reuses it: first one part per thread, then the tensors that the
-//! launch widens from bf16. It is not in the plan's arena, because its size depends on the number of threads.
+//! The scratch memory of a CPU stream: one part per thread, followed by the tensors that a launch widens from bf16.
+//! Every launch reuses it. It is not in the plan's arena, because its size depends on the number of threads.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

@@ -47,7 +47,7 @@ impl Attention {
 #[derive(Debug, Default)]
 pub(crate) struct AttentionCounters([PassCounters; 2]);
 
-/// Number of launches of one pass: all launches, and the launches that cuDNN ran.
+/// Launch counts of one pass: all launches, and the launches that cuDNN ran.
 #[derive(Debug, Default)]
 struct PassCounters {
     all: AtomicU64,

@@ -4,7 +4,7 @@
 //
 // A block is four warps. Each warp has 16 of the block's 64 rows. CUDA does not specify the position of an element in a
 // fragment, so each warp determines it once by loading a matrix of numbered elements. Masks, exponentials and row
-// factors then work on fragments. Only the softmax sums and the probabilities go through shared memory. D is the head's
+// factors apply to fragments. Only the softmax sums and the probabilities go through shared memory. D is the head's
 // depth rounded up to a compiled depth. The extra dims are zeros in shared memory.
 
 #include <mma.h>
@@ -204,7 +204,7 @@ struct Softmax {
     float best, total;
 
     // Converts scores to probabilities, relative to 2^best. `past` is the number of columns that are not in the future.
-    // Returns the factor for the earlier sums.
+    // Returns the factor by which the caller must multiply the earlier sums.
     INLINE float add(const float* scores, bf16* p, float factor, i64 past) {
         const int half = threadIdx.x % 2;
         float values[8][4], most = best;
@@ -272,7 +272,7 @@ INLINE void attention(const bf16* q, const bf16* k, const bf16* v, void* o, int 
         load_tile<D>(k_tile, k, item, key, time, depth, whole);
         load_tile<D>(v_tile, v, item, key, time, depth, whole);
         __syncthreads();
-        // Number of tiles of 16 columns, up to and including the tile that contains the warp's last query.
+        // Number of tiles of 16 columns, up to and including the tile with the column of the warp's last query.
         const int tiles = first_row - key < 48 ? (int)(first_row - key) / 16 + 1 : 4;
         for (int t = 0; t < tiles; t++) {
             Sums dots;
@@ -302,7 +302,7 @@ INLINE void attention(const bf16* q, const bf16* k, const bf16* v, void* o, int 
             load_shared(left, p + t * 16, S_PITCH);
             add_product<D>(sums, left, v_tile + t * 16 * PITCH);
         }
-        // Scores, probabilities and factors may be overwritten after this.
+        // After this barrier, the scores, probabilities and factors may be overwritten.
         __syncwarp();
     }
     if (lane % 2 == 0) {
@@ -382,7 +382,7 @@ INLINE void attention_grad_keys(const bf16* d_o, const bf16* q, const bf16* k, c
             add_product<D>(dv_sums, left, do_tile + t * 16 * PITCH);
             load_shared(left, ds, P_PITCH);
             add_product<D>(dk_sums, left, q_tile + t * 16 * PITCH);
-            // Probabilities may be overwritten after this.
+            // After this barrier, the probabilities may be overwritten.
             __syncwarp();
         }
     }
@@ -441,7 +441,7 @@ INLINE void attention_grad_queries(const bf16* d_o, const bf16* q, const bf16* k
             Left left;
             load_shared(left, ds, P_PITCH);
             add_product<D>(sums, left, k_tile + t * 16 * PITCH);
-            // Probabilities may be overwritten after this.
+            // After this barrier, the probabilities may be overwritten.
             __syncwarp();
         }
     }

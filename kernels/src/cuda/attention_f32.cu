@@ -1,7 +1,7 @@
 // Causal attention and its gradient in f32. Tiles are in shared memory and sums in registers; scores are not stored
-// (Dao et al. 2022, https://arxiv.org/abs/2205.14135). The gradient recomputes the probabilities from lse. One kernel
-// computes dk and dv by blocks of keys, another computes dq by blocks of queries. Each sum has one owner and a fixed
-// order.
+// (Dao et al. 2022, https://arxiv.org/abs/2205.14135). The gradient recomputes the probabilities from lse, the log of
+// each row's sum of exponentials. One kernel computes dk and dv by blocks of keys, another computes dq by blocks of
+// queries. Each sum has one owner and a fixed order.
 //
 // A block is 256 threads, viewed as 16 by 16. Thread (x, y) has R rows, y * R + i, and the columns x + 16 j of a tile.
 // D is the head's depth rounded up to a compiled depth. The extra dims are zeros in shared memory. An item is a (batch,
@@ -185,7 +185,7 @@ INLINE void attention(const float* q, const float* k, const float* v, float* o, 
 
 // Computes dk = scale ds' q and dv = p' do for a block of keys. Here, ' is the transpose, the scores are s = q k', the
 // probabilities are p = e^(scale s - lse), and ds = p (do v' - delta). delta holds the row sums of do * o. The products
-// sum over the queries of this block and of all later blocks.
+// sum over the queries from the position of the block's first key on.
 template <int D>
 INLINE void attention_grad_keys(const float* d_o, const float* q, const float* k, const float* v, const float* lse,
                                 const float* delta, float* dk, float* dv, i64 time, int heads, int depth, i64 blocks,

@@ -33,7 +33,7 @@ pub(crate) struct ProductPlans {
 struct Key {
     dims: [u64; 3],
     transposed: [bool; 2],
-    /// The matrices a, b and d without their places: of the addresses, a plan depends only on the alignment.
+    /// The matrices a, b and d without their places: a plan depends only on the alignment of the addresses.
     matrices: [Matrix; 3],
     accumulates: bool,
     /// Alignments of a, b and d, in bytes.
@@ -253,7 +253,7 @@ impl Plan {
 
 impl Drop for Plan {
     fn drop(&mut self) {
-        // SAFETY: the handles were created in `new` and are destroyed once. Products in progress use copies of them.
+        // SAFETY: the handles were created in `new` and are destroyed once. Products in progress use copies.
         unsafe {
             for layout in [self.a, self.b, self.d] {
                 let _ = sys::cublasLtMatrixLayoutDestroy(layout.0);

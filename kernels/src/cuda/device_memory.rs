@@ -15,7 +15,7 @@ use crate::memory::{DeviceStorage, Tally, View};
 pub(crate) struct DeviceMemory {
     pub(crate) gpu: Arc<Gpu>,
     rank: usize,
-    /// Stamped after the zeroing, so that for the race checker, a thread that reads the address acts after the zeroing.
+    /// Stamped after the zeroing. The race checker orders it before all accesses by threads that read the address.
     address: Stamped<u64>,
     bytes: usize,
     tally: Arc<Tally>,
@@ -87,8 +87,8 @@ impl Drop for DeviceMemory {
         self.tally.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
         self.releases.join();
         if self.bytes > 0 && self.gpu.context.bind_to_drop() {
-            // SAFETY: the memory was allocated in `new` and is freed once. No work uses it: submissions keep their
-            // arenas until they end. If the call fails, `check` stores an error that makes the context unusable.
+            // SAFETY: the memory was allocated in `new` and is freed once. No work uses it: a submission keeps its
+            // arenas until it ends. If the call fails and makes the context unusable, `check` stores the error.
             let result = unsafe { sys::cuMemFree_v2(*self.address.get()) };
             let _ = self.gpu.context.check(result, "cuMemFree", &self.gpu.place());
         }

@@ -86,7 +86,7 @@ INLINE void embedding_grad(const int* ids, const T* dy, float* dtable, i64 count
                 sums[column] = sum;
             }
         }
-        // After this, threads may overwrite counts and matches.
+        // After this barrier, threads may overwrite counts and matches.
         __syncthreads();
     }
 }

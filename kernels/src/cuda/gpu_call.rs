@@ -28,7 +28,7 @@ pub(crate) struct GpuCall<'a> {
 
 impl<'a> GpuCall<'a> {
     pub(crate) fn new(call: &'a CollectiveCall, bound: &'a Bound<'_>, stream: BackendObject) -> Result<Self> {
-        let other_backend = |_| KernelError::arguments(call.name(), "stream", "a CUDA stream", "another stream");
+        let other_backend = |_| KernelError::arguments(call.name(), "stream", "a CUDA stream", "another kind");
         let (x, y) = (bound.reads.first(), bound.writes.first());
         let address = |view: Option<&View<'_>>| view.map_or(Ok(0), device_address);
         let shape = |view: Option<&View<'a>>| view.map_or(&[][..], View::shape);

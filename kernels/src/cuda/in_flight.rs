@@ -16,7 +16,7 @@ pub(crate) struct InFlight {
     pub(crate) program: Arc<Program>,
     pub(crate) repeat: bool,
     notify: Mutex<Notify>,
-    /// The engine's abort statuses if the program has collectives. An aborted collective looks complete on the stream.
+    /// Empty if the program has no collectives. Checked because an aborted collective looks complete on the stream.
     abort_statuses: Arc<[AbortStatus]>,
     slot: Mutex<Option<RecordSlot>>,
 }

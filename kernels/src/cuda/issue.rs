@@ -6,7 +6,7 @@
 //!   Only a region copy may read from another GPU, and only a plain copy may use pinned memory. A submission keeps its
 //!   arenas until its work on the stream has ended.
 //! - ISSUE-2: issuing a prepared program loads, compiles and allocates nothing. The driver may delay a load or an
-//!   allocation until the GPU's queues are empty. If a collective in a queue waits for the caller, both wait forever.
+//!   allocation until the GPU's queues are empty. If a collective in a queue waits for this thread, both wait forever.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -135,7 +135,7 @@ impl Issuer {
                 Ok(LoweredLaunch { steps, uses_record }) => {
                     self.prepare_steps(steps, *uses_record, [&launch.reads, &launch.writes])?;
                 }
-                // Collectives and custom kernels have no steps. For any other launch, issuing it reports this error.
+                // Collectives and custom kernels are not lowered. For any other launch, `issue_next` reports the error.
                 Err(KernelError::Arguments { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -458,7 +458,7 @@ impl Issuer {
                         Arg::Pointer(place) => address_of(*place)?,
                         Arg::LaunchIndex => index as u64,
                         Arg::ErrorRecord => self.records.address(),
-                        // The bits of the other arguments are part of the lowered step.
+                        // All other arguments are constants.
                         other => other.bits().unwrap_or(0),
                     };
                 }

@@ -1,4 +1,5 @@
-//! Finds the CUDA libraries, or reports how to install them. Callers must check first: cudarc panics if one is missing.
+//! Finds the CUDA libraries, or reports how to install them. Before a library is used, `driver` or `Library::require`
+//! must have found it, because cudarc panics if it is missing.
 #![allow(unsafe_code)]
 
 use std::fmt::{self, Display};
@@ -19,7 +20,7 @@ const DRIVER_HINT: &str = "install NVIDIA's driver of version 580 or newer (Debi
 /// their values. The launcher sets the variables for its processes. A single-threaded process sets them when it starts
 /// the driver.
 pub const SETTINGS: [(&str, &str); 3] = [
-    // Libraries load all kernels at once, so that no load blocks behind a collective that waits for another GPU.
+    // Load all kernels with their library. A later load could block behind a collective that waits for another GPU.
     ("CUDA_MODULE_LOADING", "EAGER"),
     // The same for kernel data. The CUDA 13 guide says that the variable above implies this one; older guides do not.
     ("CUDA_MODULE_DATA_LOADING", "EAGER"),

@@ -19,7 +19,7 @@ use super::status::static_text;
 use super::step::SHARED_BYTES_DEFAULT;
 use crate::error::{KernelError, Result};
 
-/// Environment variable for a directory of cubins (`NAME.ARCH.cubin`), used before `cubins` next to the program.
+/// Environment variable for a directory of cubins (`NAME.ARCH.cubin`), searched before `cubins` next to the program.
 pub const CUBINS: &str = "SHARDFLOW_CUBINS";
 
 #[derive(Debug)]
@@ -228,18 +228,18 @@ mod tests {
     fn the_hint_names_missing_headers_and_their_packages() {
         let root = env::temp_dir().join(format!("shardflow-headers-{}", std::process::id()));
         let [runtime, crt] = ["runtime", "crt"].map(|name| root.join(name));
-        fs::create_dir_all(runtime.join("crt")).expect("a test folder");
-        fs::create_dir_all(crt.join("crt")).expect("a test folder");
-        fs::write(runtime.join("cuda_bf16.h"), "").expect("a file");
-        fs::write(crt.join("crt/host_defines.h"), "").expect("a file");
+        fs::create_dir_all(runtime.join("crt")).expect("the test folder is writable");
+        fs::create_dir_all(crt.join("crt")).expect("the test folder is writable");
+        fs::write(runtime.join("cuda_bf16.h"), "").expect("the test folder is writable");
+        fs::write(crt.join("crt/host_defines.h"), "").expect("the test folder is writable");
         let hint = missing_headers(std::slice::from_ref(&runtime));
         let expected =
             "crt/host_defines.h not found: pip install nvidia-cuda-crt, or set CUDA_HOME to a toolkit of CUDA 13";
         assert_eq!(hint.as_deref(), Some(expected));
         assert_eq!(missing_headers(&[runtime, crt]), None);
-        let none = missing_headers(&[]).expect("a hint for both packages");
+        let none = missing_headers(&[]).expect("both packages are missing");
         assert!(none.contains("pip install nvidia-cuda-runtime nvidia-cuda-crt,"), "{none}");
-        fs::remove_dir_all(root).expect("a test folder");
+        fs::remove_dir_all(root).expect("the test folder is writable");
     }
 
     #[test]

@@ -33,7 +33,7 @@ const SLEEP_MAX: Duration = Duration::from_micros(50);
 /// Interval at which engines check for errors while the thread is not parked.
 const CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Called when an event is done, or with an error if the context is lost (POLL-3) or the stream closed. Must not block.
+/// Called when an event is done, or with an error if the context is lost (POLL-3) or its stream closed. Must not block.
 pub(crate) type Completion = Box<dyn FnOnce(Option<&KernelError>) + Send>;
 
 pub(crate) fn set_event(event: Event) -> Completion {
@@ -171,7 +171,7 @@ impl Shared {
             }
             let queues = self.queues.lock().clone();
             let advanced = queues.iter().filter(|queue| self.advance(queue)).count();
-            // Update progress after the completions, so that the progress of completed work is always seen.
+            // Read the progress last, so that it covers all work whose completion was reported above.
             queues.iter().filter_map(|queue| queue.progress.as_ref()).for_each(|progress| progress.update());
             if advanced > 0 {
                 (last_progress, sleep) = (Instant::now(), SLEEP_MIN);

@@ -38,7 +38,8 @@ impl RowCopy {
         Self { from, to, bytes, count: 1, pitch: (0, 0) }
     }
 
-    /// Appends a row. Returns false, without effect, if its size differs or it does not continue both pitches.
+    /// Appends a row. Returns false, without effect, if the row has another size, or if the distance between rows would
+    /// then vary or exceed [`PITCH_MAX`], in the source or in the destination.
     pub(crate) fn append(&mut self, next: &RowCopy) -> bool {
         let first = (next.from - self.from, next.to - self.to);
         let pitch = if self.count == 1 { first } else { self.pitch };

@@ -2,8 +2,9 @@
 // one partial sum per part in the workspace. The shape alone determines the number of parts, so results have the same
 // bits on every device.
 
-// A block sums W * blockDim.x columns over the rows of part blockIdx.y. The blockDim.y threads of a column, a power of
-// two, take these rows in turn. `value(row, column, values)` adds W adjacent values; values after `width` are ignored.
+// A block sums W * blockDim.x columns over the rows of part blockIdx.y. The blockDim.y threads of a column take these
+// rows in turn; blockDim.y is a power of two. `value(row, column, values)` adds W adjacent values; values after `width`
+// are ignored.
 template <class V, class U>
 INLINE void column_sums(V value, U* out, i64 rows, i64 width, i64 rows_per_part, bool accumulate) {
     constexpr int W = 4;

@@ -64,7 +64,7 @@ mod tests {
     #[test]
     fn every_module_file_is_listed() {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/cuda");
-        let names = std::fs::read_dir(folder).expect("the sources").map(|entry| entry.expect("an entry").file_name());
+        let names = std::fs::read_dir(folder).expect("it exists").map(|entry| entry.expect("it is read").file_name());
         let mut names: Vec<_> = names.filter_map(|name| Some(name.to_str()?.strip_suffix(".cu")?.to_owned())).collect();
         names.sort();
         assert_eq!(names, MODULES.map(|module| module.name));

@@ -77,12 +77,13 @@ impl Op {
     }
 
     /// True if read `port` may be `BF16`. Activations, their gradients, and operands of a product may be `BF16`. Other
-    /// parameters, statistics and sums are `F32`. All reads of a launch that may be `BF16` have the same dtype.
+    /// parameters, statistics and sums are `F32`. In a launch, all reads that may be `BF16` have one dtype.
     pub fn reads_bf16(&self, port: usize) -> bool {
         self.properties().bf16_reads.contains(&port)
     }
 
-    /// True if write `port` may be `BF16` when the reads that may be `BF16` are `BF16`. Accumulating writes are `F32`.
+    /// True if write `port` may be `BF16`, provided that all reads for which [`Self::reads_bf16`] is true are `BF16`.
+    /// Accumulating writes are `F32`.
     pub fn writes_bf16(&self, port: usize) -> bool {
         self.properties().bf16_writes.contains(&port)
     }

@@ -56,7 +56,7 @@ impl Regions {
             Form::List(regions) => return regions[index].clone(),
         };
         let (mut region, mut inner, mut rest) = (Region::whole(shape), self.len(), index);
-        assert!(index < inner, "region {index} of {inner}");
+        assert!(index < inner, "there is no region {index} among {inner}");
         for axis in axes.iter() {
             inner /= axis.count;
             if let Some(dim) = axis.dim {
@@ -193,6 +193,6 @@ mod tests {
                 }
             }
         }
-        assert!(rows > 100, "{rows} splits in rows");
+        assert!(rows > 100, "only {rows} of the tested splits are splits into rows");
     }
 }

@@ -54,9 +54,9 @@ pub fn time() {
             }
             if streams[0].collective_time() < time_min {
                 engine.abort("the collective's time does not grow");
-                panic!("{:?} in the collective", streams[0].collective_time());
+                panic!("the collective's time stays at {:?}", streams[0].collective_time());
             }
-            assert_eq!(streams[1].collective_time(), other, "the other member has not called");
+            assert_eq!(streams[1].collective_time(), other, "the time of a member without a call grew");
             submit(1);
             streams.iter().for_each(|stream| stream.synchronize().expect("a live stream"));
             let stable_time = || {
@@ -65,7 +65,7 @@ pub fn time() {
                 (streams[0].collective_time() == first).then_some(first)
             };
             while stable_time().is_none() {
-                assert!(Instant::now() < deadline, "the time grows after the collective has ended");
+                assert!(Instant::now() < deadline, "the time still grows after the end of the collective");
             }
             assert!(streams[0].collective_time() >= time_min);
         }

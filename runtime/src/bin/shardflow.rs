@@ -131,7 +131,7 @@ struct LaunchArgs {
     /// Maximum number of restarts after failures that a restart may fix
     #[arg(long, alias = "max_restarts", value_name = "N", default_value_t = 0)]
     max_restarts: u64,
-    /// Accepted for compatibility with torchrun, but ignored: the launcher detects the end of a process at once
+    /// Accepted for compatibility with torchrun, but ignored: the launcher detects the end of a process without polling
     #[arg(long, alias = "monitor_interval", value_name = "SECONDS", hide = true)]
     #[allow(dead_code)]
     monitor_interval: Option<f64>,
@@ -220,7 +220,7 @@ fn main() -> ExitCode {
         report_usage(&error);
         error.exit()
     });
-    // The launcher and its helpers handle signals themselves. Every other command ends on a signal, even with pid 1.
+    // The launcher and its helpers handle signals themselves. Every other command must end on a signal, even as pid 1.
     if !matches!(command, Command::Launch(_) | Command::Guard { .. } | Command::Child { .. })
         && let Err(error) = Requests::on_signals()
     {

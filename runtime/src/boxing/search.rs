@@ -63,7 +63,7 @@ impl Overlap {
 pub(super) struct Side<'a> {
     pub shape: &'a [usize],
     pub sizes: &'a [usize],
-    /// The first and last layout of the path, as far as they are on this placement.
+    /// The first and the last layout of the path, without those that are on the other placement.
     pub ends: Vec<&'a NdSbp>,
     /// True if some cheapest path has no layouts other than `ends` on this placement.
     only_ends: bool,

@@ -377,7 +377,8 @@ fn preferred(step: &BoxingStep, holders: &Holders, index: usize) -> Option<usize
     })
 }
 
-/// The holder from which the target devices before `index` pull the fewest elements. Repeats their choices to count.
+/// The holder from which the target devices before `index` pull the fewest elements. Computes the choices of these
+/// devices again to count the elements.
 fn least_pulled(step: &BoxingStep, holders: &Holders, index: usize) -> usize {
     let indices = holders.indices(&step.from);
     let mut pulled = vec![0; indices.len()];

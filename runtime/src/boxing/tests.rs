@@ -130,7 +130,8 @@ fn layout_changes_without_reductions_keep_every_bit() {
     }
 }
 
-/// Finds the least cost of all simple paths of at most `steps` steps by depth-first search, pruned by the best cost.
+/// Finds the least cost of all simple paths of at most `steps` steps by depth-first search. Abandons a path
+/// when it costs more than the best one.
 fn exhaustive(space: &SearchSpace<'_>, path: &mut Vec<usize>, steps: usize, cost: f64, best: &mut f64) {
     let last = path[path.len() - 1];
     if last == space.target {
@@ -162,7 +163,8 @@ fn check_least(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout, model: &
     // This bound makes the search terminate. It is twice the planner's cost, so the check fails if nothing is found.
     let mut least = planned.cost_seconds * 2.0;
     exhaustive(&space, &mut vec![space.source], steps, 0.0, &mut least);
-    assert!((planned.cost_seconds - least).abs() <= 1e-9 * least, "{from} -> {to}: {planned}, least {least}");
+    let cost = planned.cost_seconds;
+    assert!((cost - least).abs() <= 1e-9 * least, "{from} -> {to} by {planned}: cost {cost} s, least cost {least} s");
 }
 
 /// A cost model in which bandwidth dominates latency, so longer paths win.

@@ -173,5 +173,5 @@ fn verify(store: &Store, only: Option<u64>) -> Result<String, ProgramError> {
         return Ok(text);
     }
     let checked = counted(steps.len(), "checkpoint");
-    Err(ProgramError::new(Exit::BadData, format!("{text}{damaged} of {checked} checkpoints damaged"), ""))
+    Err(ProgramError::new(Exit::BadData, format!("{text}{damaged} of {checked} checkpoints are damaged"), ""))
 }

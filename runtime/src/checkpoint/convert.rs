@@ -15,7 +15,7 @@ use super::shard::{self, Entry, header, metadata, write_whole};
 use super::store::Store;
 use crate::lock::Lock;
 
-/// Writes a checkpoint as one safetensors file, equal to the file of `Session::save`. No incomplete file ever appears.
+/// Writes a checkpoint as one safetensors file, in the form that `Session::save` writes. No incomplete file appears.
 ///
 /// # Errors
 /// [`CheckpointError::Io`] if the file cannot be written, else the [`CheckpointError`] of reading the checkpoint.

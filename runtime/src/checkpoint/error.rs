@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use super::manifest::VERSION;
 
-/// The operation on a store that failed.
+/// The failed operation on a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StoreOperation {
     /// Reading a file or its size.
@@ -49,7 +49,7 @@ pub enum CheckpointError {
     #[error("{file}: damaged: {why}")]
     Damaged { file: String, why: String },
     #[error(
-        "{file}: format version {version}, but this program reads only versions 1 to {VERSION}: use the build that wrote the file"
+        "{file}: the format version is {version}, but this program reads only 1 to {VERSION}; use the build that wrote the file"
     )]
     Newer { file: String, version: u32 },
     #[error("{place}: no complete checkpoint{}", step.map(|s| format!(" of step {s}")).unwrap_or_default())]
@@ -91,11 +91,11 @@ pub struct AgreeError {
 
 impl CheckpointError {
     pub(crate) fn missing(path: impl Into<PathBuf>, name: &str) -> Self {
-        Self::Unfit { path: path.into(), why: format!("has no tensor {name}; another model saved this file") }
+        Self::Unfit { path: path.into(), why: format!("it has no tensor {name}; another model saved it") }
     }
 
     pub(crate) fn shape(path: impl Into<PathBuf>, name: &str, expected: &str, got: &str) -> Self {
-        let why = format!("tensor {name}: expected {expected}, got {got}; a model of other sizes saved this file");
+        let why = format!("tensor {name}: expected {expected}, got {got}; a model with other sizes saved this file");
         Self::Unfit { path: path.into(), why }
     }
 

@@ -100,7 +100,7 @@ fn check_tensor(tensor: &StoredTensor, shards: &[Shard]) {
                 index >= piece.start[dim] && index - piece.start[dim] < piece.size[dim]
             })
         };
-        assert_eq!(tensor.pieces.iter().filter(covers).count(), 1, "element {element} of {tensor:?}");
+        assert_eq!(tensor.pieces.iter().filter(covers).count(), 1, "pieces with element {element} of {tensor:?}");
     }
 }
 

@@ -36,7 +36,7 @@ impl Io {
     pub(crate) fn new(place: &str) -> Result<Self, CheckpointError> {
         let mut builder = Builder::new_multi_thread();
         builder.worker_threads(1).max_blocking_threads(BLOCKED_THREADS_MAX).thread_name("checkpoint-io").enable_all();
-        // The builder panics if it cannot start a thread, so first check that the system can start two.
+        // The builder panics if it cannot start a thread, so first check that the system can start two threads.
         let probes = ["checkpoint-io"; 2].map(|name| thread::Builder::new().name(name.into()).spawn(thread::park));
         let started = probes.into_iter().map(|probe| probe.map(|probe| (probe.thread().unpark(), probe.join())));
         started.collect::<io::Result<Vec<_>>>().map_err(CheckpointError::Thread)?;
@@ -259,7 +259,7 @@ impl Upload<'_> {
     /// Sends the remaining bytes and returns the checksum of the whole file. After success, the file is durable.
     pub(crate) fn finish(mut self) -> Result<Checksum, CheckpointError> {
         let sum = Checksum(self.hasher.finalize());
-        debug_assert_eq!(self.hasher.count(), self.total, "{}: the size differs from the total", self.file.name);
+        debug_assert_eq!(self.hasher.count(), self.total, "{}: bytes written and total differ", self.file.name);
         if self.multipart.is_some() && !self.buffer.is_empty() {
             self.send()?;
         }

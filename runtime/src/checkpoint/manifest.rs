@@ -30,7 +30,7 @@ const DIMS_MAX: usize = 32;
 pub const TEXT_BYTES_MAX: usize = 1 << 12;
 const CURSOR_ENTRIES_MAX: usize = 1 << 10;
 
-/// State that the user's program needs to resume, besides the number of steps. The program chooses its content.
+/// The state that the user's program needs to resume, besides the number of steps. The program chooses its content.
 pub type Cursor = BTreeMap<String, String>;
 
 /// Role of a tensor in the training.
@@ -245,14 +245,14 @@ impl Manifest {
 
     /// Checks the limits of MF-1, and checks MF-2 and MF-3.
     fn check(&self) -> Result<(), String> {
-        limit("tensors", self.tensors.len(), TENSORS_MAX)?;
-        limit("shards", self.shards.len(), SHARDS_MAX)?;
-        limit("pieces", self.tensors.iter().map(|t| t.pieces.len()).sum(), PIECES_MAX)?;
-        limit("entries of the cursor", self.cursor.len(), CURSOR_ENTRIES_MAX)?;
-        limit("declared values", self.declared.len(), DECLARED_MAX)?;
+        limit("it has", "tensors", self.tensors.len(), TENSORS_MAX)?;
+        limit("it has", "shards", self.shards.len(), SHARDS_MAX)?;
+        limit("it has", "pieces", self.tensors.iter().map(|t| t.pieces.len()).sum(), PIECES_MAX)?;
+        limit("its cursor has", "entries", self.cursor.len(), CURSOR_ENTRIES_MAX)?;
+        limit("it has", "declared values", self.declared.len(), DECLARED_MAX)?;
         let texts = self.cursor.iter().chain(&self.declared).flat_map(|(key, value)| [key, value]);
         for text in texts.chain([&self.mesh, &self.writer]).chain(self.plan.iter()) {
-            limit("bytes of a text", text.len(), TEXT_BYTES_MAX)?;
+            limit("one of its texts has", "bytes", text.len(), TEXT_BYTES_MAX)?;
         }
         for shard in &self.shards {
             check_file(&shard.file)?;
@@ -268,8 +268,8 @@ impl Manifest {
     }
 }
 
-fn limit(kind: &str, got: usize, max: usize) -> Result<(), String> {
-    if got > max { Err(format!("{got} {kind}, the maximum is {max}")) } else { Ok(()) }
+fn limit(subject: &str, kind: &str, got: usize, max: usize) -> Result<(), String> {
+    if got > max { Err(format!("{subject} {got} {kind}; the maximum is {max}")) } else { Ok(()) }
 }
 
 /// MF-3: a shard's path is a folder and a file with plain names.
@@ -286,10 +286,10 @@ fn check_file(file: &str) -> Result<(), String> {
 
 fn check_tensor(tensor: &StoredTensor, shards: &[Shard]) -> Result<(), String> {
     let info = &tensor.info;
-    limit("bytes of its name", info.name.len(), TEXT_BYTES_MAX)?;
-    limit("bytes of its layout", info.layout.len() + info.axes.len(), TEXT_BYTES_MAX)?;
-    limit("dims", info.shape.len().max(info.saved_shape.len()), DIMS_MAX)?;
-    limit("pieces", tensor.pieces.len(), TENSOR_PIECES_MAX)?;
+    limit("its name has", "bytes", info.name.len(), TEXT_BYTES_MAX)?;
+    limit("its layout has", "bytes", info.layout.len() + info.axes.len(), TEXT_BYTES_MAX)?;
+    limit("it has", "dims", info.shape.len().max(info.saved_shape.len()), DIMS_MAX)?;
+    limit("it has", "pieces", tensor.pieces.len(), TENSOR_PIECES_MAX)?;
     let elements = info.elements().ok_or_else(|| format!("shape {:?} has too many elements", info.shape))?;
     let saved = TensorMeta { shape: info.saved_shape.clone(), ..info.clone() };
     if saved.elements() != Some(elements) {
@@ -317,7 +317,7 @@ fn check_piece(piece: &Piece, info: &TensorMeta, shards: &[Shard]) -> Result<(),
     let dims = info.shape.len();
     let inside = |d: usize| size[d] > 0 && start[d].checked_add(size[d]).is_some_and(|end| end <= info.shape[d]);
     if start.len() != dims || size.len() != dims || !(0..dims).all(inside) {
-        return Err(format!("piece {size:?} at {start:?} is not inside shape {:?}", info.shape));
+        return Err(format!("a piece of size {size:?} at {start:?} is not inside shape {:?}", info.shape));
     }
     let file = shards
         .get(*shard)
@@ -370,7 +370,7 @@ fn seal_as<T: Serialize>(version: u32, format: &str, body: &T) -> Result<Vec<u8>
     let sealed = Sealed { format: format.into(), version, blake3, body: &body };
     let text = serde_json::to_vec(&sealed).map_err(|e| e.to_string())?;
     if text.len() as u64 > MANIFEST_BYTES_MAX {
-        return Err(format!("{} bytes of {format}, the maximum is {MANIFEST_BYTES_MAX}", text.len()));
+        return Err(format!("the {format} text has {} bytes; the maximum is {MANIFEST_BYTES_MAX}", text.len()));
     }
     Ok(text)
 }
@@ -382,10 +382,10 @@ pub(crate) fn open_sealed<T: DeserializeOwned>(format: &str, text: &[u8]) -> Res
     }
     let sealed: Sealed<'_> = serde_json::from_slice(text).map_err(|e| format!("not a {format} file: {e}"))?;
     if sealed.format != format {
-        return Err(format!("format {:?}, expected {format}", sealed.format));
+        return Err(format!("it has format {:?}, expected {format}", sealed.format));
     }
     if !(1..=VERSION).contains(&sealed.version) {
-        return Err(format!("format version {}, but this program reads only 1 to {VERSION}", sealed.version));
+        return Err(format!("it has format version {}, but this program reads only 1 to {VERSION}", sealed.version));
     }
     let sum = checksum(sealed.version, sealed.body);
     if sum != sealed.blake3 {

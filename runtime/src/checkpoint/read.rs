@@ -31,7 +31,7 @@ impl Store {
             None => file.damaged(why),
         })?;
         if manifest.step != step {
-            return Err(file.damaged(format!("it belongs to step {}", manifest.step)));
+            return Err(file.damaged(format!("it belongs to step {}, expected {step}", manifest.step)));
         }
         let is_complete = |files: &BTreeMap<_, _>| manifest.shards.iter().all(|shard| files.contains_key(&shard.file));
         let listed = self.operations.wait_visible(|| Ok(Some(self.list(Some(step), true)?).filter(is_complete)))?;
@@ -109,7 +109,7 @@ impl CheckpointReader {
     /// Reads boxes of a tensor. The boxes refer to the program's shape. Each piece is read at most once.
     ///
     /// # Errors
-    /// [`CheckpointError`]: `Unfit` for an unknown tensor or a box outside it; else as for [`Store::read`].
+    /// [`CheckpointError`]: `Unfit` if the tensor is unknown or a box is outside it; else as for [`Store::read`].
     pub fn tensors(&self, name: &str, regions: &[Region]) -> Result<Vec<HostTensor>, CheckpointError> {
         let tensor = self.find(name).ok_or_else(|| CheckpointError::missing(self.name(), name))?;
         let (whole, dtype) = (Region::whole(&tensor.info.shape), tensor.info.dtype);

@@ -165,7 +165,9 @@ impl Save<'_> {
         let expected = (id, process, processes, part_file(id, process, processes, SHARD));
         let found = SaveId { epoch: sidecar.epoch, step: sidecar.step, attempt: sidecar.attempt };
         if (found, sidecar.process, sidecar.processes, sidecar.shard.file.clone()) != expected {
-            let why = format!("it belongs to {found:?}, rank {} of {}", sidecar.process, sidecar.processes);
+            let (rank, ranks) = (sidecar.process, sidecar.processes);
+            let expected = format!("expected {id:?} of rank {process} of {processes}");
+            let why = format!("it belongs to {found:?} of rank {rank} of {ranks}, {expected}");
             return Err(file.damaged(why));
         }
         let shard = store.file(id.step, &sidecar.shard.file);

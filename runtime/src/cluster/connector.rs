@@ -22,7 +22,7 @@ use shardflow_job::transport::{
 use shardflow_kernels::collective::board::Board;
 use shardflow_kernels::collective::routed::Routed;
 use shardflow_kernels::collective::shared_memory::SharedMemory;
-use shardflow_kernels::collective::wire::{self, Channel, SealedStream, Wire};
+use shardflow_kernels::collective::wire::{Channel, ChannelKey, SealedStream, Wire};
 use shardflow_kernels::collective::{Collective, Group};
 use shardflow_kernels::cuda::nccl::Pipe;
 use shardflow_kernels::device::{Device, DeviceKind};
@@ -33,7 +33,7 @@ use super::error::ClusterError;
 use crate::devices::Pipes;
 use crate::plan::Plan;
 use crate::plan::instance::Instance;
-use crate::process_map::{ProcessMap, groups};
+use crate::process_map::{ProcessMap, groups, links};
 
 /// Interval at which a wait for a peer checks whether the session has ended.
 const END_CHECK_INTERVAL: Duration = Duration::from_millis(100);
@@ -147,7 +147,7 @@ impl Connector {
             add(groups, Arc::new(engine));
         }
         if !wire_groups.is_empty() {
-            let wire = Wire::new(self.channels(&wire_groups)?, transport::SEND_TIMEOUT);
+            let wire = Wire::new(self.channels(plan, &wire_groups)?, transport::SEND_TIMEOUT);
             add(wire_groups, Arc::new(wire));
         }
         let (mirrors, peers) = self.peers(plan, devices)?;
@@ -187,10 +187,10 @@ pub(super) fn partners(plan: &Instance, process_map: &ProcessMap, collectives: C
     let registers = crossings.flat_map(|crossing| [(crossing.from, crossing.to), (crossing.to, crossing.from)]);
     let mut partners: BTreeSet<u32> =
         registers.filter(|(process, _)| *process == own).map(|(_, other)| other).collect();
+    let links = links(plan, process_map.own());
     for group in crossing_groups(plan, process_map.own(), process_map, collectives).1 {
-        let is_own = |member: &usize| process_map.process_of(group.ranks.rank(*member)) == own;
-        let peers = (0..group.ranks.len()).filter(is_own).flat_map(|member| wire::peers(&group, member));
-        partners.extend(peers.map(|peer| process_map.process_of(group.ranks.rank(peer))));
+        let peers = links.get(&group.id).into_iter().flatten();
+        partners.extend(peers.map(|(_, peer)| process_map.process_of(group.ranks.rank(*peer))));
     }
     partners.remove(&own);
     partners
@@ -269,25 +269,25 @@ impl Connector {
         }
     }
 
-    /// Opens a channel from each member in this process to each member with which it exchanges data.
-    fn channels(&self, groups: &[Arc<Group>]) -> Result<BTreeMap<(u32, usize, usize), Channel>, ClusterError> {
+    /// Opens a channel from each member in this process to each member with which it exchanges data. Dialling does not
+    /// wait for the accepting process to get here, and a process waits only for processes with higher ranks. So the
+    /// processes cannot wait for each other in a cycle.
+    fn channels(&self, plan: &Plan, groups: &[Arc<Group>]) -> Result<BTreeMap<ChannelKey, Channel>, ClusterError> {
         let own = self.process_map.own();
+        let links = links(plan, own.clone());
         let mut channels = BTreeMap::new();
         for group in groups {
-            for member in (0..group.ranks.len()).filter(|m| own.contains(&group.ranks.rank(*m))) {
-                for peer in wire::peers(group, member) {
-                    let key = |from: usize, to: usize| (group.id, from, to);
-                    if !own.contains(&group.ranks.rank(peer)) {
-                        let (member_id, peer_id) = (member as u32, peer as u32);
-                        let purpose = Purpose::Group { group: group.id, member: member_id, peer: peer_id };
-                        let connection = self.connect(self.process_map.process_of(group.ranks.rank(peer)), purpose)?;
-                        channels.insert(key(member, peer), channel(connection));
-                    } else if member < peer {
-                        let pair = UnixStream::pair()
-                            .map_err(|cause| ClusterError::System { action: "create a socket pair", cause })?;
-                        channels.insert(key(member, peer), Channel::Unix(pair.0));
-                        channels.insert(key(peer, member), Channel::Unix(pair.1));
-                    }
+            for (member, peer) in links.get(&group.id).into_iter().flatten().copied() {
+                let key = |from: usize, to: usize| (group.id, from, to);
+                if !own.contains(&group.ranks.rank(peer)) {
+                    let purpose = Purpose::Group { group: group.id, member: member as u32, peer: peer as u32 };
+                    let connection = self.connect(self.process_map.process_of(group.ranks.rank(peer)), purpose)?;
+                    channels.insert(key(member, peer), channel(connection));
+                } else if member < peer {
+                    let pair = UnixStream::pair()
+                        .map_err(|cause| ClusterError::System { action: "create a socket pair", cause })?;
+                    channels.insert(key(member, peer), Channel::Unix(pair.0));
+                    channels.insert(key(peer, member), Channel::Unix(pair.1));
                 }
             }
         }
@@ -384,6 +384,35 @@ mod tests {
     use shardflow_job::transport::SessionId;
 
     use super::*;
+    use crate::plan::Schedule;
+    use crate::plan::tests::gpt;
+
+    /// The partners of each process, with one process per device.
+    fn partners_of_all(mesh: &str) -> Vec<BTreeSet<u32>> {
+        let plan = Arc::new(gpt(mesh, 1, Schedule::OneFOneB));
+        let devices = plan.device_count();
+        let of = |process: u32| {
+            let process_map = ProcessMap { process, processes: devices as u32, devices };
+            partners(&plan.clone().instance_of(process_map.own()), &process_map, Collectives::Own)
+        };
+        (0..devices as u32).map(of).collect()
+    }
+
+    #[test]
+    fn the_partners_of_a_process_grow_with_the_logarithm_of_the_data_axis() {
+        let most = |mesh: &str| partners_of_all(mesh).iter().map(BTreeSet::len).max();
+        assert_eq!(["data=8", "data=64"].map(most), [4, 7].map(Some));
+    }
+
+    #[test]
+    fn partners_are_mutual() {
+        for mesh in ["data=7", "data=5,tensor=2", "data=3,stage=2", "data=2,stage=2,tensor=2"] {
+            let all = partners_of_all(mesh);
+            for (process, partners) in (0..).zip(&all) {
+                assert!(partners.iter().all(|other| all[*other as usize].contains(&process)), "{mesh}: {all:?}");
+            }
+        }
+    }
 
     /// Processes on these nodes with these socket folders; 0 means that no folder can be used.
     fn roster(places: &[(&str, u8)]) -> Roster {

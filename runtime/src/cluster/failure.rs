@@ -1,4 +1,4 @@
-//! Failures of a session with several processes: their exit codes, and whether another process is the cause.
+//! Failures of a session with several processes: each failure's exit code, and whether another process caused it.
 
 use shardflow_actors::error::{Failure, PeerError};
 use shardflow_job::membership::{FirstCause, Membership};

@@ -24,8 +24,8 @@ const CHECK_EVERY: Duration = Duration::from_millis(100);
 /// Bytes of a group's number and id in a message.
 const ENTRY_BYTES: usize = 4 + 128;
 
-/// Returns the id of each group: the groups of this process's devices with several members, and its NCCL pipes. Each
-/// process calls this function exactly once.
+/// Returns the id of each of `groups`: the groups of several members that include a device of this process, and the
+/// groups of this process's NCCL pipes. Each process calls this function exactly once.
 pub(super) fn exchange(
     groups: &[Arc<Group>],
     process_map: &ProcessMap,

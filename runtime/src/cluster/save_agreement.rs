@@ -147,7 +147,7 @@ mod tests {
     const SAMPLE: &[u8] = br#"{"epoch":1,"step":2,"attempt":0,"phase":"Written","result":{"Err":[1,"a full disk"]}}"#;
 
     proptest! {
-        /// A changed message is rejected, or its payload is the same after another encoding and decoding.
+        /// A changed message is either rejected or decoded to a payload that survives encoding and decoding.
         #[test]
         fn changed_messages_are_decoded_or_rejected(
             at in 0..SAMPLE.len(), bytes in prop::collection::vec(any::<u8>(), 0..8),

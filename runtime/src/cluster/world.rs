@@ -189,7 +189,7 @@ impl Monitor {
                     }
                     MembershipEvent::Message { topic, from, bytes } => {
                         if let Some((_, queue)) = queues.iter().find(|(of, _)| *of == topic) {
-                            // If the queue is full, the message is dropped, and its receiver reaches the deadline.
+                            // If the queue is full, the message is dropped, and the wait for it ends at its deadline.
                             drop(queue.try_send(Received { from, bytes }));
                         }
                     }
@@ -329,7 +329,7 @@ impl World {
         self.here().into_iter().any(|process| process != own && self.connector.shares_memory(own, process))
     }
 
-    /// Adds the mirrors of this node's processes ([`Instance::mirrors`]) to the plan's memory, and checks its limit.
+    /// Adds the mirrors of this node's processes ([`Instance::mirrors`]) to the plan's memory, and checks that it fits.
     pub(crate) fn count_mirrors(&self, plan: &mut Instance) -> Result<(), PlanError> {
         let here: BTreeSet<u32> = self.here().into_iter().collect();
         for process in here {
@@ -367,7 +367,7 @@ impl World {
     /// Returns why the session ended after a failure here: the first cause of all processes, if it comes in time.
     pub(crate) fn settle(&self, failure: Failure) -> Failure {
         match self.wait_for_cause() {
-            // A cause from another process explains this failure, and any cause explains a symptom.
+            // If the first cause is in another process, it explains this failure. Any first cause explains a symptom.
             Some(cause) if cause.process != self.process_map.process || is_symptom(&failure) => peer_failure(&cause),
             // Otherwise this process failed first, or no cause arrived. Its own failure has the most detail.
             _ => attribute_to_peer(failure, &self.process_map),
@@ -503,9 +503,9 @@ mod tests {
         let expected = "waiting for rank 0, which has been loading weights for 7 s; for rank 3, which has been running the \
                         program for 7 s";
         assert_eq!(line(WAITING, &peers, 7).as_deref(), Some(expected));
-        assert_eq!(line(WAITING, &peers, 6), None, "it has not waited long");
-        assert_eq!(line("loading weights", &peers, 7), None, "it does not wait");
-        assert_eq!(line(WAITING, &[(0, WAITING)], 7), None, "all wait");
+        assert_eq!(line(WAITING, &peers, 6), None, "rank 1 has waited for only 4 s");
+        assert_eq!(line("loading weights", &peers, 7), None, "rank 1 does not wait");
+        assert_eq!(line(WAITING, &[(0, WAITING)], 7), None, "all ranks wait");
         let many: Vec<_> = (2..20).map(|rank| (rank, "busy")).collect();
         assert_eq!(line(WAITING, &many, 7).unwrap().matches("rank ").count(), SLOW_LISTED_MAX);
     }
@@ -531,7 +531,7 @@ mod tests {
             reports
         };
         let reports = (0..3).map(|round| exchange(&mut states, at(3 + round))).sum::<usize>();
-        assert_eq!(reports, 3, "one for each hop");
+        assert_eq!(reports, 3, "one report for each hop");
         let line = |state: &State, own| state.slow_peers(own, Duration::from_secs(2), at(9));
         for (own, state) in (0..).zip(&states).filter(|(own, _)| *own != 1) {
             assert_eq!(line(state, own).as_deref(), Some("waiting for rank 1, which has been loading for 8 s"));

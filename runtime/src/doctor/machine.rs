@@ -31,7 +31,7 @@ fn cores() -> Finding {
     let all = info.lines().filter(|line| line.starts_with("processor")).count();
     let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     let model = model.map_or("unknown model", |(_, name)| name);
-    // A cgroup's time limit may make fewer cores usable than the affinity mask has.
+    // A cgroup's limit on CPU time may leave fewer usable cores than the affinity mask has.
     let affinity = cores_text(&affinity());
     ok("cores", format!("{usable} usable of {} ({model}); affinity {affinity}", all.max(usable)))
 }

@@ -1,4 +1,4 @@
-//! Checks output paths and free space before the work whose result is written there.
+//! Checks output paths and free space before the work that produces the output.
 
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;

@@ -112,7 +112,7 @@ impl Graph {
         self.current_placement = self.placement_index(placement);
     }
 
-    /// The index of a placement, which is added if it is new.
+    /// Returns the index of a placement. Adds the placement if it is new.
     pub(crate) fn placement_index(&mut self, placement: Placement) -> usize {
         self.placements.iter().position(|p| *p == placement).unwrap_or_else(|| {
             self.placements.push(placement);

@@ -14,9 +14,10 @@
 //! - If `|m| <= Q sqrt(v)` for all elements, then `|m'| <= b1 Q sqrt(v) + (1 - b1) |x|`. By Cauchy and Schwarz, this is
 //!   at most `Q' sqrt(v')` with `Q' = sqrt(b1^2 Q^2 / b2 + (1 - b1)^2 / (1 - b2))`. Moments start at 0, with `Q = 0`;
 //!   for moments from a checkpoint, `Q` is unknown and counts as infinite.
-//! - `p' = p (1 - lr decay) - s m' / (r sqrt(v') + eps)` with `s = lr / (1 - b1^t) <= lr / (1 - b1)` and `r >= 1`. The
-//!   quotient is at most `Q'`, and at most `M' / eps`. Hence `P' = P max(1, |1 - lr decay|) + s min(Q', M' / eps)`, if
-//!   `s M'` is a finite float. The 1 covers tensors without decay.
+//! - `p' = p (1 - lr decay) - s m' / (r sqrt(v') + eps)` with `s = lr / (1 - b1^t) <= lr / (1 - b1)` and
+//!   `r = 1 / sqrt(1 - b2^t) >= 1`. The quotient without `s` is at most `Q'`, and at most `M' / eps`. Hence
+//!   `P' = P max(1, |1 - lr decay|) + s min(Q', M' / eps)`, if `s M'` is a finite float. The 1 covers tensors without
+//!   decay.
 //!
 //! Rounding: `ROUNDING` is far above the rounding error of the few operations of a step. Underflow: a square below
 //! `2^-150` rounds to 0, so `v` loses up to `2^-148 / (1 - b2)`. The bound of the quotient then becomes
@@ -181,7 +182,7 @@ mod tests {
                 let Element { p, m, v } = element;
                 let inside = [(p, bounds.parameter), (m, bounds.first), (v, bounds.second)];
                 let inside = inside.iter().all(|(value, bound)| f64::from(value.abs()) <= *bound);
-                assert!(inside, "trial {trial}, step {step}, {adamw:?}: {p} {m} {v} against {bounds:?}");
+                assert!(inside, "trial {trial}, step {step}, {adamw:?}: p {p}, m {m}, v {v} exceed {bounds:?}");
             }
         }
         assert!((100..12_000).contains(&refused), "{refused} of 23600 steps were refused");

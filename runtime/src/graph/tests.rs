@@ -164,7 +164,7 @@ fn invalid_programs_are_reported() {
         .assert_eq(&error_with("data=2,tensor=4", &CompileOptions { devices: 4, ..CompileOptions::default() }, x));
 }
 
-/// `compile` reports all errors at once, but omits errors that follow from others.
+/// `compile` reports all errors together, but omits errors that follow from others.
 #[test]
 fn errors_are_reported_together_and_once() {
     expect![[r#"
@@ -270,7 +270,7 @@ fn explain_shows_a_plan_on_one_device() {
 fn explain_shows_a_data_and_tensor_parallel_plan() {
     let options = CompileOptions { micro_batches: 2, schedule: Schedule::GPipe, ..CompileOptions::default() };
     let text = explain("data=2,tensor=2", &options, classifier);
-    // Devices 1 to 3 run the same actors as device 0. The lines of an actor follow its name and are indented.
+    // Devices 1 to 3 run the actors of device 0, but fetch less. The lines of an actor follow its name and are indented.
     let is_other = |line: &str| ["device 1", "device 2", "device 3"].iter().any(|d| line.trim_start().starts_with(d));
     let mut shown: Vec<&str> = Vec::new();
     let mut hidden = false;
@@ -324,8 +324,7 @@ fn explain_shows_a_data_and_tensor_parallel_plan() {
           device 0 decide/hyper: 1 x 64 -> device 0 compute update
 
         memory (bytes)
-          device 0: 4608 = 896 fixed + 2880 in registers + 384 scratch + 448 in staging
-          devices [2, 3]: 4608 = 896 fixed + 2880 in registers + 384 scratch + 448 in staging"#]].assert_eq(&shown.join("\n"));
+          device 0: 4608 = 896 fixed + 2880 in registers + 384 scratch + 448 in staging"#]].assert_eq(&shown.join("\n"));
 }
 
 fn mesh() -> Mesh {
@@ -383,7 +382,7 @@ fn every_method_refuses_a_tensor_of_another_graph() {
     ];
     for (index, (subject, call)) in calls.iter().enumerate() {
         // If the graph has no tensors of its own, the foreign tensor's index is out of range. If it has 9 tensors, the
-        // index is also that of an own tensor.
+        // index is also that of one of its tensors.
         for (own_tensors, want) in [(0, 4), (9, 4)] {
             let mut other = Graph::new(&mesh());
             let created: Vec<Var> = (0..want).map(|i| floats(&mut other, &format!("o{i}"), &[4, 3, 6])).collect();

@@ -208,9 +208,9 @@ fn a_read_waits_for_files_that_another_process_has_written() {
         appear(Duration::ZERO);
         clock.on_wait(appear);
         let read = store.read_as(4, digest);
-        assert_eq!(read.is_ok(), is_there, "{manifest_after} {shard_after}: {read:?}");
+        assert_eq!(read.is_ok(), is_there, "manifest after {manifest_after} s, shard after {shard_after} s: {read:?}");
         let expected = if is_there { 60 } else { 90 };
-        assert_eq!(clock.now().as_secs(), expected, "{manifest_after} {shard_after}");
+        assert_eq!(clock.now().as_secs(), expected, "manifest after {manifest_after} s, shard after {shard_after} s");
         if let Err(error) = read {
             let text =
                 if shard_after > 0 { "damaged: the file is missing" } else { "no complete checkpoint of step 4" };

@@ -139,7 +139,7 @@ impl ClassBuilder<'_> {
     }
 
     /// Records which tensors a node reads on the class's device. Returns true if the device runs the node. A device
-    /// whose part of a transfer is empty does not run the transfer.
+    /// whose part of a transfer is empty does not run the transfer, and a device without outputs does not run a fetch.
     fn add_reader(&mut self, segment: SegmentId, id: NodeId) -> bool {
         let (node, is_on) = (&self.graph.nodes[id.index()], self.is_on[self.graph.nodes[id.index()].placement]);
         let device = self.device;
@@ -155,12 +155,17 @@ impl ClassBuilder<'_> {
             }
             return !sources.is_empty();
         }
-        if is_on {
-            for input in node.inputs.iter().filter(|input| self.is_on[self.graph.placement_of(**input)]) {
-                self.readers.entry(self.aliases.resolve(*input)).or_default().own.insert(segment);
-            }
+        let is_fetch = matches!(node.op, NodeOp::Fetch);
+        let is_read = |input: &&Var| {
+            let is_here = is_on && self.is_on[self.graph.placement_of(**input)];
+            if is_fetch { self.graph.is_fetched(**input, device) } else { is_here }
+        };
+        let mut runs = is_on && !is_fetch;
+        for input in node.inputs.iter().filter(is_read) {
+            self.readers.entry(self.aliases.resolve(*input)).or_default().own.insert(segment);
+            runs = true;
         }
-        is_on
+        runs
     }
 
     /// For each bucket and each segment that reads the bucket's result, adds a register without bytes, to signal that

@@ -10,7 +10,7 @@ use shardflow_kernels::tensor::regions::Regions;
 use crate::boxing::step::{BoxingStep, LocalStep, StepKind};
 use crate::graph::{Graph, Node, NodeId, NodeOp};
 use crate::placement::Placement;
-use crate::sbp::{NdSbp, Sbp, local_region};
+use crate::sbp::{NdSbp, local_region};
 
 /// Index of a class in [`Classes::devices`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -92,8 +92,8 @@ pub fn classify(graph: &Graph) -> Classes {
 struct Work<'a> {
     tensors: BTreeSet<(&'a [usize], &'a NdSbp)>,
     steps: Vec<&'a BoxingStep>,
-    /// Layouts of gradients whose squares are summed. Of several copies of a part, only the first copy is summed.
-    counted: BTreeSet<&'a NdSbp>,
+    /// Layouts of tensors of which only the first copy is used: gradients whose squares are summed, and outputs.
+    used_once: BTreeSet<&'a NdSbp>,
 }
 
 impl<'a> Work<'a> {
@@ -104,10 +104,13 @@ impl<'a> Work<'a> {
             work.tensors.extend(tensors);
             match &node.op {
                 NodeOp::Boxing(step) if work.steps.iter().all(|other| !is_alike(other, step)) => work.steps.push(step),
-                NodeOp::NormSums { .. } => work.counted.extend(node.inputs.iter().map(|var| graph.layout(*var))),
+                NodeOp::NormSums { .. } => work.used_once.extend(node.inputs.iter().map(|var| graph.layout(*var))),
                 _ => {}
             }
         }
+        let outputs = graph.outputs.iter().map(|output| output.tensor);
+        let here = outputs.filter(|output| graph.placement_of(*output) == placement);
+        work.used_once.extend(here.map(|output| graph.layout(output)));
         work
     }
 
@@ -119,9 +122,7 @@ impl<'a> Work<'a> {
             append_step(step, position, traits);
         }
         let coords = placement.coords(position);
-        let is_counted =
-            |layout: &&NdSbp| layout.0.iter().zip(&coords).all(|(sbp, at)| *sbp != Sbp::Broadcast || *at == 0);
-        traits.extend(self.counted.iter().map(|layout| usize::from(is_counted(layout))));
+        traits.extend(self.used_once.iter().map(|layout| usize::from(layout.is_first_copy(&coords))));
     }
 }
 

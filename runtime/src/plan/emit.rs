@@ -212,8 +212,8 @@ impl Emitter<'_> {
             NodeOp::ClipScale { max_norm } => {
                 self.launch_node(node, Op::ClipScale { max_norm: *max_norm }, false);
             }
-            NodeOp::Input => self.emit_host_copies(&node.outputs),
-            NodeOp::Fetch => self.emit_host_copies(&node.inputs),
+            NodeOp::Input => self.emit_host_copies(node.outputs.iter()),
+            NodeOp::Fetch => self.emit_host_copies(node.inputs.iter().filter(|var| graph.is_fetched(**var, device))),
             NodeOp::Relayout | NodeOp::Parameter { .. } | NodeOp::State | NodeOp::Bf16Copy { .. } => {}
         }
     }
@@ -313,7 +313,7 @@ impl Emitter<'_> {
     }
 
     /// Emits a copy of each tensor between the host's staging slot and the device.
-    fn emit_host_copies(&mut self, vars: &[Var]) {
+    fn emit_host_copies<'v>(&mut self, vars: impl Iterator<Item = &'v Var>) {
         let Some(transfer) = self.plan.segments.get(self.segment).host else { return };
         let base = 2 + self.inputs.len() + self.outputs.len();
         let new = || HostPort { transfer, vars: Vec::new(), buffers: Vec::new(), slot_bytes: 0 };

@@ -65,16 +65,6 @@ impl Segments {
         &self.list[id.index()]
     }
 
-    /// The segment in which the host fetches an output.
-    pub fn fetch_of(&self, graph: &Graph, output: Var) -> SegmentId {
-        let (rate, placement) = (graph.tensor(output).rate, graph.placement_of(output));
-        let fetches = |id: &SegmentId| {
-            let segment = self.get(*id);
-            (segment.host, segment.rate, segment.placement) == (Some(HostTransfer::Fetch), rate, placement)
-        };
-        self.ids().find(fetches).expect("the host fetches every output")
-    }
-
     /// The inputs that the host feeds before a step's results arrive, in the order of the program.
     pub fn fed<'a>(&'a self, graph: &'a Graph) -> impl Iterator<Item = Var> {
         let nodes = self.of_host(HostTransfer::Feed).flat_map(|id| &self.get(id).nodes);
@@ -184,8 +174,8 @@ impl Builder<'_> {
         };
         let alike = self.alike.entry((role, name.clone())).or_default();
         let overlaps = |other: usize| {
-            let [own, others] = [placement, other].map(|p| graph.placements[p].devices());
-            other == placement || own.iter().any(|device| others.contains(device))
+            let is_in_other = |device: &usize| graph.placements[other].index_of(*device).is_some();
+            other == placement || graph.placements[placement].devices().iter().any(is_in_other)
         };
         let last = alike.iter().filter(|(other, _)| overlaps(*other)).map(|(_, chunk)| *chunk).max();
         let chunk = last.map_or(0, |chunk| chunk + 1);

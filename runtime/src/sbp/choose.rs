@@ -1,14 +1,14 @@
 //! The layout search: chooses a signature for each op of an abstract [`Problem`], such that the total cost is small.
 //!
 //! The **objective** is the sum of
-//! - CH-1: for each tensor, the boxing to its pinned layout, if it is produced in another one, and one boxing to each
-//!   distinct layout that its readers require;
+//! - CH-1: for each tensor, the boxing from the layout in which it is produced to its pinned layout, if they differ,
+//!   and one boxing to each distinct layout that its readers require;
 //! - CH-2: for a tensor that is an output or has no reader, the reduction of `Partial` to `Broadcast`;
 //! - CH-3: for each op, the compute on its busiest device.
 //!
 //! [`eliminate`] solves a large problem exactly while its tables stay small, in time that is linear in the number of
-//! layers. A beam search in topological order solves a small problem. Sweeps follow, which change one op at a time
-//! while the cost decreases. The beam merges assignments that leave the same layouts to later ops. It finds the optimum
+//! layers. A beam search in topological order solves a small problem. Sweeps then change one op at a time while the
+//! cost decreases. The beam merges assignments that leave the same layouts to later ops. It finds the optimum
 //! if it has room for all assignments that remain after each op. It ranks assignments by the cost so far plus the
 //! **pending** cost of reducing `Partial` tensors that are not reduced yet. (A pending cost for gathering slices of a
 //! `Broadcast` tensor was tried. The results were the same or worse.)
@@ -110,7 +110,8 @@ impl NodeSpec {
         whole_seconds: f64,
         signatures: Vec<NdSignature>,
     ) -> Result<(), LayoutError> {
-        let missing = |t: usize| LayoutError::Choice { node: self.name.clone(), why: format!("no tensor {t}") };
+        let missing =
+            |t: usize| LayoutError::Choice { node: self.name.clone(), why: format!("there is no tensor {t}") };
         let shape = |&t: &usize| tensors.get(t).map(|tensor| tensor.shape.clone()).ok_or_else(|| missing(t));
         let input_shapes = self.inputs.iter().map(shape).collect::<Result<Vec<_>, _>>()?;
         let output_shapes = rule.infer_shapes(&input_shapes)?;
@@ -272,7 +273,7 @@ impl<'a> Chooser<'a> {
         (tables, is_exact)
     }
 
-    /// The tensor's part of the objective for each combination of the nodes' candidates. `chosen` is scratch of zeros.
+    /// The tensor's part of the objective for each combination of the nodes' candidates. `chosen` is a buffer of zeros.
     fn costs_of(&mut self, tensor: usize, nodes: &[usize], sizes: &[usize], chosen: &mut [usize]) -> Rc<[Cost]> {
         let mut costs = Vec::new();
         for_each_combination(nodes, sizes, |values| {
@@ -509,7 +510,7 @@ fn check_node(
 ) -> Result<(), LayoutError> {
     let error = |why: String| Err(LayoutError::Choice { node: node.name.clone(), why });
     if let Some(tensor) = node.inputs.iter().chain(&node.outputs).find(|&&t| t >= problem.tensors.len()) {
-        return error(format!("no tensor {tensor}"));
+        return error(format!("there is no tensor {tensor}"));
     }
     let name = |tensor: usize| &problem.tensors[tensor].name;
     for &tensor in &node.inputs {

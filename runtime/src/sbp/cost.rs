@@ -62,7 +62,7 @@ impl<'a> CostCache<'a> {
         *self.placement_ids.entry(placement.clone()).or_insert(next)
     }
 
-    /// The id of a layout on the placement with this id.
+    /// The id of a layout on this placement, whose own id is `placement_id`.
     pub(super) fn layout_id(&mut self, placement: &Placement, placement_id: usize, sbp: &NdSbp) -> usize {
         if let Some(&id) = self.layout_ids.get(&(placement_id, sbp.clone())) {
             return id;

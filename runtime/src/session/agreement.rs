@@ -27,8 +27,8 @@ const LOAD_NAMES: [&str; 5] = ["outcome", "number of steps", "number of updates"
 /// Index of the manifest in [`LOAD_NAMES`]. From this index on, all fields are digests.
 const MANIFEST: usize = 4;
 
-/// Maximum number of fields in a message. Almost all of them are digests of tensors.
-const TENSORS_MAX: usize = 4096;
+/// Maximum number of fields in a message.
+pub(super) const FIELDS_MAX: usize = 4096;
 
 /// Ranks differ in a value that must be equal on all ranks.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -194,13 +194,13 @@ pub(super) fn numbers_of_load(plan: &Instance, process: u32, summary: Result<Loa
     let fields: Vec<Vec<u64>> = fields.chain(digests).collect();
     let rule =
         |words: &Vec<u64>| if words.len() > 1 { MergeRule::Max { words: words.len() } } else { MergeRule::Same(None) };
-    fields.chunks(TENSORS_MAX).map(|fields| (fields.iter().map(rule).collect(), fields.to_vec())).collect()
+    fields.chunks(FIELDS_MAX).map(|fields| (fields.iter().map(rule).collect(), fields.to_vec())).collect()
 }
 
 /// Finds a difference in the processes' numbers of a load without failures. `parts` has the result of each message.
 pub(super) fn difference_in_load(plan: &Instance, source: &str, parts: &[Reduced]) -> Option<RankDisagreement> {
     let (part, difference) = parts.iter().enumerate().find_map(|(part, all)| Some((part, all.difference.clone()?)))?;
-    let index = part * TENSORS_MAX + difference.field as usize;
+    let index = part * FIELDS_MAX + difference.field as usize;
     let mut tensors = plan.graph.residents().map(|var| format!("tensor {}", plan.graph.tensor(var).name));
     let name = match LOAD_NAMES.get(index) {
         Some(name) => name.to_string(),

@@ -117,12 +117,9 @@ pub(crate) fn saved_parts(
 ) -> impl Iterator<Item = (usize, ResidentTensor)> {
     let (graph, layout) = (&plan.graph, plan.graph.layout(var));
     let placement = &graph.placements[graph.placement_of(var)];
-    let saves = move |device: &usize| {
-        let coords = placement.index_of(*device).map(|index| placement.coords(index));
-        coords.is_some_and(|coords| layout.is_first_copy(&coords))
-    };
-    let part = move |device: usize| Some((device, plan.resident(device, var)?.1));
-    devices.filter(saves).filter_map(part).filter(|(_, part)| !part.region.is_empty())
+    let is_first_copy = |index| layout.is_first_copy(&placement.coords(index));
+    plan.resident_parts(var, devices)
+        .filter(move |(device, part)| !part.region.is_empty() && placement.index_of(*device).is_some_and(is_first_copy))
 }
 
 fn snapshot_bytes(plan: &Plan, devices: Range<usize>) -> u64 {
@@ -185,7 +182,8 @@ mod tests {
     fn ranks_in_different_cgroups_have_separate_limits() {
         let plan = plan("data=4");
         let process_map = ProcessMap { process: 0, processes: 4, devices: 4 };
-        let one = plan.memory(0).total_bytes() as u64 + rank_bytes(&plan, 1);
+        let bytes = |rank| plan.memory(rank).total_bytes() as u64 + rank_bytes(&plan, 1);
+        let [one, two, three] = [1, 2, 3].map(|ranks| (0..ranks).map(bytes).sum::<u64>());
         let (outer, first, second) = ((1, 1), (1, 2), (1, 3));
         let claim = |cgroups: &[CgroupId], extra_bytes| MemoryClaim { cgroups: cgroups.to_vec(), extra_bytes };
         let check = |first_bytes, outer_bytes, machine_bytes, extra_bytes| {
@@ -199,17 +197,17 @@ mod tests {
             let budget = Budget { bounds, claims: (0..).zip(claims).collect() };
             budget.check(&plan, &process_map, &[0, 1, 2], 0).map_err(|error| error.to_string())
         };
-        assert_eq!(check(one, 2 * one + 5, 3 * one + 5, 0), Ok(()));
-        let message = check(one - 1, 2 * one + 5, 3 * one + 5, 0).unwrap_err();
+        assert_eq!(check(one, two + 5, three + 5, 0), Ok(()));
+        let message = check(one - 1, two + 5, three + 5, 0).unwrap_err();
         assert!(message.contains(&format!("needs {one} bytes")) && !message.contains("device 1"), "{message}");
-        let message = check(one, 2 * one + 4, 3 * one + 5, 0).unwrap_err();
+        let message = check(one, two + 4, three + 5, 0).unwrap_err();
         assert!(message.contains("device 1") && !message.contains("device 2"), "{message}");
         assert!(message.contains("rank 1: 5 bytes that the program allocates besides the plan"), "{message}");
-        let message = check(one, 2 * one + 5, 3 * one + 4, 0).unwrap_err();
+        let message = check(one, two + 5, three + 4, 0).unwrap_err();
         assert!(message.contains("MemAvailable") && message.contains("device 2"), "{message}");
-        assert_eq!(check(one + 7, 2 * one + 12, 3 * one + 12, 7), Ok(()));
-        assert!(check(one + 6, 2 * one + 12, 3 * one + 12, 7).is_err());
-        assert!(check(one, u64::MAX - 1, 3 * one, u64::MAX).is_err());
+        assert_eq!(check(one + 7, two + 12, three + 12, 7), Ok(()));
+        assert!(check(one + 6, two + 12, three + 12, 7).is_err());
+        assert!(check(one, u64::MAX - 1, three, u64::MAX).is_err());
     }
 
     #[test]

@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, Metadata, TensorView};
-use shardflow_actors::remote::HostPiece;
+use shardflow_actors::error::Failure;
 use shardflow_kernels::tensor::{HostTensor, element_count};
 
 use super::agreement::{LoadSummary, difference_in_load, digest_of, numbers_of_load};
+use super::budget::saved_parts;
 use super::error::SessionError;
 use super::numbers::Topic;
 use super::outcome::{Worst, array};
@@ -25,59 +26,86 @@ use crate::declare::Values;
 use crate::graph::builder::STATE_PREFIX;
 use crate::graph::optimizer::Bounds;
 use crate::graph::{NodeOp, Var};
-use crate::sbp::gather;
+use crate::sbp::assemble;
 use crate::sbp::region::{filled, slice_region};
 
 impl Session {
     /// Every parameter by name, as a whole tensor in its saved shape. All processes of the plan must call it.
     ///
     /// # Errors
-    /// The failure of an earlier step, or copies that differ between devices (only a bug in a kernel can cause this).
+    /// The failure of an earlier step, or copies that differ between devices (only a bug in a kernel or a faulty device
+    /// can cause this).
     pub fn parameters(&self) -> Result<BTreeMap<String, HostTensor>, SessionError> {
-        self.check_not_failed()?;
-        let name = |var| self.plan.graph.tensor(var).name.clone();
-        self.plan.graph.parameters().into_iter().map(|var| Ok((name(var), self.whole(var)?))).collect()
+        self.whole_parameters(true)
     }
 
-    /// Like [`Session::parameters`], but only process 0 gets the tensors. The other processes hold one tensor at a
-    /// time.
+    /// Like [`Session::parameters`], but only process 0 gets the tensors.
     ///
     /// # Errors
     /// Returns the errors of [`Session::parameters`].
     pub fn parameters_on_first(&self) -> Result<Option<BTreeMap<String, HostTensor>>, SessionError> {
-        self.check_not_failed()?;
-        let mut found = (self.process_map.process == 0).then(BTreeMap::new);
-        for var in self.plan.graph.parameters() {
-            let whole = self.whole(var)?;
-            if let Some(all) = &mut found {
-                all.insert(self.plan.graph.tensor(var).name.clone(), whole);
-            }
-        }
-        Ok(found)
+        let all = self.whole_parameters(false)?;
+        Ok(self.is_first().then_some(all))
     }
 
-    /// A parameter or state as a whole tensor in its saved shape. All processes call it, to exchange their parts.
-    fn whole(&self, var: Var) -> Result<HostTensor, SessionError> {
-        let (graph, own) = (&self.plan.graph, self.process_map.own());
-        let mut wanted = Vec::new();
-        for (device, index, resident) in self.plan.resident_parts(var) {
-            let port = self.host_io.ports.resident(device, index);
-            if own.contains(&device) {
-                let part = self.arenas[&device].read_host(resident.offset, &resident.region.size, resident.dtype)?;
-                let piece = HostPiece { port, tensors: vec![part] };
-                self.host_io.send(self.running()?, &mut self.host_io.inbox.lock(), piece);
+    fn whole_parameters(&self, for_all: bool) -> Result<BTreeMap<String, HostTensor>, SessionError> {
+        self.check_not_failed()?;
+        let mut all = BTreeMap::new();
+        for (port, var) in self.host_io.ports.parameters() {
+            let mut whole = self.whole(var)?;
+            if for_all {
+                whole.map_or(Ok(()), |whole| self.send(port, whole))?;
+                whole = self.receive_each([port])?.pop();
             }
-            wanted.push((port, 1));
+            let name = self.plan.graph.tensor(var).name.clone();
+            all.extend(whole.map(|whole| (name, HostTensor { shape: self.saved_shape(var), ..whole })));
         }
+        Ok(all)
+    }
+
+    /// A parameter or state as a whole tensor, on process 0. All processes call it: they send the first copy of each
+    /// part, and compare all copies. If copies differ, all processes return the error. A process returns when process 0
+    /// has all parts, so process 0 holds the parts of at most two tensors.
+    fn whole(&self, var: Var) -> Result<Option<HostTensor>, SessionError> {
+        let (plan, ports, own) = (&self.plan, &self.host_io.ports, self.process_map.own());
+        let (layout, placement) = (plan.graph.layout(var), &plan.graph.placements[plan.graph.placement_of(var)]);
+        let axes = layout.broadcast_axes();
+        let copies = placement.group_len(&axes);
+        // For each part: the largest digest of its copies, and the complement of the smallest one. A tensor without copies
+        // has one number, because the processes wait for each other in any case.
+        let mut digests = vec![0; if copies > 1 { 2 * placement.device_count() / copies } else { 1 }];
+        for (device, part) in plan.resident_parts(var, own.clone()) {
+            let Some(index) = placement.index_of(device) else { continue };
+            let tensor = self.arenas[&device].read_host(part.offset, &part.region.size, part.dtype)?;
+            if copies > 1 {
+                let (at, digest) = (2 * placement.group_number(index, &axes) as usize, digest_of(tensor.as_bytes()));
+                digests[at] = digest.max(digests[at]);
+                digests[at + 1] = digests[at + 1].max(!digest);
+            }
+            if layout.is_first_copy(&placement.coords(index)) && !part.region.is_empty() {
+                self.send(ports.resident(device, var), tensor)?;
+            }
+        }
+        let senders = if self.is_first() { 0..plan.device_count() } else { own };
+        let sent: Vec<_> = saved_parts(plan, var, senders).collect();
+        let parts = self.receive_each(sent.iter().map(|(device, _)| ports.resident(*device, var)))?;
+        let digests = self.largest_of_each(&digests)?;
+        if digests.as_chunks::<2>().0.iter().any(|[largest, smallest]| *largest != !smallest) {
+            let name = plan.graph.tensor(var).name.clone();
+            return Err(SessionError::Copies { name, layout: layout.to_string() });
+        }
+        let parts = sent.into_iter().map(|(_, part)| part.region).zip(parts);
+        Ok(self.is_first().then(|| assemble(parts, plan.graph.shape(var), None)))
+    }
+
+    /// Waits between steps for a piece of each port, and returns their tensors.
+    fn receive_each(&self, ports: impl IntoIterator<Item = u32>) -> Result<Vec<HostTensor>, Failure> {
+        let wanted: Vec<(u32, usize)> = ports.into_iter().map(|port| (port, 1)).collect();
         self.set_activity(WAITING);
         self.receive(&wanted, Some(self.wait_max))?;
         self.set_activity(BETWEEN_STEPS);
         let mut inbox = self.host_io.inbox.lock();
-        let parts: Vec<_> = wanted.into_iter().flat_map(|(port, count)| inbox.take(port, count)).flatten().collect();
-        let placement = &graph.placements[graph.placement_of(var)];
-        let mut whole = gather(&parts, graph.shape(var), graph.layout(var), placement)?;
-        whole.shape = self.saved_shape(var);
-        Ok(whole)
+        Ok(wanted.into_iter().flat_map(|(port, count)| inbox.take(port, count)).flatten().collect())
     }
 
     pub(super) fn saved_shape(&self, var: Var) -> Vec<usize> {
@@ -89,15 +117,18 @@ impl Session {
     /// appears only when complete. One tensor at a time is in memory. All processes call it; process 0 writes.
     ///
     /// # Errors
-    /// [`CheckpointError::Io`], or the failure of an earlier step: a failed session must not replace a good file.
+    /// [`CheckpointError::Io`], or the errors of [`Session::parameters`]: a failed session must not replace a good file.
     pub fn save(&self, path: &Path) -> Result<(), SessionError> {
         self.check_not_failed()?;
         let graph = &self.plan.graph;
         let mut vars: Vec<Var> = self.residents().map(|(var, _)| var).collect();
         vars.sort_by_key(|var| &graph.tensor(*var).name);
-        let mut wholes = vars.iter().map(|var| self.whole(*var));
-        let written = if self.process_map.process == 0 { self.write(path, &vars, &mut wholes) } else { Ok(()) };
-        // After a failed write, the other processes still need this process's parts.
+        // After the error of a tensor, no process asks for the next one.
+        let mut has_failed = false;
+        let whole = |var: &Var| (!has_failed).then(|| self.whole(*var).inspect_err(|_| has_failed = true));
+        let mut wholes = vars.iter().map_while(whole);
+        let written = if self.is_first() { self.write(path, &vars, &mut wholes) } else { Ok(()) };
+        // After a failed write, the other processes still wait for this process.
         written.and(wholes.try_for_each(|whole| whole.map(drop)))
     }
 
@@ -106,7 +137,7 @@ impl Session {
         &self,
         path: &Path,
         vars: &[Var],
-        mut wholes: impl Iterator<Item = Result<HostTensor, SessionError>>,
+        wholes: impl Iterator<Item = Result<Option<HostTensor>, SessionError>>,
     ) -> Result<(), SessionError> {
         let entry = |var: &Var| {
             let info = self.plan.graph.tensor(*var);
@@ -118,7 +149,9 @@ impl Session {
         let header = header(&entries, &metadata)?;
         write_whole(path, |out| {
             out.write_all(&header).map_err(|e| io(path, e))?;
-            wholes.try_for_each(|whole| Ok(out.write_all(whole?.as_bytes()).map_err(|e| io(path, e))?))
+            wholes
+                .flat_map(Result::transpose)
+                .try_for_each(|whole| Ok(out.write_all(whole?.as_bytes()).map_err(|e| io(path, e))?))
         })
     }
 
@@ -333,10 +366,8 @@ impl Session {
                 let message = "the file was changed while it was read".into();
                 return Err(CheckpointError::Format { path: path.into(), message }.into());
             }
-            for (device, _, resident) in plan.resident_parts(*var) {
-                if self.process_map.own().contains(&device) {
-                    self.write_resident(device, &resident, &slice_region(&whole, &resident.region))?;
-                }
+            for (device, resident) in plan.resident_parts(*var, self.process_map.own()) {
+                self.write_resident(device, &resident, &slice_region(&whole, &resident.region))?;
             }
         }
         Ok(())

@@ -13,7 +13,6 @@ use crate::checkpoint::error::CheckpointError;
 use crate::cluster::ClusterError;
 use crate::cluster::failure::{exit_of, exit_of_kernel};
 use crate::declare::DeclareError;
-use crate::layout_error::LayoutError;
 use crate::plan::error::PlanError;
 use shardflow_job::exit::Exit;
 use shardflow_job::rendezvous::{RendezvousError, RendezvousRefusal};
@@ -33,9 +32,9 @@ pub enum SessionError {
     /// A device is not available, or memory cannot be allocated.
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    /// The devices' results do not form the tensors of the program.
-    #[error(transparent)]
-    Layout(#[from] LayoutError),
+    /// A bug in a kernel or a fault of a device.
+    #[error("{name} in layout {layout}: copies differ between devices; a kernel or a device computes wrong values")]
+    Copies { name: String, layout: String },
     #[error(transparent)]
     Cluster(#[from] ClusterError),
     /// A checkpoint or a parameter file cannot be read or written, or does not fit the program.
@@ -72,7 +71,7 @@ impl SessionError {
             Self::PlanWritten => Exit::Done,
             Self::Input { .. } | Self::PlanFile { .. } => Exit::Usage,
             Self::Actors(ActorError::Thread { .. }) => Exit::Refused,
-            Self::Actors(_) | Self::Layout(_) => Exit::Internal,
+            Self::Actors(_) | Self::Copies { .. } => Exit::Internal,
         }
     }
 

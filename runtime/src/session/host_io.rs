@@ -172,7 +172,8 @@ impl HostIo {
     fn forward(&self, running: &RunningSession, inbox: &mut Inbox, end: Stamped<FiringEnd>) {
         let FiringEnd { at, firing } = end.open();
         let fetch = &self.staged[&at];
-        let (port, _) = self.ports.fetch(fetch.device, fetch.segment).expect("the plan has a port for every fetch");
+        let mut ports = self.ports.fetches(fetch.device).filter(|(segment, ..)| *segment == fetch.segment);
+        let (_, port, _) = ports.next().expect("the plan has a port for every fetch");
         self.send(running, inbox, HostPiece { port, tensors: fetch.read(firing) });
     }
 

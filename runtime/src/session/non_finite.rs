@@ -1,14 +1,11 @@
 //! Maintains the bounds of parameters and moments, and finds the first Inf or NaN of a non-finite step.
 
 use shardflow_actors::snapshot::NotFinite;
-use shardflow_job::membership::MergeRule;
 
 use super::Session;
 use super::batch::Inputs;
 use super::error::SessionError;
-use super::numbers::Topic;
 use super::numerics::{FirstNonFinite, NonFinite};
-use super::outcome::array;
 use super::report::StepReport;
 use crate::graph::optimizer::Bounds;
 use crate::graph::{Node, NodeOp, Rate, Var};
@@ -31,12 +28,11 @@ impl Session {
         // Non-negative floats have the same order as their bits.
         let Bounds { parameter, first, second, .. } = self.guard.bounds;
         let moment = |bound: f64| f64::from((bound as f32).next_up()).to_bits();
-        let bounds = [parameter.to_bits(), moment(first), moment(second)];
-        let rules = [MergeRule::Max { words: 1 }, MergeRule::Max { words: 1 }, MergeRule::Max { words: 1 }].into();
-        let all = self.combine(Topic::BetweenSteps, &rules, bounds.map(|bound| vec![bound]).into())?;
-        let largest = |field| f64::from_bits(array::<1>(&all, field)[0]);
-        self.guard.bounds.parameter = largest(0);
-        (self.guard.bounds.first, self.guard.bounds.second) = (largest(1), largest(2));
+        let largest = self.largest_of_each(&[parameter.to_bits(), moment(first), moment(second)]);
+        let largest = largest.map_err(|failure| self.fail(failure))?;
+        let bounds = &mut self.guard.bounds;
+        let own = [&mut bounds.parameter, &mut bounds.first, &mut bounds.second];
+        own.into_iter().zip(largest).for_each(|(bound, largest)| *bound = f64::from_bits(largest));
         Ok(())
     }
 

@@ -7,6 +7,7 @@ use crossbeam_channel::{Receiver, after, never, select};
 use shardflow_actors::error::{Failure, PeerError};
 use shardflow_job::membership::{MembershipError, MergeRule, Reduced};
 
+use super::agreement::FIELDS_MAX;
 use super::error::{SessionError, stopped};
 use super::outcome::{Outcome, Outcomes, array};
 use super::{BETWEEN_STEPS, QUIESCE_TIMEOUT, Session};
@@ -102,11 +103,15 @@ impl Session {
         rules: &Arc<[MergeRule]>,
         fields: Vec<Vec<u64>>,
     ) -> Result<Reduced, SessionError> {
+        self.try_combine(topic, rules, fields).map_err(|failure| self.fail(failure))
+    }
+
+    fn try_combine(&self, topic: Topic, rules: &Arc<[MergeRule]>, fields: Vec<Vec<u64>>) -> Result<Reduced, Failure> {
         self.set_activity(WAITING);
         let combined =
             self.supply(topic, rules, fields).and_then(|pending| self.combined(pending, Some(self.wait_max)));
         self.set_activity(BETWEEN_STEPS);
-        combined.map_err(|failure| self.fail(failure))
+        combined
     }
 
     /// Supplies these words between steps. Returns the largest of the processes' word lists, compared
@@ -122,6 +127,17 @@ impl Session {
         let own = if self.process_map.process == 0 { words.to_vec() } else { Vec::new() };
         let reduced = self.combine(Topic::BetweenSteps, &[MergeRule::First { words: WORDS }].into(), vec![own])?;
         Ok(array(&reduced, 0))
+    }
+
+    /// Supplies these numbers between steps, and returns the largest value of each.
+    pub(super) fn largest_of_each(&self, numbers: &[u64]) -> Result<Vec<u64>, Failure> {
+        let mut largest = Vec::new();
+        for numbers in numbers.chunks(FIELDS_MAX) {
+            let rules = numbers.iter().map(|_| MergeRule::Max { words: 1 }).collect();
+            let fields = numbers.iter().map(|number| vec![*number]).collect();
+            largest.extend(self.try_combine(Topic::BetweenSteps, &rules, fields)?.words.into_iter().flatten());
+        }
+        Ok(largest)
     }
 
     /// Supplies the outcome of this process's part, and returns the outcomes of all processes.

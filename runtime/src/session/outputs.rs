@@ -1,11 +1,10 @@
-//! Collects the results of a step. Every process sends its devices' pieces to process 0. Process 0 assembles whole
-//! outputs and sends them to the processes that get outputs.
+//! Collects the results of a step. Every process sends the pieces that its devices fetch to process 0. Process 0 assembles
+//! whole outputs and sends them to the processes that get outputs.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use shardflow_actors::remote::HostPiece;
 use shardflow_job::membership::{MergeRule, Reduced};
 use shardflow_job::requests::Request;
 use shardflow_kernels::collective::ReduceOp;
@@ -18,20 +17,22 @@ use super::error::SessionError;
 use super::numbers::Topic;
 use super::report::StepReport;
 use crate::graph::builder::{GRAD_SQUARES_OUTPUT, LOSS_OUTPUT};
-use crate::graph::{Combine, Output};
-use crate::plan::segments::SegmentId;
-use crate::sbp::gather;
+use crate::graph::{Combine, Output, Var};
+use crate::plan::HostPort;
+use crate::plan::memory::local_part;
+use crate::sbp::assemble;
 use crate::sbp::region::{combine, concat};
 
-/// Fetch results by device and segment: for each firing, one tensor for each fetched variable.
-type Results = BTreeMap<(usize, SegmentId), Vec<Vec<HostTensor>>>;
+/// Results by port of a fetch: for each firing, one tensor for each fetched variable.
+type Results = BTreeMap<u32, Vec<Vec<HostTensor>>>;
 
 /// The whole tensor of each firing, by index of the graph output. Empty if this process does not get the output.
 pub(super) type OutputTensors = Vec<Vec<HostTensor>>;
 
 impl Session {
     /// Feeds a batch and waits until the devices of all processes have sent their results. Then combines the `numbers`
-    /// of all processes by `rules`. The devices wait for the decision on the update.
+    /// of all processes by `rules`. The devices wait for the decision on the update. Devices without results may still
+    /// run.
     pub(super) fn run(
         &mut self,
         inputs: &Inputs<'_>,
@@ -57,7 +58,7 @@ impl Session {
     fn fetched_pieces(&self, devices: Range<usize>) -> Vec<(u32, usize)> {
         devices
             .flat_map(|device| self.host_io.ports.fetches(device))
-            .map(|(id, port, _)| (port, self.fetch_firings(id)))
+            .map(|(id, port, _)| (port, self.plan.segments.get(id).rate.per_step(self.plan.micro_batches)))
             .collect()
     }
 
@@ -66,22 +67,19 @@ impl Session {
         if self.process_map.process != 0 {
             return Ok(None);
         }
-        let devices = 0..self.plan.device_count();
-        let wanted = self.fetched_pieces(devices.clone());
+        let wanted = self.fetched_pieces(0..self.plan.device_count());
         self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
         let mut inbox = self.host_io.inbox.lock();
-        let fetches = devices.flat_map(|device| self.host_io.ports.fetches(device).map(move |(id, ..)| (device, id)));
-        Ok(Some(fetches.zip(wanted).map(|(key, (port, count))| (key, inbox.take(port, count))).collect()))
-    }
-
-    fn fetch_firings(&self, id: SegmentId) -> usize {
-        self.plan.segments.get(id).rate.per_step(self.plan.micro_batches)
+        Ok(Some(wanted.into_iter().map(|(port, count)| (port, inbox.take(port, count))).collect()))
     }
 
     /// Returns the outputs that this process gets from the step. All processes call it.
     pub(super) fn exchange_outputs(&mut self) -> Result<OutputTensors, SessionError> {
         if let Some(results) = self.take_results()? {
-            self.send_outputs(&results)?;
+            for (output, port) in self.plan.graph.outputs.iter().zip(self.host_io.ports.outputs()) {
+                let mut firings = 0..self.firings(output);
+                firings.try_for_each(|firing| self.send(port, self.whole_output(output.tensor, &results, firing)))?;
+            }
         }
         let mut wanted = Vec::new();
         for (output, port) in self.plan.graph.outputs.iter().zip(self.host_io.ports.outputs()) {
@@ -97,41 +95,17 @@ impl Session {
         self.plan.graph.tensor(output.tensor).rate.per_step(self.plan.micro_batches)
     }
 
-    /// Assembles the outputs on process 0 and sends them.
-    fn send_outputs(&mut self, results: &Results) -> Result<(), SessionError> {
-        let plan = self.plan.clone();
-        for (output, port) in plan.graph.outputs.iter().zip(self.host_io.ports.outputs()) {
-            for firing in 0..self.firings(output) {
-                match self.whole_output(output, results, firing) {
-                    Ok(whole) => self.host_io.send(
-                        self.running()?,
-                        &mut self.host_io.inbox.lock(),
-                        HostPiece { port, tensors: vec![whole] },
-                    ),
-                    Err(error) => {
-                        // The step cannot end. The other processes wait for this output.
-                        self.fail_alone(error.exit(), &error);
-                        return Err(error);
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn whole_output(&self, output: &Output, results: &Results, firing: usize) -> Result<HostTensor, SessionError> {
+    fn whole_output(&self, output: Var, results: &Results, firing: usize) -> HostTensor {
         let graph = &self.plan.graph;
-        let info = graph.tensor(output.tensor);
-        let placement = &graph.placements[graph.placement_of(output.tensor)];
-        let fetch = self.plan.segments.fetch_of(graph, output.tensor);
-        let shard = |device: &usize| {
-            let key = (*device, fetch);
-            let fetched = self.host_io.ports.fetch(*device, fetch).map(|(_, host)| &host.vars);
-            let port = fetched.and_then(|vars| vars.iter().position(|v| *v == output.tensor));
-            results[&key][firing][port.expect("a device fetches the outputs that it holds")].clone()
+        let placement = &graph.placements[graph.placement_of(output)];
+        let part = |device: &usize| {
+            let mut fetches = self.host_io.ports.fetches(*device);
+            let index = |host: &HostPort| host.vars.iter().position(|var| *var == output);
+            let (port, index) = fetches.find_map(|(_, port, host)| Some((port, index(host)?)))?;
+            Some((local_part(graph, output, *device), results[&port][firing][index].clone()))
         };
-        let shards: Vec<HostTensor> = placement.devices().iter().map(shard).collect();
-        Ok(gather(&shards, &info.shape, graph.layout(output.tensor), placement)?)
+        let parts = placement.devices().iter().filter_map(part);
+        assemble(parts, graph.shape(output), graph.layout(output).partial())
     }
 
     pub(super) fn report(&self, tensors: OutputTensors) -> StepReport {

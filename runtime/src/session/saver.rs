@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use object_store::PutMode;
+use shardflow_kernels::tensor::element_count;
 
 use super::Session;
 use super::error::SessionError;
@@ -89,11 +90,8 @@ impl Session {
 
     /// Bytes of all tensors of a checkpoint, or of a file of [`Session::save`], for all processes.
     pub fn checkpoint_bytes(&self) -> u64 {
-        let bytes = |var| {
-            let (shape, mut parts) = (self.plan.graph.shape(var), self.plan.resident_parts(var));
-            let element = parts.next().map_or(0, |(_, _, resident)| resident.dtype.bytes());
-            (shape.iter().product::<usize>() * element) as u64
-        };
+        let graph = &self.plan.graph;
+        let bytes = |var| (element_count(graph.shape(var)) * graph.tensor(var).dtype.bytes()) as u64;
         self.residents().map(|(var, _)| bytes(var)).sum()
     }
 }

@@ -132,19 +132,18 @@ impl Session {
         let mut found = Vec::new();
         for (var, _) in self.residents() {
             self.check_fits(reader, var)?;
-            let parts = self.plan.resident_parts(var);
-            let parts: Vec<_> = parts.filter(|(device, ..)| self.process_map.own().contains(device)).collect();
+            let parts: Vec<_> = self.plan.resident_parts(var, self.process_map.own()).collect();
             // Each region is read once, for all devices that hold it.
             let mut regions: Vec<Region> = Vec::new();
-            for (_, _, resident) in &parts {
+            for (_, resident) in &parts {
                 if !regions.contains(&resident.region) {
                     regions.push(resident.region.clone());
                 }
             }
             let tensors = reader.tensors(&self.plan.graph.tensor(var).name, &regions)?;
             for (region, tensor) in regions.iter().zip(tensors) {
-                let holders = parts.iter().filter(|(_, _, resident)| resident.region == *region);
-                found.extend(holders.map(|(device, _, resident)| (*device, (*resident).clone(), tensor.clone())));
+                let holders = parts.iter().filter(|(_, resident)| resident.region == *region);
+                found.extend(holders.map(|(device, resident)| (*device, resident.clone(), tensor.clone())));
             }
         }
         Ok((found, notes))

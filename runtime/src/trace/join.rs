@@ -1,8 +1,8 @@
 //! Joins the traces of all processes of a job on one clock.
 //!
-//! Each file contains the Unix time of its time 0, so files of one machine agree to the microsecond, and files of
-//! several machines agree as well as their clocks do. If a piece would be read before it was written, the reader's file
-//! is shifted by the smallest time that prevents this.
+//! Each file contains the Unix time of its time 0, so files of one machine agree to the microsecond. Files of several
+//! machines agree only as closely as the machines' clocks. If a piece would be read before it was written, the reader's
+//! file is shifted by the smallest time that prevents this.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Write};
@@ -196,7 +196,7 @@ fn shifts(files: &[Vec<Event>]) -> Result<Vec<f64>, JoinError> {
 mod tests {
     use super::*;
 
-    /// A file of one actor that began at `unix_s` seconds, with these ends of arrows.
+    /// A file that began at `unix_s` seconds, with one actor and these ends of arrows.
     fn file(actor: u32, unix_s: u64, ends: &[(&str, &str, f64)]) -> String {
         let unix_ns = unix_s * 1_000_000_000;
         let named = format!(r#"{{"name":"thread_name","ph":"M","pid":0,"tid":{actor},"args":{{"name":"a{actor}"}}}}"#);
@@ -279,7 +279,7 @@ mod tests {
             // A file system may append zeros after a power loss.
             let zeros = [&text.as_bytes()[..cut], &[0; 9]].concat();
             let found = if cut == 0 { 0 } else { names(&zeros).len() };
-            assert!(found == complete || found + 1 == complete, "{found} of {complete}, zeros after {cut} bytes");
+            assert!(found == complete || found + 1 == complete, "{found} of {complete} events before zeros at {cut}");
         }
     }
 }

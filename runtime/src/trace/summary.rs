@@ -32,7 +32,7 @@ pub struct ActorShare {
     /// Share of the time in which the actor was idle because a piece was not yet written. If the trace has a
     /// prediction, this time is limited to the actor's idle time in the simulator's run; the rest is `imbalance`.
     pub bubble: f64,
-    /// Share of the time beyond `bubble` in which the actor was idle because a piece was not yet written. The reason is
+    /// Share of the time in which the actor was idle because a piece was not yet written, minus `bubble`. The reason is
     /// that firings took longer than their mean time.
     pub imbalance: f64,
     /// The remaining share of the time, such as the handling of the actor's messages.

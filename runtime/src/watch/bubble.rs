@@ -201,7 +201,7 @@ mod tests {
         let mut spec = pipeline(2, 1, PipelineSchedule::Gpipe);
         let mut own = Bubble::new(&spec, |device| device == 0);
         add(&mut own, &spec, 0, &[STEP[0], STEP[3]]);
-        assert_eq!(own.share(), Some(0.5), "30 of 60");
+        assert_eq!(own.share(), Some(0.5), "idle for 30 of 60");
         spec.actors[ActorId(1)].stream = StreamKind::Communication;
         let mut all = Bubble::new(&spec, |_| true);
         add(&mut all, &spec, 0, &STEP);

@@ -25,7 +25,7 @@ const RESPONSE_BYTES_MAX: u64 = 16 << 20;
 pub enum ClientError {
     #[error("nothing is served at {address}: {source}; start the job with --listen {address}")]
     Unreachable { address: SocketAddr, source: io::Error },
-    #[error("{address} does not respond within {} s: {source}; check whether its process is stopped or its machine is overloaded", TIMEOUT.as_secs())]
+    #[error("{address} does not respond within {} s: {source}; its process may be suspended, or its machine overloaded", TIMEOUT.as_secs())]
     NoResponse { address: SocketAddr, source: io::Error },
     /// The server is another program, or returns an error.
     #[error("{address}: unexpected response to {path}: {response}")]
@@ -45,7 +45,7 @@ pub struct HangReport {
     pub is_under_way: bool,
     /// The root cause of all waits; `None` between steps, and while there is progress.
     pub cause: Option<String>,
-    /// Other processes that may have the cause.
+    /// Other processes in which the cause may lie.
     pub elsewhere: Vec<u32>,
     /// Chain of waits down to the cause. Each entry has the waiting action, and what this action waits for.
     pub chain: Vec<(String, String)>,
@@ -96,10 +96,10 @@ pub fn status(address: SocketAddr) -> Result<Status, ClientError> {
     request(address, "/status")
 }
 
-/// Hang reports of all processes that may have the cause.
+/// Hang reports of all processes in which the cause may lie.
 #[derive(Debug)]
 pub struct HangExplanation {
-    /// The reports in the order of the queries: the first process, then those that may have the cause.
+    /// The reports in the order of the queries: the first process, then those in which the cause may lie.
     pub reports: Vec<HangReport>,
     /// Processes that cannot be queried although others wait for them, with the errors of the queries.
     pub unreachable: Vec<(u32, ClientError)>,
@@ -112,7 +112,7 @@ impl fmt::Display for HangExplanation {
     }
 }
 
-/// Queries the session at an address, and all processes that may have the cause of its waits. The port of another
+/// Queries the session at an address, and all processes in which the cause of its waits may lie. The port of another
 /// process is `first`'s port plus the difference of their ranks.
 ///
 /// # Errors
@@ -226,7 +226,7 @@ mod tests {
         let silent = stream.read(&mut [0]).expect_err("nobody writes");
         let error = failed(address, silent).to_string();
         assert!(
-            error.contains("does not respond within 10 s") && error.contains("check whether its process is stopped"),
+            error.contains("does not respond within 10 s") && error.contains("its process may be suspended"),
             "{error}"
         );
         drop(listener);

@@ -238,7 +238,8 @@ impl fmt::Display for Status {
             writeln!(f, "{:4.0} %  {:9.3} s  {}", actor.busy * 100.0, actor.now_seconds, actor.now)?;
         }
         for wait in &self.waits {
-            writeln!(f, "waited {:4.1} % for {} of '{}'", wait.share * 100.0, wait.reason, wait.register)?;
+            let WaitStatus { reason, register, share } = wait;
+            writeln!(f, "waited {:4.1} % of the time (sum over actors) for {reason} of '{register}'", share * 100.0)?;
         }
         Ok(())
     }

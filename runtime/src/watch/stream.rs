@@ -1,4 +1,5 @@
-//! The live page's event stream: at most one event per second, with the changes since the last event. Queues no event.
+//! The live page's event stream: at most one event per second, with the changes since the last event. No event is
+//! queued.
 
 use std::convert::Infallible;
 use std::sync::{Arc, Weak};

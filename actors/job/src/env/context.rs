@@ -33,7 +33,7 @@ pub struct Launched {
     pub restart: u64,
     /// The launcher that set the variables.
     pub source: LaunchedBy,
-    /// The job's name, for messages. It may differ between nodes.
+    /// The job's name, for display. It may differ between nodes.
     pub run_id: String,
 }
 
@@ -61,8 +61,8 @@ impl LaunchedBy {
             LaunchedBy::Shardflow => ("shardflow launch", "`shardflow launch` sets one"),
             LaunchedBy::Torchrun => (
                 "torchrun",
-                "run `shardflow secret` once; on every node, before `torchrun`, run `export SHARDFLOW_SECRET=..` with \
-                 its output; in a PyTorchJob, set the variable from a Secret",
+                "run `shardflow secret` once and copy the secret that it prints; on every node, before `torchrun`, run \
+                 `export SHARDFLOW_SECRET=..` with this secret; in a PyTorchJob, set the variable from a Secret",
             ),
             LaunchedBy::OpenMpi => ("OpenMPI", "start with `mpirun -x SHARDFLOW_SECRET=$(shardflow secret) ..`"),
             LaunchedBy::Slurm => {

@@ -211,7 +211,7 @@ fn slurm_place(vars: &Reader) -> Result<Place, EnvError> {
     }
     const PER_NODE: [&str; 2] = ["SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"];
     let per_node_name = PER_NODE.into_iter().find(|name| vars.get(name).is_some()).unwrap_or(PER_NODE[0]);
-    let list = vars.need(per_node_name, "the tasks of each node, such as 2(x3),1, by starting the task with srun")?;
+    let list = vars.need(per_node_name, "the task count per node, such as 2(x3),1, by starting the task with srun")?;
     let tasks = tasks_per_node(list).map_err(|e| invalid(per_node_name, list, e))?;
     if tasks.iter().map(|count| u64::from(*count)).sum::<u64>() != u64::from(processes) {
         let rule = "the tasks of all nodes must add up to the number of tasks";

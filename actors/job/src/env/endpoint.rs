@@ -25,7 +25,7 @@ impl Endpoint {
     pub fn parse(text: &str) -> Result<Endpoint, &'static str> {
         if let Some(path) = text.strip_prefix("unix:") {
             return match path {
-                _ if !path.starts_with('/') => Err("unix: followed by an absolute path"),
+                _ if !path.starts_with('/') => Err("`unix:` followed by an absolute path"),
                 _ if path.len() > UNIX_PATH_BYTES_MAX => Err("a Unix socket path of at most 107 bytes"),
                 _ if path.contains('\0') => Err("a path without NUL"),
                 path => Ok(Endpoint::Unix(path.into())),
@@ -33,7 +33,7 @@ impl Endpoint {
         }
         let Some(address) = text.strip_prefix("tcp://") else { return Err("tcp://HOST:PORT or unix:PATH") };
         let (host, port) = split_port(address)?;
-        Ok(Endpoint::Tcp { host, port: port.ok_or("tcp://HOST:PORT, with the port")? })
+        Ok(Endpoint::Tcp { host, port: port.ok_or("tcp://HOST:PORT; the port is missing")? })
     }
 
     /// Like [`Endpoint::parse`], but also accepts torchrun's forms `HOST` and `HOST:PORT`.

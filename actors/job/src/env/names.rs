@@ -8,13 +8,13 @@ pub const TRANSPORT: &str = "SHARDFLOW_TRANSPORT";
 pub const COLLECTIVES: &str = "SHARDFLOW_COLLECTIVES";
 /// Variable for the encryption of tensors over TCP: `on` or `off`; the same for all processes.
 pub const ENCRYPT: &str = "SHARDFLOW_ENCRYPT";
-/// Variable with the exit codes that led to the launcher's restarts of the job so far, separated by commas.
+/// Variable with the exit codes of the attempts after which the launcher restarted the job, separated by commas.
 pub const RESTART_CAUSES: &str = "SHARDFLOW_RESTART_CAUSES";
 /// Variable with the time at which the launcher started the job: Unix time in milliseconds.
 pub const JOB_BEGAN_MS: &str = "SHARDFLOW_JOB_BEGAN_MS";
 /// Variable with the local address on which the process listens.
 pub const INTERFACE: &str = "SHARDFLOW_INTERFACE";
-/// Variable with the host name or address at which other processes reach this one; the ports do not change.
+/// Variable with the host name or address at which other processes reach this one. It changes the host, not the ports.
 pub const ADVERTISE: &str = "SHARDFLOW_ADVERTISE";
 /// Variable with the milliseconds between heartbeats; the same for all processes.
 pub const HEARTBEAT_MS: &str = "SHARDFLOW_HEARTBEAT_MS";

@@ -66,7 +66,7 @@ fn each_launcher_is_detected() {
     assert_eq!(summary(MPICH), "3/4 1/2 None tcp://a:5 0 none");
     assert_eq!(summary(POD), "3/4 0/1 None tcp://job-master-0:5 0 none");
     let master = "RANK=0 WORLD_SIZE=4 MASTER_ADDR=localhost MASTER_PORT=5";
-    assert_eq!(summary(master), "0/4 0/1 None tcp://0.0.0.0:5 0 none", "the master's own address is localhost");
+    assert_eq!(summary(master), "0/4 0/1 None tcp://0.0.0.0:5 0 none", "the master listens on all addresses");
     assert_eq!(summary(&master.replace("RANK=0", "RANK=1")), "1/4 0/1 None tcp://localhost:5 0 none");
     assert_eq!(summary("RANK=1 WORLD_SIZE=2 SHARDFLOW_ENDPOINT=tcp://b:6"), "1/2 0/1 None tcp://b:6 0 none");
     assert!(error("RANK=1 WORLD_SIZE=2").contains("MASTER_ADDR is not"));
@@ -99,7 +99,7 @@ fn mpich_and_intel_mpi_are_distinguished_from_slurm() {
     // `srun --mpi=pmi2` also sets these variables.
     let pmi2 = "PMI_RANK=3 PMI_SIZE=4 PMI_FD=9 PMI_JOBID=77.0";
     assert_eq!(world(&format!("{SLURM} {pmi2}")).source, LaunchedBy::Slurm);
-    assert_eq!(world(&format!("{SLURM} {MPICH}")).source, LaunchedBy::Slurm, "both launchers agree");
+    assert_eq!(world(&format!("{SLURM} {MPICH}")).source, LaunchedBy::Slurm, "the world sizes are equal");
     // Hydra starts one helper per node, as a Slurm task.
     let helper = SLURM.replace("SLURM_PROCID=3 SLURM_NTASKS=4", "SLURM_PROCID=1 SLURM_NTASKS=2");
     assert_eq!(world(&format!("{helper} {MPICH}")).source, LaunchedBy::Mpich);
@@ -110,7 +110,7 @@ fn mpich_and_intel_mpi_are_distinguished_from_slurm() {
     let endpoint = |text: &str| world(text).endpoint.to_string();
     assert!(endpoint(one_node).starts_with("tcp://127.0.0.1:2"), "{}", endpoint(one_node));
     let [first, second] = ["n:1", "n:2"].map(|port| endpoint(&format!("{one_node} PMI_PORT={port}")));
-    assert_ne!(first, second, "two jobs of a node");
+    assert_ne!(first, second, "two jobs on one node use different ports");
     assert_eq!(endpoint(&format!("{one_node} MASTER_ADDR=a MASTER_PORT=7")), "tcp://a:7");
     let without = MPICH.replace("SHARDFLOW_ENDPOINT=tcp://a:5", "");
     assert!(error(&without).contains("mpiexec -genv SHARDFLOW_ENDPOINT"), "{}", error(&without));
@@ -156,7 +156,7 @@ fn a_single_process_is_local() {
     }
 }
 
-/// Any subset of a launcher's variables gives a local process, the whole world, or an error naming a missing variable.
+/// Any subset of a launcher's variables gives a local process, a world, or an error about a missing variable.
 #[test]
 fn incomplete_variables_are_refused() {
     for (whole, extras) in [

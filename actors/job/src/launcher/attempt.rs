@@ -19,10 +19,10 @@ use super::options::LaunchError;
 use crate::exit::{Exit, Report};
 use crate::output;
 
-/// How long to wait before SIGKILL if the ended processes blame all remaining processes, which are usually frozen.
+/// How long to wait before SIGKILL if the ended processes blame all remaining processes. Usually these are frozen.
 const BLAMED_WAIT: Duration = Duration::from_secs(2);
-/// Maximum of `failure_wait` if the job has one node, whose other processes wait in vain for the failed one. In this
-/// time, processes with the same failure can still end by themselves.
+/// Maximum of `failure_wait` in a job with one node, if the other processes would wait in vain for the failed one. In
+/// this time, processes with the same failure can still end by themselves.
 const UNJOINED_WAIT: Duration = Duration::from_millis(500);
 /// Interval at which the launcher checks whether processes wait in vain for a process that has ended.
 const ABSENCE_POLL: Duration = Duration::from_millis(500);
@@ -191,12 +191,12 @@ impl Attempt<'_, '_> {
         match self.phase {
             Phase::Running => self.fail_absent(),
             Phase::Settling { .. } if self.only_blamed_left() => {
-                print_notice(&format!("killing rank {ranks}, which ended ranks report as the cause of the failure"));
+                print_notice(&format!("killing rank {ranks}: blamed for the failure by the ranks that ended"));
                 self.kill();
             }
             Phase::Settling { .. } => {
                 let wait = self.failure_wait();
-                print_notice(&format!("{wait:?} after the failure: sending SIGTERM to rank {ranks}"));
+                print_notice(&format!("sending SIGTERM to rank {ranks}: still running {wait:?} after the failure"));
                 self.living().for_each(|child| child.signal(Signal::TERM));
                 self.phase = Phase::Ending { until: Instant::now() + self.job.options.grace };
             }

@@ -80,7 +80,7 @@ pub(super) fn first_cause(ended: &[Ended]) -> Option<&Ended> {
     ended.iter().filter(|e| e.exit != Exit::Done).min_by_key(|e| (e.class(), e.time(), e.rank))
 }
 
-/// The launcher's exit after `signal`, and the failed process that determines it, if any.
+/// The launcher's exit after `signal`, and the process whose failure determines this exit, if a process failed.
 pub(super) fn exit_after_signal(ended: &[Ended], signal: u8) -> (Exit, Option<&Ended>) {
     // A process has not failed if `signal` or the launcher's own signal ended it, or if it ended because others ended.
     let is_expected = |e: &&Ended| match e.exit {
@@ -175,16 +175,16 @@ mod tests {
         let first = |all: &[Ended]| first_cause(all).map(|e| e.rank);
         assert_eq!(first(&[]), None);
         assert_eq!(first(&[ended(0, 0, 1)]), None);
-        assert_eq!(first(&[ended(0, 0, 1), ended(1, 70, 5), ended(2, 70, 4)]), Some(2), "the earliest");
-        assert_eq!(first(&[ended(0, 69, 1), ended(1, 75, 2), ended(2, 137, 3)]), Some(2), "own failures first");
+        assert_eq!(first(&[ended(0, 0, 1), ended(1, 70, 5), ended(2, 70, 4)]), Some(2), "the earliest failure");
+        assert_eq!(first(&[ended(0, 69, 1), ended(1, 75, 2), ended(2, 137, 3)]), Some(2), "own failures come first");
         assert_eq!(first(&[ended(0, 69, 2), ended(1, 75, 1)]), Some(1), "the earliest, if all blame a peer");
         let killed = Ended { signaled: true, ..ended(1, 137, 1) };
-        assert_eq!(first(&[ended(0, 69, 2), killed.clone()]), Some(0), "not the one that the launcher killed");
-        assert_eq!(first(&[ended(0, 70, 2), reported(killed, Some(1), 1)]), Some(1), "unless it reports itself");
+        assert_eq!(first(&[ended(0, 69, 2), killed.clone()]), Some(0), "rank 1 was killed by the launcher");
+        assert_eq!(first(&[ended(0, 70, 2), reported(killed, Some(1), 1)]), Some(1), "rank 1 reported a failure first");
         let blaming = reported(ended(0, 70, 1), Some(2), 1);
         assert_eq!(first(&[blaming.clone(), ended(2, 79, 9)]), Some(2), "a report overrides the exit code");
         let own = reported(ended(3, 69, 7), Some(3), 2);
-        assert_eq!(first(&[ended(2, 79, 3), blaming, own]), Some(3), "the report's time is used");
+        assert_eq!(first(&[ended(2, 79, 3), blaming, own]), Some(3), "the time of the report counts");
     }
 
     #[test]
@@ -195,16 +195,16 @@ mod tests {
         assert_eq!(line.describe(), "rank 0: no file (code 2: usage)");
         assert_eq!(reported(line, None, 0).describe(), "rank 0: it (code 2: usage)");
         let refused = Ended { error_line: Some("error: rank 1 ended (code 2: usage)".into()), ..ended(0, 2, 0) };
-        assert_eq!(refused.describe(), "rank 0: rank 1 ended (code 2: usage)", "the code is named once");
+        assert_eq!(refused.describe(), "rank 0: rank 1 ended (code 2: usage)", "the code appears once");
     }
 
     #[test]
     fn an_end_by_the_requested_signal_is_not_a_failure() {
         let exit = |all: &[Ended]| exit_after_signal(all, 15).0.code();
         assert_eq!(exit(&[ended(0, 143, 1), ended(1, 143, 1)]), 143);
-        assert_eq!(exit(&[ended(0, 0, 1), ended(1, 0, 1)]), 0, "all processes were done");
+        assert_eq!(exit(&[ended(0, 0, 1), ended(1, 0, 1)]), 0, "all processes exited with 0");
         assert_eq!(exit(&[ended(0, 0, 1), ended(1, 69, 1)]), 143);
-        assert_eq!(exit(&[ended(0, 143, 1), ended(1, 73, 1)]), 73, "the checkpoint was not written");
+        assert_eq!(exit(&[ended(0, 143, 1), ended(1, 73, 1)]), 73, "rank 1 failed with 73");
         assert_eq!(exit(&[ended(0, 143, 1), ended(1, 137, 1)]), 137);
         assert_eq!(exit(&[ended(0, 143, 1), Ended { signaled: true, ..ended(1, 137, 1) }]), 143);
         assert_eq!(exit_after_signal(&[ended(0, 130, 1)], 2).0.code(), 130);

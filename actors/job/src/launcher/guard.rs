@@ -62,7 +62,7 @@ impl Drop for Guard {
 
 /// The command `shardflow guard`: reads process groups from `from` until EOF, then kills the remaining groups.
 pub fn guard(folder: &Path, from: impl BufRead) -> Exit {
-    // These signals often go to all processes of a job at once, but the guard must outlive the launcher.
+    // These signals often go to all processes of a job together, but the guard must outlive the launcher.
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT, signal_hook::consts::SIGHUP] {
         let _ = signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)));
     }

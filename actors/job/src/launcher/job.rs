@@ -95,7 +95,7 @@ impl<'a> Job<'a> {
         };
         let run_id = match &options.run_id {
             Some(name) => name.clone(),
-            // The time in seconds sorts logs. Random characters distinguish jobs that start in the same second.
+            // The time puts log folders in order. Random characters distinguish jobs that start in the same second.
             None => format!("{}-{}", unix_ns() / 1_000_000_000, &random_secret()?.text()[..6]),
         };
         let folder = temporary_folder(FOLDER_PREFIX).map_err(|error| LaunchError::Refused(error.to_string()))?;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::output::{self, OutputKind, OutputQueue, ends_line};
 
-/// Maximum number of output bytes that are copied at once. A longer line is copied in pieces.
+/// Maximum number of output bytes that are copied in one piece. A longer line is copied in several pieces.
 const LINE_BYTES_MAX: u64 = 64 << 10;
 /// How many bytes at a log's end are searched for errors.
 const TAIL_BYTES: u64 = 64 << 10;

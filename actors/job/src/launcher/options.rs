@@ -98,7 +98,7 @@ pub(super) fn departure(options: &LaunchOptions) -> Option<Departure> {
     Some(Departure::new(endpoint, secret, &cluster_options, processes(options)?))
 }
 
-/// Returns a report which states that this node has ended its job.
+/// Returns a report which states that this node has left the job ([`Report::departed`]).
 pub(super) fn departed(options: &LaunchOptions, exit: Exit, cause: &str) -> Report {
     let LaunchOptions { node, local_processes, .. } = options;
     let rank = node.saturating_mul(*local_processes);

@@ -68,7 +68,7 @@ mod tests {
         assert_eq!(threads(&[(&[0x1], 2), (&[0x1], 1)], 1), [1, 1], "at least one");
         assert_eq!(threads(&[(&[0, 0xff], 1), (&[0xff], 2)], 8), [8, 4], "masks of different lengths");
         assert_eq!(threads(&[(&[0xff], 1), (&[0xff], 1)], 2), [1, 1], "a quota is divided too");
-        assert_eq!(threads(&[(&[0x0f], 1), (&[0xf0], 1)], 2), [2, 2], "each quota is of processes that share cores");
+        assert_eq!(threads(&[(&[0x0f], 1), (&[0xf0], 1)], 2), [2, 2], "a quota covers only processes that share cores");
         assert_eq!(threads(&[(&[], 1), (&[0xff], 1)], 8), [4, 4], "unknown masks");
     }
 

@@ -38,16 +38,16 @@ impl MemoryBound {
     }
 }
 
-/// A process's cgroups, and the memory that the process needs in addition to the plan.
+/// A process's cgroups, and the memory that the process needs in addition to the memory of its plan.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryClaim {
     /// The limited cgroups that count the process's memory, at most [`CGROUPS_MAX`].
     pub cgroups: Vec<CgroupId>,
-    /// Bytes that the process allocates in addition to the plan.
+    /// Bytes that the process allocates in addition to the memory of its plan.
     pub extra_bytes: u64,
 }
 
-/// How many cgroups of one process are compared. If there are more, those with the least free memory are kept.
+/// Maximum number of a process's cgroups that are compared. Of more, those with the least free memory are kept.
 pub const CGROUPS_MAX: usize = 16;
 
 /// Memory that this process could allocate now.

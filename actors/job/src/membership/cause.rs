@@ -1,18 +1,18 @@
 //! Decides which of several reports is the first cause of a session's end. It is pure: the caller supplies the time.
 //!
 //! One failure causes many reports. The failed process reports itself. Its peers report lost connections, and later
-//! missing heartbeats. Processes that stop because of the failure are also reported as lost. Reports contain no times,
+//! missing heartbeats. Processes that end because of the failure are also reported as lost. Reports contain no times,
 //! because clocks differ. The class of a report depends on its kind, and on whether the reporter already knew of
 //! another report. The first cause is in the first of these four classes that has a report:
 //!
 //! 1. this process's own failure, unless this process already knew of a peer's own failure;
 //! 2. a peer's own failure, unless that peer already knew of another process's own failure;
 //! 3. secondary failures: the reporter already knew of another process's failure;
-//! 4. symptoms (lost connection, missing heartbeats): the process with the most first-hand accusers wins (reporters
-//!    that knew of no report about another process). A tie goes to the process with the most accusers of any kind.
+//! 4. symptoms (lost connection, missing heartbeats): the process with the most first-hand accusers wins. These are the
+//!    reporters that knew of no report about another process. A tie goes to the process with the most accusers in all.
 //!
-//! If a tie remains, the lower process number wins. A process with a failure of class 1 decides on itself at once. Any
-//! other process first waits for a grace window after its first report, in which reports of a better class can arrive.
+//! If a tie remains, the lower process number wins. A process with a failure of class 1 immediately decides on itself.
+//! Any other process waits for a grace window after its first report, so that reports of a better class can arrive.
 //! So processes without a failure of class 1 that receive the same reports, in any order, decide on the same cause.
 
 use std::cmp::Reverse;
@@ -53,7 +53,7 @@ pub(crate) struct Report {
     /// The process that failed; equal to `by` for [`Kind::Failed`].
     pub(crate) about: u32,
     pub(crate) kind: Kind,
-    /// True if the reporter already knew of another report that may have caused this one.
+    /// True if the reporter already knew of a failure or loss of another process, which may have caused this one.
     pub(crate) follows: bool,
     /// Empty if the report arrived in a heartbeat, which has no room for text. A control message brings the text later.
     pub(crate) cause: String,
@@ -107,7 +107,8 @@ impl Arbiter {
         Report { by: self.own, about, kind: Kind::Lost, follows, cause, exit }
     }
 
-    /// The process that this process lost while it knew of no report about another one. Of several, the lowest number.
+    /// The process that this process lost when it knew of no report about a third process. Of several such processes,
+    /// the one with the lowest number.
     pub(crate) fn lost_by_own(&self) -> Option<u32> {
         let lost = self.reports.values().find(|r| r.by == self.own && r.kind == Kind::Lost && !r.follows);
         lost.map(|r| r.about)
@@ -181,7 +182,7 @@ impl Arbiter {
         Some(FirstCause { process: first.about, cause, exit: first.exit })
     }
 
-    /// The sort key of a report; the smallest is the first cause.
+    /// The sort key of a report; the report with the smallest key is the first cause.
     fn order(&self, report: &Report) -> impl Ord + use<> {
         let class = match report.kind {
             Kind::Failed if report.follows => 2,

@@ -103,7 +103,7 @@ async fn receive(shared: &Shared, process: u32, connection: &AsyncConnection, ou
     }
 }
 
-/// A connection, and a second handle of its socket that waits for readiness.
+/// A connection, and a second handle of its socket, used to wait for readiness.
 struct AsyncConnection {
     connection: Connection,
     ready: Ready,

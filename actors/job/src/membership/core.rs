@@ -202,7 +202,7 @@ impl Core {
                     self.report_lost(process, format!("no heartbeat for {:.1} s", silent.as_secs_f64()), now);
                 }
                 Event::Paused { pause } => {
-                    tracing::warn!(pause_ms = pause.as_millis() as u64, "this process was stopped or got no CPU time");
+                    tracing::warn!(pause_ms = pause.as_millis() as u64, "this process was paused or got no CPU time");
                 }
             }
         }
@@ -241,7 +241,7 @@ impl Core {
         }
     }
 
-    /// Adds a report of this process, and sends it to all. Returns false if the report is known, too late or invalid.
+    /// Adds this process's report, and sends it to the neighbours. Returns false if it is known, too late or invalid.
     fn add_own_report(&mut self, report: Report, now: Duration) -> bool {
         let is_new = self.arbiter.report(now, report.clone());
         if is_new && self.arbiter.relays(&report) {
@@ -425,8 +425,8 @@ impl Core {
     }
 
     /// The time since the last sign of life of each other process, or `None` if that process has left. For a process
-    /// behind a neighbour, this is the time since the neighbour's last heartbeat. If the neighbour reports that process
-    /// as the most silent one, the reported silence is added.
+    /// behind a neighbour, this is the time since the neighbour's last heartbeat. A neighbour also reports the most
+    /// silent of the processes behind it. For that process, the silence that the neighbour reports is added.
     pub(crate) fn silent_times(&self, now: Duration) -> Vec<(u32, Option<Duration>)> {
         let silent = |process: u32| {
             let hop = self.tree.next_hop(self.own, process).filter(|_| !self.departed.contains(&process))?;

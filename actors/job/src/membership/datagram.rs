@@ -52,7 +52,7 @@ pub(crate) enum Rejection {
     NewerEpoch,
     /// The datagram is from another session with the same key.
     Session,
-    /// The datagram is a duplicate, or is older than the newest datagram of its process.
+    /// The datagram is a duplicate, or is older than the newest datagram of the same sender.
     Replay,
 }
 

@@ -1,4 +1,4 @@
-//! Detects peers that send no heartbeats. This module is pure: the caller supplies the time since any fixed start.
+//! Detects peers that send no heartbeats. This module is pure: the caller supplies the time since some fixed start.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -11,7 +11,7 @@ pub(crate) enum Event {
     Returned { process: u32 },
     /// The peer was silent for the whole deadline. Reported once; the peer stays lost.
     Lost { process: u32, silent: Duration },
-    /// This process was stopped or got no CPU time, so it received no heartbeats. All peers get a new deadline.
+    /// This process was paused or got no CPU time, so it received no heartbeats. All peers get a new deadline.
     Paused { pause: Duration },
 }
 
@@ -58,8 +58,8 @@ impl Detector {
         self.peers.get(&process).map(|p| (p.health, now.saturating_sub(p.last_heartbeat)))
     }
 
-    /// Checks all peers. Call this several times per half deadline, because a gap of half a deadline counts as a pause
-    /// of this process. Before each call, pass all received heartbeats to [`Detector::receive`].
+    /// Checks all peers. Call this several times per half deadline, because half a deadline between two calls counts as
+    /// a pause of this process. Before each call, pass all received heartbeats to [`Detector::receive`].
     pub(crate) fn tick(&mut self, now: Duration) -> Vec<Event> {
         let mut events = Vec::new();
         let pause = now.saturating_sub(self.last_tick);

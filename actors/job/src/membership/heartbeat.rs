@@ -1,7 +1,7 @@
 //! One thread that sends and receives heartbeats and runs the failure detector.
 //!
 //! Heartbeats are datagrams, because a TCP connection could stay silent past the deadline. After a network outage of
-//! some seconds, TCP may wait for about the same time before it retransmits. The next datagram arrives at once.
+//! some seconds, TCP may wait for about the same time before it retransmits. The next datagram needs no such wait.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -52,7 +52,7 @@ impl Heartbeats {
             self.drain();
             self.shared.tick();
             if !loss_reported && self.shared.heartbeats().iter().any(|(_, lost, _)| lost.is_some()) {
-                // The loss is sent at once, because this process may end before the next heartbeat.
+                // The loss is sent immediately, because this process may end before the next heartbeat.
                 loss_reported = true;
                 self.send(&mut sequence);
             }
@@ -64,7 +64,7 @@ impl Heartbeats {
         for (to, lost, most_silent) in self.shared.heartbeats() {
             let Some(address) = self.addresses.get(&to) else { continue };
             let datagram = self.codec.write(self.shared.own, *sequence, lost, most_silent);
-            // Does not retry, because the next heartbeat follows soon. If the network stays down, peers detect it.
+            // Does not retry, because the next heartbeat follows soon. Peers detect a longer silence.
             if let Err(error) = self.socket.send_to(&datagram, address) {
                 tracing::debug!(%address, %error, "cannot send a heartbeat");
             }

@@ -57,7 +57,7 @@ pub struct Difference {
 pub(crate) struct Partial {
     /// The words of all [`MergeRule::Max`] fields, in order.
     max: Vec<u64>,
-    /// Each field whose words are equal so far, with its word. Processes further up compare the word with others.
+    /// Index and word of each [`MergeRule::Same`] field whose words are equal here and must be compared further up.
     same: Vec<(u32, u64)>,
     difference: Option<Difference>,
 }
@@ -278,10 +278,10 @@ mod tests {
             let combined = own.combine(rules, tree, process, below);
             bytes = bytes.max(combined.write().len());
             assert!(combined.write().len() <= bytes_max(rules, tree.processes()));
-            partials.insert(process, Partial::read(&combined.write()).expect("as written"));
+            partials.insert(process, Partial::read(&combined.write()).expect("valid bytes"));
         }
         let total = partials.remove(&0).expect("the root").total(rules, &fields[0]);
-        (Reduced::read(&total, rules).expect("it fits"), bytes)
+        (Reduced::read(&total, rules).expect("the total fits the rules"), bytes)
     }
 
     /// Computes the result directly from the definition, without a tree.
@@ -346,7 +346,7 @@ mod tests {
     fn a_message_does_not_grow_with_the_number_of_processes() {
         let bytes = [8u32, 64, 3072].map(|processes| {
             let tree = ControlTree::new(&(0..processes).map(|process| process / 8).collect::<Vec<_>>());
-            // Models a mesh with 8 tensor ranks on each node. In a step, each data rank compares a digest of its batch.
+            // Models a mesh with one data rank, of 8 tensor ranks, per node. In a step, these 8 compare a batch digest.
             let mut rules = vec![MergeRule::Max { words: 1 }, MergeRule::Same(None)];
             let data_ranks = (0..processes / 8).map(|data| (8 * data..8 * data + 8).collect::<Vec<u32>>());
             rules.extend(data_ranks.map(|processes| MergeRule::Same(Some(processes.into()))));

@@ -40,7 +40,8 @@ struct Topic {
     /// Number of rounds combined here, and number of results received.
     combined: u64,
     received: u64,
-    /// When the current round's first numbers arrived or, later, when they were combined here. `None` between rounds.
+    /// When the current round's first numbers arrived or, once the round is combined here, when this was done. `None`
+    /// between rounds.
     since: Option<Duration>,
     /// For each neighbour: the process that the neighbour waits for in the current round.
     named: BTreeMap<u32, u32>,

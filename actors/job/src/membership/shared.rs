@@ -275,7 +275,7 @@ impl Shared {
                 }
             })
         };
-        // All neighbours get the message, even if one of them is gone.
+        // All neighbours get the message, even if sending to one of them fails.
         let sent: Vec<_> = hops.into_iter().map(send).collect();
         sent.into_iter().collect()
     }

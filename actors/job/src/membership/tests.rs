@@ -14,7 +14,7 @@ use super::*;
 const KEY: [u8; 32] = [5; 32];
 const SESSION: [u8; 16] = [6; 16];
 const EPOCH: u64 = 3;
-/// Timeout on a busy machine for events that normally happen at once.
+/// Timeout on a busy machine for events that normally happen immediately.
 const SOON: Duration = Duration::from_secs(20);
 
 pub(super) fn ms(ms: u64) -> Duration {
@@ -216,7 +216,7 @@ fn a_process_that_leaves_in_order_is_not_lost() {
     for member in &members {
         assert_eq!(member.notices().recv_timeout(SOON), Ok(MembershipEvent::Left { process: 2 }));
         assert!(matches!(member.send(2, 0, vec![]), Err(MembershipError::Gone { process: 2 })));
-        // Waits longer than the deadline, because missing heartbeats and a late suspicion must not be failures.
+        // Waits longer than the deadline, because missing heartbeats and a late suspicion must not count as failures.
         member.suspect(2, "connection reset");
         assert!(member.notices().recv_timeout(ms(1700)).is_err());
         assert_eq!(member.silent_times().last(), Some(&(2, None)));
@@ -443,7 +443,7 @@ fn a_peer_that_does_not_read_costs_at_most_one_outbox() {
         }
     }
     // Some of the sent messages are not in the outbox, but in the buffers of the sockets and of the proxy.
-    assert!(sent <= 16 * outbox::MESSAGES_MAX && sent + rejected == 100_000, "{sent} were sent");
+    assert!(sent <= 16 * outbox::MESSAGES_MAX && sent + rejected == 100_000, "{sent} sent, {rejected} rejected");
     let start = Instant::now();
     drop(members.remove(0));
     assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
@@ -509,7 +509,7 @@ fn a_heartbeat_ends_the_silence_of_its_sender() {
     leave_all(members);
 }
 
-/// Prints the round-trip time of a small message. There is no limit, because the test may run on a busy machine.
+/// Prints the round-trip time of a small message. It checks no limit, because the machine may be busy.
 #[test]
 fn small_messages_complete_round_trips() {
     let members = world(16, 2);
@@ -524,6 +524,6 @@ fn small_messages_complete_round_trips() {
         })
         .collect();
     times.sort();
-    println!("round trip: median {:?}, 90th {:?}, max {:?}", times[150], times[270], times[299]);
+    println!("round trip: median {:?}, 90th percentile {:?}, max {:?}", times[150], times[270], times[299]);
     leave_all(members);
 }

@@ -136,7 +136,7 @@ mod tests {
             let (edges, most) = (degrees.clone().sum::<usize>() / 2, degrees.max().unwrap_or(0));
             let levels = (0..tree.processes()).map(|process| tree.depth(process)).max().unwrap_or(0);
             let all = tree.processes();
-            println!("{all} processes: at most {most} connections of a process, {edges} in all, {levels} levels");
+            println!("{all} processes: {edges} connections in all, at most {most} of one process, {levels} levels");
             (all, most, edges, levels)
         });
         assert_eq!(measured, [(8, 7, 7, 1), (64, 14, 63, 2), (3072, 16, 3071, 4)]);

@@ -23,8 +23,8 @@ use crate::machine::Targets;
 
 /// Timeout for each message to or from a connected process.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long to wait for an address that is in use. After that, the process that holds the address has the same time to
-/// authenticate as a process of this job.
+/// How long to wait for an address that is in use. After that, process 0 tries for the same time to join the process
+/// that holds the address, because that process may belong to this job.
 const IN_USE_WAIT: Duration = Duration::from_millis(1500);
 const CONFLICTS_MAX: usize = 64;
 
@@ -184,7 +184,7 @@ fn open_tcp(
 /// Another process holds the address, perhaps a second rank 0. Sends it a join request, so that it detects the
 /// duplicate rank and refuses all processes.
 fn join_as_duplicate(config: &RendezvousConfig) -> RendezvousError {
-    // `report_every` also limits each attempt to connect, and a busy machine may need most of the time for one.
+    // `report_every` also limits each attempt to connect. A busy machine may need most of this time for an attempt.
     let (timeout, report_every) = (REPLY_TIMEOUT, IN_USE_WAIT);
     let brief = RendezvousConfig { timeout, report_every, late_grace: Duration::ZERO, ..config.clone() };
     match join(&brief, Instant::now() + IN_USE_WAIT, &mut |_| {}) {
@@ -209,22 +209,26 @@ impl JoinState {
     ) -> Result<(), TransportError> {
         let (mut deadline, mut report_at) = (deadline, Instant::now() + config.report_every);
         loop {
-            // A process that died while it waited must join again.
-            for entry in &mut self.joined {
-                entry.take_if(|joined| joined.connection.is_closed());
-            }
             let now = Instant::now();
             if !self.conflicts.is_empty() {
                 deadline = deadline.min(now + config.conflict_grace);
             }
-            let missing = self.missing();
-            if missing.is_empty() || now >= deadline || self.failed.is_some() {
-                return Ok(());
-            }
-            if now >= report_at {
-                let (joined, all) = (joined(&missing, config.processes), config.processes);
-                on_waiting(&format!("waiting for {}: {joined} of {all} joined", ranks(&missing)));
-                report_at = now + config.report_every;
+            let ends = now >= deadline || self.failed.is_some();
+            if ends || now >= report_at || self.joined.iter().all(Option::is_some) {
+                // A process that died while it waited must join again. The check takes a system call per process, so it
+                // is not repeated after each join.
+                for entry in &mut self.joined {
+                    entry.take_if(|joined| joined.connection.is_closed());
+                }
+                let missing = self.missing();
+                if missing.is_empty() || ends {
+                    return Ok(());
+                }
+                if now >= report_at {
+                    let (joined, all) = (joined(&missing, config.processes), config.processes);
+                    on_waiting(&format!("waiting for {}: {joined} of {all} joined", ranks(&missing)));
+                    report_at = now + config.report_every;
+                }
             }
             match listener.wait_any(Purpose::Rendezvous, deadline.min(report_at)) {
                 Ok((from, connection)) => self.handle_request(from, connection),

@@ -52,8 +52,8 @@ pub(crate) fn send_failure(
     let hello = hello(config, from);
     loop {
         let connection = match connect(&config.coordinator, &config.secret, &hello, deadline) {
-            // The previous attempt refuses this report. Process 0 of the next attempt needs it, so as not to wait for
-            // this node.
+            // Process 0 of the previous attempt refused this report. Process 0 of the next attempt needs it, or would
+            // wait for this node.
             Err(error) if report.departed && error.refusal().is_some() && Instant::now() < deadline => {
                 std::thread::sleep(RETRY);
                 continue;
@@ -142,8 +142,8 @@ fn request_join(
     if !roster.is_for(&own.member, config.processes, &own.wanted) {
         return Err(unexpected("sent a roster of another world"));
     }
-    // RO-1: the first member is rank 0. It may publish an unspecified address (`0.0.0.0`), which is replaced by the name
-    // by which rank 0 was reached.
+    // RO-1: the first member is rank 0. It may publish an unspecified address (`0.0.0.0`). The name at which rank 0 was
+    // reached replaces such an address.
     let is_unspecified = |text: &str| text.parse().is_ok_and(|address: SocketAddr| address.ip().is_unspecified());
     for address in &mut roster.members[0].addresses {
         if matches!(address, Address::Tcp(text) if is_unspecified(text)) {
@@ -151,7 +151,7 @@ fn request_join(
         }
     }
     listener.begin(roster.world());
-    // If process 0 is lost from here on, the start fails. Even after a write error, its refusal may still be readable.
+    // If process 0 is lost from here on, the start fails. After a write error, a refusal may still be readable.
     let ready = Ready { session: roster.session };
     let deadline = Instant::now() + config.timeout;
     let _ = wire::write_message(&mut connection.until(deadline), &ready, REQUEST_BYTES_MAX);

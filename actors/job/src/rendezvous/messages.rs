@@ -22,7 +22,7 @@ const ADDRESSES_MAX: usize = 8;
 const ADDRESS_BYTES_MAX: usize = 512;
 /// Number of 64-bit words for 1024 cores, the size of the kernel's affinity mask.
 const CORES_WORDS_MAX: usize = 16;
-/// Maximum number of ranges of wanted ranks. A process reaches it if it wants every second rank.
+/// Maximum number of ranges of wanted ranks. A process that wants every second rank reaches it.
 const WANTED_MAX: usize = PROCESSES_MAX as usize / 2;
 /// Maximum number of ranks or conflicts that a message lists. Further ones are only counted.
 const LISTED_MAX: usize = 16;
@@ -41,9 +41,9 @@ pub struct Identity {
     pub sockets: [u8; 32],
     /// Affinity mask. See [`crate::machine::threads_per_device`].
     pub cores: Vec<u64>,
-    /// Host name, for messages.
+    /// Host name, for error messages.
     pub host: String,
-    /// Process id, for messages.
+    /// Process id, for error messages.
     pub pid: u32,
 }
 
@@ -90,7 +90,7 @@ pub struct JoinInfo {
     pub member: Member,
     /// Values that must be equal on all processes. A value comes before any value that depends on it.
     pub facts: Vec<Fact>,
-    /// The ranks whose members the process needs in its [`Roster`], besides those that each roster lists.
+    /// The ranks that the process needs in its [`Roster`], besides those that are listed in any case (RO-1).
     pub wanted: Vec<Range<u32>>,
 }
 
@@ -206,7 +206,7 @@ pub(super) fn joined(missing: &[u32], processes: u32) -> usize {
     (processes as usize).saturating_sub(missing.len())
 }
 
-/// Formats ranks for messages.
+/// Formats ranks for error messages.
 pub fn ranks(ranks: &[u32]) -> String {
     let word = if ranks.len() == 1 { "rank" } else { "ranks" };
     let listed: Vec<String> = ranks.iter().take(LISTED_MAX).map(u32::to_string).collect();
@@ -250,7 +250,7 @@ pub enum RendezvousError {
          stop that run, or restart all ranks together"
     )]
     Late { process: u32, epoch: u64, coordinator: Address },
-    #[error("rank {process} in a world of {processes}: ranks begin at 0, and a world has 1 to 4096 processes")]
+    #[error("rank {process} is not in a world of {processes}: ranks begin at 0, and a world has 1 to 4096 processes")]
     Rank { process: u32, processes: u32 },
     #[error("{process} has {length} {part}, but the maximum is {length_max}")]
     TooLong { process: ProcessLabel, part: String, length: usize, length_max: usize },

@@ -49,7 +49,7 @@ pub struct Member {
 }
 
 impl Member {
-    /// The process's label for messages.
+    /// The process's label for error messages.
     pub fn label(&self) -> ProcessLabel {
         ProcessLabel { process: self.process, host: self.host.clone(), pid: self.pid }
     }
@@ -145,7 +145,7 @@ impl Roster {
     pub(super) fn is_for(&self, own: &Member, processes: u32, wanted: &[Range<u32>]) -> bool {
         let is_valid =
             |run: &NodeRun| run.ranks > 0 && run.nodes > 0 && run.nodes.saturating_add(run.first) <= processes;
-        // First checks the numbers, because they bound the time and memory of the rest.
+        // First checks the numbers, because they bound the time and memory of the later checks.
         if self.world().processes != processes || own.process >= processes || !self.nodes.iter().all(is_valid) {
             return false;
         }
@@ -171,7 +171,7 @@ pub struct Apart {
 }
 
 impl Apart {
-    /// Compares the members of each node. Of several pairs, returns the one with the lowest rank.
+    /// Searches the members of each node for such a pair. Of several pairs, returns the one with the lowest rank.
     pub fn find(members: &[Member]) -> Option<Self> {
         // If all processes are near the first process of their node, they are near each other.
         let mut first_of: BTreeMap<&str, &Member> = BTreeMap::new();
@@ -303,7 +303,7 @@ mod tests {
                 let nodes: Vec<u32> = (0..processes).map(|process| node(process, processes)).collect();
                 bytes_of_a_rank(&nodes)
             });
-            println!("{name}: {bytes:?} bytes of a roster in worlds of 64, 512 and 4096 ranks");
+            println!("{name}: {bytes:?} bytes per roster in worlds of 64, 512 and 4096 ranks");
             bytes
         };
         let block = measure("ranks in order of nodes", &|process, _| process / PER_NODE);
@@ -311,7 +311,7 @@ mod tests {
         for [small, middle, large] in [block, cyclic] {
             assert!(middle * 10 < small * 12 && large * 10 < small * 12, "{small} {middle} {large}");
         }
-        // In an arbitrary order, the nodes take a few bytes of each rank.
+        // If ranks are placed on nodes in an arbitrary order, the list of nodes takes a few bytes per rank.
         let [small, _, large] = measure("ranks in no order", &|process, processes| {
             (process.wrapping_mul(2_654_435_761) >> 16) % (processes / PER_NODE)
         });

@@ -72,7 +72,7 @@ fn wait_for_line(lines: &Receiver<String>, expected: &str) {
     let mut last = String::new();
     while last != expected {
         let next = lines.recv_timeout(Duration::from_secs(20));
-        last = next.unwrap_or_else(|e| panic!("{e}: '{last}', not '{expected}'"));
+        last = next.unwrap_or_else(|e| panic!("no line '{expected}' after '{last}': {e}"));
     }
 }
 
@@ -337,7 +337,7 @@ fn all_ranks_receive_the_name_of_a_process_that_dies_at_the_start() {
 #[test]
 fn a_process_finds_a_restarted_rank_0() {
     let (_folder, address) = unix();
-    let Address::Unix(path) = address.clone() else { panic!("it is a Unix address") };
+    let Address::Unix(path) = address.clone() else { panic!("not a Unix address") };
     scope(|s| {
         let secret = config(&address, 0, 2).secret;
         let first = Listener::listen(0, secret, &[ListenAddress::Unix(path)], ListenerOptions::default()).unwrap();
@@ -429,7 +429,7 @@ fn identity_and_local_address_of_this_process_are_found() {
 /// This is the configuration of the master in a PyTorchJob.
 #[test]
 fn rank_0_may_listen_on_the_unspecified_address() {
-    let Address::Tcp(loopback) = tcp() else { panic!("it is TCP") };
+    let Address::Tcp(loopback) = tcp() else { panic!("not a TCP address") };
     let all = loopback.replace("127.0.0.1", "0.0.0.0");
     let outcomes = run_all(&Address::Tcp(loopback.clone()), 3, |config| {
         config.spans_nodes = true;
@@ -493,7 +493,7 @@ fn another_process_answers_for_a_failed_rank_0() {
             let patient = RendezvousConfig { report_within: Duration::from_secs(600), ..config(&address, 0, 4) };
             refuse_callers(&patient, 0..1, &failure(0, 2)).unwrap();
             for thread in waiting {
-                assert_eq!(failed_refusal(thread.join().unwrap()).0, 2, "the first cause");
+                assert_eq!(failed_refusal(thread.join().unwrap()).0, 2, "the exit code of rank 0");
             }
             reporting.join().unwrap().unwrap();
         });
@@ -550,7 +550,7 @@ fn the_end_of_a_node_ends_all_whatever_its_code() {
     });
 }
 
-/// The report that the node of rank `rank` has ended its job.
+/// The report that the node of rank `rank` has left the job.
 fn departure(rank: u32) -> Report {
     let cause = "node 1 ended: killed (code 137)".into();
     Report { cause, first_cause_rank: Some(rank), departed: true, ..failure(rank, 69) }

@@ -87,7 +87,7 @@ impl Connection {
         self.seal.is_some()
     }
 
-    /// Writes as much of `first` and then `second` as the socket accepts at once. An encrypted connection writes at
+    /// Writes as much of `first` and then `second` as the socket accepts in one call. An encrypted connection writes at
     /// most one record.
     pub fn write_both(&self, first: &[u8], second: &[u8]) -> io::Result<usize> {
         match &self.seal {

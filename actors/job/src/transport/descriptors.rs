@@ -27,7 +27,7 @@ pub fn send_descriptors(connection: &Connection, descriptors: &[BorrowedFd<'_>])
     let count = [descriptors.len() as u8];
     let send = || sendmsg(connection, &[IoSlice::new(&count)], &mut ancillary, SendFlags::NOSIGNAL);
     let sent = retry_on_intr(send).map(drop);
-    sent.map_err(|error| TransportError::io("sending descriptors to", &connection.peer(), error))
+    sent.map_err(|error| TransportError::io("cannot send descriptors to", &connection.peer(), error))
 }
 
 /// Receives the `count` descriptors (1 to [`DESCRIPTORS_MAX`]) of one [`send_descriptors`] call. They are closed on
@@ -37,7 +37,7 @@ pub fn receive_descriptors(connection: &Connection, count: usize) -> Result<Vec<
     let mut space = [MaybeUninit::uninit(); SPACE];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut sent_count = [0u8];
-    let failed = |error: io::Error| TransportError::io("receiving descriptors from", &connection.peer(), error);
+    let failed = |error: io::Error| TransportError::io("cannot receive descriptors from", &connection.peer(), error);
     let message = retry_on_intr(|| {
         recvmsg(connection, &mut [IoSliceMut::new(&mut sent_count)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)
     });

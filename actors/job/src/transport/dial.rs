@@ -83,7 +83,7 @@ fn is_temporary(error: &TransportError) -> bool {
 
 fn attempt(address: &Address, secret: &Secret, hello: &Hello, deadline: Instant) -> Result<Connection, TransportError> {
     let mut connection =
-        open(address, deadline).map_err(|cause| TransportError::io("connecting to", address, cause))?;
+        open(address, deadline).map_err(|cause| TransportError::io("cannot connect to", address, cause))?;
     let failed = |cause| TransportError::Handshake { peer: address.to_string(), cause };
     let broken = |cause: io::Error| match cause.kind() {
         io::ErrorKind::InvalidData => failed(HandshakeError::Magic),

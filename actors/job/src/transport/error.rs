@@ -45,7 +45,7 @@ pub enum TransportError {
     Closed,
     #[error("the connection to {peer} is not a Unix socket, so it cannot transfer file descriptors")]
     NotUnix { peer: String },
-    #[error("{peer}: expected {expected} descriptors, got {got}")]
+    #[error("{peer} sent {got} file descriptors, but {expected} were expected")]
     Descriptors { peer: String, expected: String, got: usize },
 }
 

@@ -47,7 +47,7 @@ fn lock(folder: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// An empty folder of this age has no owner, because an owner creates the lock file at once.
+/// An empty folder of this age has no owner, because an owner creates the lock file immediately.
 const EMPTY_AGE: Duration = Duration::from_secs(600);
 
 /// Removes this user's folders whose owners are dead. Skips folders that cannot be read or removed.

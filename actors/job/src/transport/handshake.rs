@@ -12,7 +12,7 @@
 //! - **HS-1**: neither side uses a hello or a verdict before it has decrypted the message. Before that, a side reads
 //!   only magic, version and lengths, which do not depend on the secret.
 //! - **HS-2**: the keys depend on an ephemeral key of each side, so a recorded message is invalid in any other
-//!   handshake. An acceptor answers a recorded greeting, but its sender cannot make a valid hello for this answer.
+//!   handshake. An acceptor answers a replayed greeting, but the replaying peer cannot make a valid hello for it.
 //! - **HS-3**: each direction has its own key, so a message of one side is never valid as a message of the other side.
 //! - **HS-4**: the dialler proves first that it has the secret. Before that, the acceptor encrypts nothing for it.
 //! - **HS-5**: the hello names both processes, so a process refuses a hello meant for another one.

@@ -47,8 +47,8 @@ impl fmt::Display for Purpose {
         match self {
             Self::Rendezvous => write!(f, "rendezvous"),
             Self::Control => write!(f, "control"),
-            Self::Registers { index } => write!(f, "registers, connection {index}"),
-            Self::Group { group, member, peer } => write!(f, "group {group}, member {member} to {peer}"),
+            Self::Registers { index } => write!(f, "register connection {index}"),
+            Self::Group { group, member, peer } => write!(f, "group {group}, from member {member} to member {peer}"),
             Self::Memory => write!(f, "shared memory"),
         }
     }

@@ -278,7 +278,7 @@ mod tests {
     fn the_gradient_of_gelu_matches_finite_differences() {
         for x in [-3.0f32, -0.5, 0.0, 0.7, 2.5] {
             let slope = (gelu(x + 1e-2) - gelu(x - 1e-2)) / 2e-2;
-            assert!((slope - gelu_gradient(x)).abs() < 1e-3, "{x}: {slope} and {}", gelu_gradient(x));
+            assert!((slope - gelu_gradient(x)).abs() < 1e-3, "{x}: got {}, expected {slope}", gelu_gradient(x));
         }
     }
 }

@@ -70,7 +70,7 @@ pub(crate) struct Graph {
 }
 
 fn invalid<T>(message: &str) -> Result<T, CudnnStatus> {
-    misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, message)
+    misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, &format!("describes an invalid graph: {message}"))
 }
 
 fn tensor(descriptor: &Descriptor) -> Tensor {
@@ -163,7 +163,7 @@ impl Graph {
             DescriptorKind::CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR => {
                 let pointwise = CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR;
                 let Some(mode) = of(pointwise, CUDNN_ATTR_POINTWISE_MODE) else {
-                    return invalid("an operation without a mode");
+                    return invalid("a pointwise operation has no mode");
                 };
                 let axis = of(pointwise, CUDNN_ATTR_POINTWISE_AXIS).map(|axis| axis as usize);
                 let (x, y) =
@@ -172,7 +172,7 @@ impl Graph {
                 let t = id(CUDNN_ATTR_OPERATION_POINTWISE_TDESC)?;
                 Node::Pointwise { mode, axis, x, b, t, y }
             }
-            other => return invalid(&format!("a graph has a {other:?} as an operation")),
+            other => return invalid(&format!("{other:?} is not an operation")),
         };
         self.check_node(&node)?;
         self.nodes.push(node);
@@ -207,7 +207,7 @@ impl Graph {
                     1
                 } else if is(Mode::CUDNN_POINTWISE_GEN_INDEX) {
                     if axis.is_none_or(|axis| axis >= dims(y).len()) {
-                        return invalid("an index operation without a valid axis");
+                        return invalid("an index operation has no valid axis");
                     }
                     1
                 } else {
@@ -225,7 +225,7 @@ impl Graph {
             }
             Node::Reshape { x, y } => dims(x).iter().product::<usize>() == dims(y).iter().product::<usize>(),
         };
-        if fits { Ok(()) } else { invalid(&format!("operands do not match: {node:?}")) }
+        if fits { Ok(()) } else { invalid(&format!("the operands of {node:?} do not match")) }
     }
 
     /// Checks that virtual tensors are written before they are read, and that no tensor is written twice.

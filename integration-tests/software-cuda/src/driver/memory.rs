@@ -100,7 +100,7 @@ fn find_staged_copy(to: usize, from: usize) {
     drop(registry);
     if !is_open || (a != b && is_pooled) {
         let why = if is_open {
-            "one of them has its memory in a pool without peer access"
+            "the source or the target is in a memory pool without peer access"
         } else {
             "peer access is not enabled in both directions"
         };

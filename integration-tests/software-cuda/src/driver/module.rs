@@ -63,7 +63,7 @@ unsafe fn launch(
         return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
     }
     if shared_bytes > found.shared_bytes_max {
-        eprintln!("software-cuda: {} requests {shared_bytes} bytes of shared memory, above its maximum", found.name);
+        eprintln!("software-cuda: {} requests {shared_bytes} bytes of shared memory, over its maximum", found.name);
         return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
     }
     let (kernel, name) = (found.kernel, found.name.clone());

@@ -301,7 +301,8 @@ impl Comms {
                 if is_shared && there != *count {
                     let message = format!(
                         "device {device} issues collective {number} of communicator {own:#x} after {count} collectives \
-                         of communicator {other:#x}, but device {first} after {there}: use one order on all devices"
+                         of communicator {other:#x}, but device {first} issues it after {there}: use one \
+                         order on all devices"
                     );
                     broken = Some(((own.min(*other), own.max(*other)), message));
                 }
@@ -573,8 +574,8 @@ fn submit_deferred(machine: &SoftwareMachine, state: &mut State, comm: u64) {
     }
 }
 
-/// Submits all deferred operations of each communicator that has deferred one for [`DEFERRED_FOR`]. If a peer has not
-/// made its call for a first message, first waits for the deadlock limit. Returns whether there were any.
+/// Submits all deferred operations of each communicator whose oldest one has been deferred for [`DEFERRED_FOR`], or for
+/// the deadlock limit if a peer has not called for a first message. Returns whether there were any such operations.
 pub fn submit_old_deferred(machine: &SoftwareMachine, state: &mut State) -> bool {
     let is_old = |c: &Comm| c.deferred.iter().any(|d| d.since.elapsed() > DEFERRED_FOR);
     let is_left = |c: &Comm| c.deferred.iter().any(|d| d.since.elapsed() > machine.config.deadlock);

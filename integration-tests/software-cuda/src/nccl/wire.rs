@@ -1,6 +1,6 @@
 //! The messages between processes that share a communicator, and the connection of a process to the hub.
 //!
-//! A message consists of a JSON header and raw bytes. The length of each of the two precedes it. Only processes of one
+//! A message consists of a JSON header and raw bytes, each preceded by its length. Only processes of one
 //! test exchange messages, so the reader checks only whether it can decode a message.
 
 use std::io::{self, BufReader, Read, Write};
@@ -129,7 +129,7 @@ pub fn read_message(from: &mut BufReader<UnixStream>) -> io::Result<(HubMessage,
     Ok((serde_json::from_slice(&header)?, bytes))
 }
 
-/// Returns the name of a communicator, which its unique id encodes: the name of the hub's socket, `/`, and a number.
+/// Decodes a communicator's name from its unique id. The name is the name of the hub's socket, `/`, and a number.
 pub fn name_of(id: &ncclUniqueId) -> String {
     let bytes: Vec<u8> = id.internal.iter().take_while(|byte| **byte != 0).map(|byte| *byte as u8).collect();
     String::from_utf8_lossy(&bytes).into_owned()

@@ -207,7 +207,7 @@ mod tests {
         let options = ["--gpu-architecture=sm_80", "-DN=3", "--define-macro=M", "-I", "x", "--use_fast_math"];
         let out = translate(&options.map(String::from)).unwrap();
         for expected in ["-DN=3", "-DM", "-Ix", "-std=c++17", "-D__CUDA_ARCH__=800"] {
-            assert!(out.iter().any(|o| o == expected), "{expected} in {out:?}");
+            assert!(out.iter().any(|o| o == expected), "{expected} is not in {out:?}");
         }
         assert!(translate(&["--use_fast_maths".into()]).unwrap_err().contains("--use_fast_maths"));
     }

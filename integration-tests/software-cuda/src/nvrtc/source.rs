@@ -1,7 +1,8 @@
 //! Rewrites preprocessed CUDA C++ into C++ for g++.
 //!
-//! The preprocessor keeps `__global__`, `__shared__` and `__launch_bounds__`, also from macros. This module collects
-//! the kernels. Static shared memory becomes `static`, and dynamic shared memory an alias of the shim's array.
+//! The preprocessor keeps `__global__`, `__shared__` and `__launch_bounds__`, also in expansions of macros. This module
+//! collects the kernels. It turns static shared memory into `static` variables, and dynamic shared memory into an alias
+//! of the shim's array.
 
 /// A kernel in a text.
 #[derive(Debug, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use crate::{child, cuda};
 
 /// Number of seeds per policy; `SOFTWARE_CUDA_TEST_SEEDS` sets it for longer manual runs.
 fn seeds() -> u64 {
-    std::env::var("SOFTWARE_CUDA_TEST_SEEDS").map_or(4, |seeds| seeds.parse().expect("a number of seeds"))
+    std::env::var("SOFTWARE_CUDA_TEST_SEEDS").map_or(4, |seeds| seeds.parse().expect("the number of seeds is a number"))
 }
 
 /// A program that can run with or without a mistake.
@@ -65,7 +65,7 @@ pub fn run_all(bugs: &[Bug], devices: i32) {
                     let (name, variant) = (bug.name, if planted { "with" } else { "without" });
                     assert!(
                         if planted { is_found } else { found.is_empty() },
-                        "{name} {variant} its mistake, under {policy}, seed {seed}: {found:?}"
+                        "wrong findings for {name:?} {variant} its mistake, under {policy}, seed {seed}: {found:?}"
                     );
                 }
             }
@@ -80,6 +80,6 @@ pub fn expect_found(case: &str, devices: usize) {
     let (output, report) = child::start(case, devices, "in-order", 1, &[("SOFTWARE_CUDA_DEADLOCK_MS", "250")]);
     let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
     let tail: Vec<&str> = text.lines().filter(|l| !l.starts_with("software-cuda:") && !l.starts_with("  ")).collect();
-    assert!(output.status.success(), "{case}:\n{}", tail.join("\n"));
+    assert!(output.status.success(), "{case} failed:\n{}", tail.join("\n"));
     assert!(report.executed > 0);
 }

@@ -42,7 +42,7 @@ pub fn check_killed() {
     assert_eq!(of(1)[3..], [(lost, lost); 3]);
     let mut address = 0;
     // SAFETY: the pointer points to a local variable.
-    assert_eq!(unsafe { sys::cuMemAlloc_v2(&mut address, 4) }, lost, "the error stays");
+    assert_eq!(unsafe { sys::cuMemAlloc_v2(&mut address, 4) }, lost, "a lost device keeps its error");
 }
 
 /// In the child: the second launch never ends. Other streams must continue.
@@ -65,7 +65,7 @@ pub fn check_hung() {
     assert_eq!(
         unsafe { sys::cuStreamSynchronize(s) },
         CUresult::CUDA_ERROR_LAUNCH_TIMEOUT,
-        "after SOFTWARE_CUDA_HANG_MS"
+        "the call returns after SOFTWARE_CUDA_HANG_MS"
     );
 }
 
@@ -78,7 +78,7 @@ pub fn check_leaks() {
     std::mem::forget(made);
 }
 
-/// In the child: counts the calls of one step after the first steps.
+/// In the child: counts the calls of five launches, a wait for an event, and a free.
 pub fn check_counters() {
     api::use_device(0);
     let (add, s, x) = (function(api::module(), "add"), stream(), filled(&[1.0; 64]));
@@ -94,7 +94,7 @@ pub fn check_counters() {
     free(x);
     let (launches, allocations) = (calls("cuLaunchKernel"), calls("allocations") - after[1]);
     assert_eq!((launches, allocations), (5, 0));
-    assert_eq!(calls("event-tracking") - after[3], 4, "created, recorded, awaited, destroyed");
+    assert_eq!(calls("event-tracking") - after[3], 4, "a step creates, records, awaits and destroys an event");
     assert_eq!(calls("cuMemFree_v2"), 1);
     cuda!(cuStreamDestroy_v2(s));
 }

@@ -109,7 +109,7 @@ extern "C" __global__ void count_blocks_plainly(float* out) {
     if (threadIdx.x == 0) *out += 1.0f;
 }
 
-// These two kernels scale bf16 numbers in pairs and one at a time.
+// The first of these kernels scales bf16 numbers in pairs, the second one at a time.
 extern "C" __global__ void scale_pairs(__nv_bfloat16* x, float by, int n) {
     int i = 2 * (blockIdx.x * blockDim.x + threadIdx.x);
     if (i + 1 < n) {

@@ -92,7 +92,7 @@ pub fn check_compiler() {
     launch(f, (1, 1), 0, s, &[P(x)]);
     assert_eq!(read(x, 1, s), [3.0]);
     let refused = api::try_launch(f, (1, 96), 0, s, &[P(x)]);
-    assert_eq!(refused, cudarc::driver::sys::CUresult::CUDA_ERROR_INVALID_VALUE, "above the launch bounds");
+    assert_eq!(refused, cudarc::driver::sys::CUresult::CUDA_ERROR_INVALID_VALUE, "96 threads exceed the launch bounds");
     free(x);
     cuda!(cuStreamDestroy_v2(s));
 }

@@ -36,7 +36,7 @@ struct Rank {
 }
 
 fn process() -> usize {
-    std::env::var(PROCESS).expect("the parent numbers processes").parse().expect("a number")
+    std::env::var(PROCESS).expect("the parent numbers processes").parse().expect("the process number is a number")
 }
 
 /// Returns the communicator's id. The first process creates it, and the parent forwards it to the second process.
@@ -48,9 +48,9 @@ fn shared_id() -> ncclUniqueId {
         return id;
     }
     let mut line = String::new();
-    std::io::stdin().read_line(&mut line).expect("the parent's line");
+    std::io::stdin().read_line(&mut line).expect("stdin is readable");
     for (to, byte) in id.internal.iter_mut().zip(line.split_whitespace()) {
-        *to = byte.parse().expect("a byte");
+        *to = byte.parse().expect("the id consists of bytes");
     }
     id
 }
@@ -203,7 +203,7 @@ pub fn check_missing() {
     abort(&ranks);
 }
 
-/// The first process waits for its first send. The second process never calls the receive.
+/// The first process sends to a rank of the second process and waits. The second process never calls the receive.
 pub fn check_unannounced() {
     let ranks = join(process() * OWN);
     wait_for_all(&ranks);
@@ -236,7 +236,7 @@ fn abort(ranks: &[Rank]) {
 
 /// In the parent: runs a case in two processes. Returns the success, output and report of each process.
 fn start(case: &str, policy: &str, seed: u64) -> Vec<(bool, String, SimReport)> {
-    let folders = [(); 2].map(|()| tempfile::tempdir().expect("a folder"));
+    let folders = [(); 2].map(|()| tempfile::tempdir().expect("the temporary folder is writable"));
     let start = |process: usize| -> Child {
         let mut command = child::command(case, folders[process].path(), RANKS, policy, seed + process as u64);
         // The other cases keep the default limit, which is long enough for a busy machine.
@@ -245,20 +245,20 @@ fn start(case: &str, policy: &str, seed: u64) -> Vec<(bool, String, SimReport)> 
         command.spawn().expect("this program starts")
     };
     let mut children = [start(0), start(1)];
-    let mut stdout = BufReader::new(children[0].stdout.take().expect("piped"));
+    let mut stdout = BufReader::new(children[0].stdout.take().expect("the stream is piped"));
     let mut line = String::new();
     while !line.starts_with("> ") {
         line.clear();
-        assert!(stdout.read_line(&mut line).expect("text") > 0, "{case}: the first process prints no id");
+        assert!(stdout.read_line(&mut line).expect("the output is text") > 0, "{case}: the first process prints no id");
     }
-    let to = children[1].stdin.take().expect("piped");
-    writeln!({ to }, "{}", line.trim_start_matches("> ").trim()).expect("the second process reads");
+    let to = children[1].stdin.take().expect("the stream is piped");
+    writeln!({ to }, "{}", line.trim_start_matches("> ").trim()).expect("the second process reads the id");
     let ends = children.into_iter().zip(&folders).enumerate().map(|(process, (child, folder))| {
         let mut text = String::new();
         if process == 0 {
-            stdout.read_to_string(&mut text).expect("text");
+            stdout.read_to_string(&mut text).expect("the output is text");
         }
-        let output = child.wait_with_output().expect("a child");
+        let output = child.wait_with_output().expect("the output is readable");
         text += &(String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr));
         (output.status.success(), text, SimReport::read(folder.path()).unwrap_or_default())
     });
@@ -269,8 +269,8 @@ fn start(case: &str, policy: &str, seed: u64) -> Vec<(bool, String, SimReport)> 
 fn ranks_of_several_processes_work_together() {
     for (policy, seed) in [("random", 1), ("adversarial", 2), ("lazy", 3)] {
         for (process, (is_ok, text, report)) in start("processes", policy, seed).into_iter().enumerate() {
-            assert!(is_ok, "process {process}, {policy}:\n{text}");
-            assert_eq!(report.findings, [], "process {process}, {policy}");
+            assert!(is_ok, "process {process} failed under {policy}:\n{text}");
+            assert_eq!(report.findings, [], "process {process} has findings under {policy}");
         }
     }
 }
@@ -284,9 +284,9 @@ fn kinds(report: &SimReport) -> BTreeSet<&str> {
 /// Checks that both processes succeed and report findings of these kinds.
 fn expect_found(case: &str, expected: [&[&str]; 2]) {
     for (process, (is_ok, text, report)) in start(case, "random", 1).into_iter().enumerate() {
-        assert!(is_ok, "{case}, process {process}:\n{text}");
+        assert!(is_ok, "{case}: process {process} failed:\n{text}");
         let expected = expected[process].iter().copied().collect();
-        assert_eq!(kinds(&report), expected, "{case}, process {process}: {:#?}", report.findings);
+        assert_eq!(kinds(&report), expected, "{case}: wrong findings of process {process}: {:#?}", report.findings);
     }
 }
 

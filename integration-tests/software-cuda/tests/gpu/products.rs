@@ -147,7 +147,7 @@ fn assert_close(got: &[f32], expected: &[f32], case: &str) {
         .zip(expected)
         .map(|(g, e)| (g - e).abs())
         .fold(0.0, |a: f32, b| if b > a || b.is_nan() { b } else { a });
-    assert!(worst < 1e-4, "{case}: off by {worst}");
+    assert!(worst < 1e-4, "{case}: the largest error is {worst}");
 }
 
 /// In the child: checks the results of all epilogues and layouts.
@@ -180,7 +180,7 @@ pub fn check() {
     let slope = |x: f32| (gelu(x + 1e-2) - gelu(x - 1e-2)) / 2e-2;
     let backward: Vec<f32> = product.iter().zip(&biased).map(|(g, x)| g * slope(*x)).collect();
     let assert_roughly = |got: Vec<f32>, expected: &[f32], case: &str| {
-        assert!(got.iter().zip(expected).all(|(g, e)| (g - e).abs() < 2e-3), "{case}: {got:?}, {expected:?}");
+        assert!(got.iter().zip(expected).all(|(g, e)| (g - e).abs() < 2e-3), "{case}: {got:?} is not {expected:?}");
     };
     let grad = alloc(m);
     Gemm { epilogue: 208, bias: grad, auxiliary: aux, ..gemm }.run(s);

@@ -30,7 +30,7 @@ const SERIES_MAX: usize = 200;
 /// most [`COPIES_MAX`]. This is more than the cache of any GPU holds.
 const ROUND_BYTES: usize = 256 << 20;
 const COPIES_MAX: usize = 8;
-/// Number of elements that the host writes at once.
+/// Maximum number of elements that the host writes in one call.
 const BLOCK: usize = 1 << 20;
 
 /// A device and a stream for single launches.

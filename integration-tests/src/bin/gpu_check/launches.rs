@@ -136,7 +136,8 @@ fn nan_max(a: f64, b: f64) -> f64 {
     if a.is_nan() || a > b { a } else { b }
 }
 
-/// Returns the largest difference of two elements, relative to the element's magnitude plus the mean magnitude.
+/// Returns the largest difference between an element of `got` and that of `want`, relative to the magnitude of the
+/// latter plus the mean magnitude of `want`.
 fn largest_difference(got: &[f32], want: &[f32]) -> f64 {
     let mean = want.iter().map(|w| f64::from(w.abs())).sum::<f64>() / want.len().max(1) as f64;
     let relative = |(got, want): (&f32, &f32)| {

@@ -127,7 +127,7 @@ impl ModelArgs {
 /// Seed that is mixed with a token's position.
 const DATA_SEED: u64 = 4242;
 
-/// Returns the token at position `i` of an endless text. Small tokens are frequent, so that the model can learn.
+/// Returns the token at position `i` of an endless text. Tokens with small ids are frequent, which a model can learn.
 pub fn token(i: u64, vocabulary: usize) -> i32 {
     let vocabulary = vocabulary as u64;
     let x = mix(DATA_SEED.wrapping_add(i)) % vocabulary;

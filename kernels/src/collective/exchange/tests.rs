@@ -24,7 +24,7 @@ fn a_streamed_copy_equals_its_source() {
             unsafe { stream(posted(&x).at(from), posted(&y).at(to), len) };
             let got = y.read_host(0, &[ALL], DType::I32).unwrap();
             let expected = |i: usize| if (to..to + len).contains(&i) { (from + i - to) as i32 } else { 0 };
-            assert_eq!(got, HostTensor::i32(&[ALL], (0..ALL).map(expected).collect()), "{from} {to} {len}");
+            assert_eq!(got, HostTensor::i32(&[ALL], (0..ALL).map(expected).collect()), "{len} from {from} to {to}");
         }
     }
 }

@@ -66,7 +66,7 @@ fn memory_that_a_peer_posts_outside_its_arena_is_not_accessed() {
         post.number.store(1, Ordering::Release);
         engine.board.group_area(0).arrivals.value.fetch_add(1, Ordering::SeqCst);
         let error = call(&engine, SUM, elements).recv_timeout(DEADLINE).unwrap().unwrap_err();
-        assert!(error.to_string().contains("got 8192 elements at byte"), "{x} {y}: {error}");
+        assert!(error.to_string().contains("got 8192 elements at byte"), "x at {x}, y at {y}: {error}");
     }
 }
 
@@ -80,7 +80,7 @@ fn memory_that_a_peer_sends_from_outside_its_arena_is_not_accessed() {
         slot.sent.x.store(x, Ordering::Relaxed);
         slot.offer.value.store(1, Ordering::SeqCst);
         let error = call(&engine, CollectiveKind::Receive { from: 1 }, 2).recv_timeout(DEADLINE).unwrap().unwrap_err();
-        assert!(error.to_string().contains("2 elements at byte"), "{x}: {error}");
+        assert!(error.to_string().contains("2 elements at byte"), "x at {x}: {error}");
     }
 }
 

@@ -41,6 +41,10 @@ impl Context {
         }
     }
 
+    pub(super) fn no_channel(&self, peer: usize) -> KernelError {
+        self.link_error(peer, format!("no channel exists for {}", self.text))
+    }
+
     pub(super) fn involves(&self, peer: usize) -> bool {
         self.peer.is_none_or(|other| other == peer)
     }

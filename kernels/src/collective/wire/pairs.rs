@@ -1,5 +1,7 @@
 //! Transfers directly between two members: all-to-all, gathers with overlapping parts, send and receive.
 
+use std::collections::BTreeSet;
+
 use super::flow::{Flow, In, Out, PIECE_WORDS, Part, Source, Target};
 use super::port::Port;
 use crate::collective::ReduceOp;
@@ -11,6 +13,23 @@ use crate::tensor::Region;
 
 /// Largest x, in bytes, that is sent before the receiver is in its call. The kernel's buffers can hold such an x.
 const EAGER_BYTES_MAX: usize = 64 << 10;
+
+/// The members with which `member` exchanges data in [`all_to_all`]. Members that exchange no data exchange no headers.
+pub(super) fn peers(member: usize, sources: &[Region], targets: &[Region]) -> BTreeSet<usize> {
+    let receives = |to: &usize| !sent(member, *to, sources, targets).is_empty();
+    let receivers = (0..sources.len()).filter(receives);
+    taken(member, sources, &targets[member]).into_iter().map(|(from, _)| from).chain(receivers).collect()
+}
+
+/// The boxes that member `from` sends to member `to`.
+fn sent(from: usize, to: usize, sources: &[Region], targets: &[Region]) -> Vec<Region> {
+    // `taken` visits all sources, and most pairs of members exchange nothing.
+    if sources[from].intersect(&targets[to]).is_none() {
+        return Vec::new();
+    }
+    let of_sender = taken(to, sources, &targets[to]).into_iter().find(|(sender, _)| *sender == from);
+    of_sender.map_or(Vec::new(), |(_, boxes)| boxes)
+}
 
 /// Member i contributes `sources[i]` and receives `targets[i]`.
 pub(super) fn all_to_all(
@@ -35,9 +54,7 @@ pub(super) fn all_to_all(
     for step in 1..n {
         let (to, from) = ((member + step) % n, (member + n - step) % n);
         let mut flow = Flow::new(ReduceOp::Sum);
-        for (_, boxes) in taken(to, sources, &targets[to]).iter().filter(|(sender, _)| *sender == member) {
-            boxes.iter().for_each(|common| push_out(&mut flow, source, common));
-        }
+        sent(member, to, sources, targets).iter().for_each(|common| push_out(&mut flow, source, common));
         for (_, boxes) in received_boxes.iter().filter(|(sender, _)| *sender == from) {
             boxes.iter().for_each(|common| push_in(&mut flow, target, common));
         }

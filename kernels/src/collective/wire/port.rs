@@ -1,9 +1,13 @@
 //! All links of one member: transfers over two links at once, waits, and failure detection.
 //!
-//! Calls that differ are detected even if they exchange no data between some members. A member that has waited for
-//! [`QUIET`] sends its call to all other members of that call, and reads the headers that they sent. If two members
-//! wait in different calls, the member that entered its call first receives the other member's header.
+//! Calls that differ are detected even if both members of a link exchange no data in them. A member that has waited for
+//! [`QUIET`] sends its call over all its links, and reads the headers that arrived. If two members of a link wait in
+//! different calls, each of them receives the other's header. This is enough: members that wait forever wait for each
+//! other in a cycle, and a member waits only for members to which it has links. Equal calls do not wait in a cycle. So
+//! the cycle has a link whose two members wait in different calls. They report the mismatch over their links, as do the
+//! members that receive the report. The links of a ring or tree connect all members, so all of them receive it.
 
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -25,22 +29,27 @@ const QUIET: Duration = Duration::from_millis(200);
 /// time exceeds [`QUIET`], because a member that waits for another peer begins to read headers after [`QUIET`].
 const CAUSE_WAIT: Duration = Duration::from_millis(500);
 
-/// State that all members of a group in this process share.
+/// State of a member that other threads read or set while it runs a call.
 #[derive(Debug)]
-pub(super) struct GroupStatus {
-    /// The abort of the engine, shared by all its groups.
-    pub(super) aborted: Arc<OnceLock<KernelError>>,
-    /// The failure of this group, set by any of its members in this process.
-    pub(super) failed: OnceLock<KernelError>,
+pub(super) struct MemberStatus {
     group: Arc<Group>,
-    /// For each member: 1 plus the member for which it waits, or 0 if it waits for none.
-    waiting: Vec<AtomicUsize>,
+    member: usize,
+    /// The abort of the engine, shared by all its groups.
+    aborted: Arc<OnceLock<KernelError>>,
+    /// The failure of the group, shared by its members in this process.
+    failed: Arc<OnceLock<KernelError>>,
+    /// 1 plus the member for which this member waits, or 0 if it waits for none.
+    waits_for: AtomicUsize,
 }
 
-impl GroupStatus {
-    pub(super) fn new(group: Arc<Group>, aborted: Arc<OnceLock<KernelError>>) -> Self {
-        let waiting = group.ranks.iter().map(|_| AtomicUsize::new(0)).collect();
-        Self { aborted, failed: OnceLock::new(), group, waiting }
+impl MemberStatus {
+    pub(super) fn new(
+        group: Arc<Group>,
+        member: usize,
+        aborted: Arc<OnceLock<KernelError>>,
+        failed: Arc<OnceLock<KernelError>>,
+    ) -> Self {
+        Self { group, member, aborted, failed, waits_for: AtomicUsize::new(0) }
     }
 
     pub(super) fn check(&self) -> Result<()> {
@@ -50,20 +59,18 @@ impl GroupStatus {
         }
     }
 
-    pub(super) fn waits(&self) -> impl Iterator<Item = MemberWait> {
-        self.waiting.iter().enumerate().filter_map(|(member, waiting)| {
-            let peer = waiting.load(Ordering::Relaxed).checked_sub(1)?;
-            Some(MemberWait::new(&self.group, member, peer))
-        })
+    pub(super) fn wait(&self) -> Option<MemberWait> {
+        let peer = self.waits_for.load(Ordering::Relaxed).checked_sub(1)?;
+        Some(MemberWait::new(&self.group, self.member, peer))
     }
 }
 
 #[derive(Debug)]
 pub(super) struct Port {
     pub(super) context: Context,
-    /// The link to each member; `None` for the member itself.
-    links: Vec<Option<Link>>,
-    status: Arc<GroupStatus>,
+    /// The links, by peer.
+    links: BTreeMap<usize, Link>,
+    status: Arc<MemberStatus>,
     write_timeout: Duration,
     /// The start of the current period without transferred bytes.
     quiet_since: Option<Instant>,
@@ -72,8 +79,8 @@ pub(super) struct Port {
 impl Port {
     pub(super) fn new(
         context: Context,
-        links: Vec<Option<Link>>,
-        status: Arc<GroupStatus>,
+        links: BTreeMap<usize, Link>,
+        status: Arc<MemberStatus>,
         write_timeout: Duration,
     ) -> Self {
         Self { context, links, status, write_timeout, quiet_since: None }
@@ -84,20 +91,15 @@ impl Port {
     }
 
     pub(super) fn link(&mut self, peer: usize) -> Result<(&mut Link, &Context)> {
-        match self.links.get_mut(peer) {
-            Some(Some(link)) => Ok((link, &self.context)),
-            _ => Err(self.context.link_error(peer, "no channel exists")),
+        match self.links.get_mut(&peer) {
+            Some(link) => Ok((link, &self.context)),
+            None => Err(self.context.no_channel(peer)),
         }
     }
 
     pub(super) fn finish_call(&mut self) {
-        for (peer, link) in self.links.iter_mut().enumerate() {
-            if let Some(link) = link
-                && self.context.involves(peer)
-            {
-                link.finish_call();
-            }
-        }
+        let involved = self.links.iter_mut().filter(|(peer, _)| self.context.involves(**peer));
+        involved.for_each(|(_, link)| link.finish_call());
     }
 
     pub(super) fn begin_out(&mut self, peer: usize, bytes: usize) -> Result<()> {
@@ -157,10 +159,9 @@ impl Port {
     /// Waits until `to` accepts bytes, or bytes have arrived from `from`.
     pub(super) fn wait(&mut self, to: Option<usize>, from: Option<usize>) -> Result<()> {
         self.status.check()?;
-        let member = self.context.member;
-        self.status.waiting[member].store(from.or(to).map_or(0, |peer| peer + 1), Ordering::Relaxed);
+        self.status.waits_for.store(from.or(to).map_or(0, |peer| peer + 1), Ordering::Relaxed);
         let waited = self.wait_tick(to, from);
-        self.status.waiting[member].store(0, Ordering::Relaxed);
+        self.status.waits_for.store(0, Ordering::Relaxed);
         waited
     }
 
@@ -171,9 +172,9 @@ impl Port {
             flags.set(PollFlags::IN, from == Some(peer));
             flags
         };
-        let fd = |peer: usize| match self.links.get(peer) {
-            Some(Some(link)) => Ok(PollFd::from_borrowed_fd(link.channel.as_fd(), wants(peer))),
-            _ => Err(self.context.link_error(peer, "no channel exists")),
+        let fd = |peer: usize| match self.links.get(&peer) {
+            Some(link) => Ok(PollFd::from_borrowed_fd(link.channel.as_fd(), wants(peer))),
+            None => Err(self.context.no_channel(peer)),
         };
         let first = to.or(from).unwrap_or(self.context.member);
         let mut fds = [fd(first)?, fd(from.unwrap_or(first))?];
@@ -208,7 +209,7 @@ impl Port {
     }
 
     fn exchange_announcements(&mut self) -> Result<()> {
-        for link in self.links.iter_mut().flatten() {
+        for link in self.links.values_mut() {
             link.announce(&self.context)?;
             link.read_headers(&self.context)?;
         }
@@ -228,7 +229,7 @@ impl Port {
             if let Err(known) = self.status.check() {
                 return known;
             }
-            for link in self.links.iter_mut().flatten() {
+            for link in self.links.values_mut() {
                 match link.read_headers(&self.context) {
                     // The connection is not closed, so this error came from the peer.
                     Err(peer_error) if link.can_receive_header() => return peer_error,
@@ -236,7 +237,7 @@ impl Port {
                 }
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            let waiting_links = self.links.iter().flatten().filter(|link| link.awaits_header());
+            let waiting_links = self.links.values().filter(|link| link.awaits_header());
             let mut fds: Vec<_> =
                 waiting_links.map(|link| PollFd::from_borrowed_fd(link.channel.as_fd(), PollFlags::IN)).collect();
             if fds.is_empty() || left.is_zero() || poll_for(&mut fds, left).is_err() {
@@ -251,7 +252,7 @@ impl Port {
         // Another member of this process, or an abort, may have failed the group first.
         let failed = self.status.failed.get_or_init(|| cause);
         let cause = self.status.aborted.get().unwrap_or(failed).clone();
-        for link in self.links.iter_mut().flatten() {
+        for link in self.links.values_mut() {
             link.fail(&self.context, &cause);
         }
         cause

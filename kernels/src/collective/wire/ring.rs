@@ -21,6 +21,11 @@ struct Ring {
     boxes: Vec<usize>,
 }
 
+/// The next member, to which `member` sends, and the previous member.
+pub(super) fn neighbours(members: usize, member: usize) -> [usize; 2] {
+    [(member + 1) % members, (member + members - 1) % members]
+}
+
 pub(super) fn all_reduce(port: &mut Port, words: &mut Words<'_>, slots: &mut [f32], op: ReduceOp) -> Result<()> {
     let (all, n) = (words.y.len(), port.members());
     let mut ring = Ring::new(port, op, (0..n).map(|owner| Runs::flat(split_range(all, n, owner))));
@@ -125,7 +130,7 @@ impl Ring {
     }
 
     fn run(&self, port: &mut Port, words: &mut Words<'_>, slots: &mut [f32]) -> Result<()> {
-        let (next, previous) = ((self.member + 1) % self.members, (self.member + self.members - 1) % self.members);
+        let [next, previous] = neighbours(self.members, self.member);
         self.flow.run(port, words, slots, Some(next), Some(previous))
     }
 }

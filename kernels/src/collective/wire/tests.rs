@@ -20,6 +20,10 @@ use crate::tensor::{HostTensor, split_range};
 const LONG_TIMEOUT: Duration = Duration::from_secs(30);
 const SHORT_TIMEOUT: Duration = Duration::from_millis(200);
 
+type Channels = Vec<BTreeMap<ChannelKey, Channel>>;
+
+const ALL_REDUCE: CollectiveKind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
+
 /// Returns values of very different magnitudes, so that the order of additions affects the result. The values are the
 /// same in every run.
 fn floats(random: &mut SplitMix64, len: usize) -> Vec<f32> {
@@ -31,11 +35,12 @@ fn group(n: usize) -> Arc<Group> {
     Arc::new(Group { id: 7, ranks: (0..n).map(|member| 10 + member).collect() })
 }
 
-/// Channels between all members of a group of n, by member.
-fn mesh(n: usize, pair: &mut dyn FnMut() -> [UnixStream; 2]) -> Vec<BTreeMap<ChannelKey, Channel>> {
-    let mut all: Vec<BTreeMap<_, _>> = (0..n).map(|_| BTreeMap::new()).collect();
+/// Channels between the members of a group of n that these calls connect, by member.
+fn mesh(n: usize, calls: &[&CollectiveKind], pair: &mut dyn FnMut() -> [UnixStream; 2]) -> Channels {
+    let mut all: Channels = (0..n).map(|_| BTreeMap::new()).collect();
     for a in 0..n {
-        for b in 0..a {
+        let peers: BTreeSet<usize> = calls.iter().flat_map(|kind| peers(kind, n, a)).collect();
+        for b in peers.into_iter().filter(|b| *b < a) {
             let [one, other] = pair();
             all[a].insert((7, a, b), Channel::Unix(one));
             all[b].insert((7, b, a), Channel::Unix(other));
@@ -48,9 +53,13 @@ fn unix_pair() -> [UnixStream; 2] {
     UnixStream::pair().expect("a socket pair").into()
 }
 
-/// One engine per member, as if each ran in its own process.
-fn engines(n: usize, write_timeout: Duration) -> Vec<Wire> {
-    mesh(n, &mut unix_pair).into_iter().map(|channels| Wire::new(channels, write_timeout)).collect()
+/// One engine per member, as if each ran in its own process. The engines have only the channels of these calls.
+fn engines(n: usize, calls: &[&CollectiveKind]) -> Vec<Wire> {
+    mesh(n, calls, &mut unix_pair).into_iter().map(|channels| Wire::new(channels, LONG_TIMEOUT)).collect()
+}
+
+fn kinds(cases: &[Case]) -> Vec<&CollectiveKind> {
+    cases.iter().map(|case| &case.kind).collect()
 }
 
 /// One call by all members: each member's tensor, and the shape of each member's result.
@@ -136,7 +145,7 @@ fn all_reduces(n: usize, lengths: impl IntoIterator<Item = usize>) -> Vec<Case> 
 fn trees_and_rings_return_the_bits_of_the_in_process_engine() {
     for n in 1..=6 {
         for tree_bytes_max in [0, SCRATCH_BYTES] {
-            let wires = engines(n, LONG_TIMEOUT);
+            let wires = engines(n, &[&ALL_REDUCE]);
             wires.iter().for_each(|wire| wire.set_tree_bytes_max(tree_bytes_max));
             check_same(&wires, &all_reduces(n, 0..=40));
         }
@@ -193,8 +202,66 @@ fn large_cases(n: usize, shape: &[usize]) -> Vec<Case> {
 #[test]
 fn every_kind_is_correct_over_many_pieces() {
     for n in [2, 3, 4] {
-        check_same(&engines(n, LONG_TIMEOUT), &large_cases(n, &[701, 433]));
+        let cases = large_cases(n, &[701, 433]);
+        check_same(&engines(n, &kinds(&cases)), &cases);
     }
+}
+
+/// More calls with few elements: broadcasts from each member, and exchanges between some pairs of members only.
+fn small_cases(n: usize) -> Vec<Case> {
+    let mut cases = large_cases(n, &[n + 3, 5]);
+    let whole = HostTensor::f32(&[7], floats(&mut SplitMix64(n as u64), 7));
+    let mut add = |kind, xs, y_shapes| cases.push(Case { kind, xs, y_shapes, in_place: false });
+    for root in 0..n {
+        add(CollectiveKind::Broadcast { root }, vec![whole.clone(); n], vec![vec![7]; n]);
+    }
+    // Even parts become uneven parts of the same dim.
+    let (sources, targets) = (split(&[n + 3, 5], n, 0, false), split(&[n + 3, 5], n, 0, true));
+    let halves = |part: &Region| HostTensor::f32(&part.size, vec![0.5; part.element_count()]);
+    let (xs, sizes) = (sources.iter().map(halves).collect(), targets.iter().map(|part| part.size.clone()).collect());
+    add(CollectiveKind::AllToAll { sources: sources.into(), targets: targets.into() }, xs, sizes);
+    // The parts of an all-gather overlap: member i has the part of i / 2.
+    let part = |member: usize| Region::whole(&[7]).with_range(0, split_range(7, n.div_ceil(2), member / 2));
+    let parts: Vec<Region> = (0..n).map(part).collect();
+    let xs = parts.iter().map(halves).collect();
+    add(CollectiveKind::AllGather { parts: parts.into() }, xs, vec![vec![7]; n]);
+    cases
+}
+
+#[test]
+fn every_kind_needs_only_the_links_of_its_peers() {
+    for n in 2..=17 {
+        for case in small_cases(n) {
+            for tree_bytes_max in [0, SCRATCH_BYTES] {
+                let wires = engines(n, &[&case.kind]);
+                wires.iter().for_each(|wire| wire.set_tree_bytes_max(tree_bytes_max));
+                check_same(&wires, std::slice::from_ref(&case));
+            }
+        }
+    }
+}
+
+#[test]
+fn peers_are_symmetric_and_few() {
+    for n in 1..=17 {
+        let of = |case: &Case| (0..n).map(|member| peers(&case.kind, n, member)).collect::<Vec<_>>();
+        for case in if n > 1 { small_cases(n) } else { all_reduces(1, [1]) } {
+            let all = of(&case);
+            for (a, peers) in all.iter().enumerate() {
+                assert!(peers.iter().all(|b| *b != a && *b < n && all[*b].contains(&a)), "{:?}: {all:?}", case.kind);
+            }
+        }
+    }
+    let most = |n: usize| (0..n).map(|member| peers(&ALL_REDUCE, n, member).len()).max();
+    assert_eq!([3, 16, 384, 4096].map(most), [2, 5, 10, 13].map(Some));
+    assert_eq!(peers(&RECEIVE, 4, 2), [1].into());
+    assert_eq!(peers(&CollectiveKind::Send { to: 2 }, 4, 1), [2].into());
+    // Each member gets rows only from itself and from the previous member.
+    let [sources, targets] = [50, 48].map(|rows| split(&[rows, 2], 16, 0, false));
+    let rows = CollectiveKind::AllToAll { sources: sources.clone().into(), targets: targets.into() };
+    assert!((0..16).all(|member| peers(&rows, 16, member).len() <= 2));
+    let kept = CollectiveKind::AllToAll { sources: sources.clone().into(), targets: sources.into() };
+    assert!((0..16).all(|member| peers(&kept, 16, member).is_empty()));
 }
 
 /// Forwards bytes in pieces of 1 to 7 bytes until `from` ends. Yields to other threads between pieces.
@@ -226,9 +293,10 @@ fn fragmented_reads_do_not_change_results() {
                 }
                 [a, d]
             };
-            let wires: Vec<_> = mesh(3, &mut pair).into_iter().map(|all| Wire::new(all, LONG_TIMEOUT)).collect();
             let mut cases = all_reduces(3, [0, 1, 100]);
             cases.extend(large_cases(3, &[7, 9]));
+            let channels = mesh(3, &kinds(&cases), &mut pair).into_iter();
+            let wires: Vec<_> = channels.map(|all| Wire::new(all, LONG_TIMEOUT)).collect();
             wires.iter().for_each(|wire| wire.set_tree_bytes_max([0, TREE_BYTES_MAX][seed as usize % 2]));
             check_same(&wires, &cases);
         });
@@ -365,18 +433,20 @@ fn an_abort_ends_a_stalled_write() {
 
 #[test]
 fn all_other_members_report_a_member_that_leaves() {
-    let mut wires = engines(4, LONG_TIMEOUT);
-    let removed = wires.pop().expect("four");
-    let cases = all_reduces(4, [100_000]);
-    drop(removed);
-    for result in run_all(as_engines(&wires), |_| &cases[..1]).iter().flatten() {
-        assert!(matches!(result, Err(KernelError::Link { peer: 13, .. })), "{result:?}");
+    // The others reduce on a ring, or on a tree.
+    for (n, len) in [(4, 100_000), (9, 100_000), (9, 1)] {
+        let mut wires = engines(n, &[&ALL_REDUCE]);
+        drop(wires.pop());
+        let cases = all_reduces(n, [len]);
+        for result in run_all(as_engines(&wires), |_| &cases[..1]).iter().flatten() {
+            assert!(matches!(result, Err(KernelError::Link { peer, .. }) if *peer == 10 + n - 1), "{result:?}");
+        }
     }
 }
 
-/// Member `odd_member` of 3 makes a different call from the others. All members report the mismatch.
+/// Member `odd_member` of n makes a different call from the others. All members report the mismatch.
 fn check_all_report_the_mismatch(odd_member: usize, different: &[Case], common: &[Case], odd_tree_bytes_max: usize) {
-    let wires = engines(3, LONG_TIMEOUT);
+    let wires = engines(common[0].xs.len(), &[&common[0].kind, &different[0].kind]);
     wires[odd_member].set_tree_bytes_max(odd_tree_bytes_max);
     let cases_of = |member| if member == odd_member { different } else { common };
     for result in run_all(as_engines(&wires), cases_of).iter().flatten() {
@@ -386,24 +456,27 @@ fn check_all_report_the_mismatch(odd_member: usize, different: &[Case], common: 
 
 #[test]
 fn members_that_wait_for_each_other_in_different_calls_report_a_mismatch() {
-    let cases = all_reduces(3, [10, 11]);
-    for odd_member in 0..3 {
+    for (n, odd_member) in [(3, 0), (3, 1), (3, 2), (9, 0), (9, 3), (9, 8)] {
+        let cases = all_reduces(n, [10, 11]);
         // The odd member runs a ring and the others run a tree, so they wait for each other.
         check_all_report_the_mismatch(odd_member, &cases[4..5], &cases[..1], 0);
         // Two members wait for each other, and neither has sent anything.
         let broadcast = Case {
             kind: CollectiveKind::Broadcast { root: usize::from(odd_member == 0) },
-            xs: (0..3).map(|_| HostTensor::f32(&[10], vec![0.0; 10])).collect(),
-            y_shapes: vec![vec![10]; 3],
+            xs: vec![HostTensor::f32(&[10], vec![0.0; 10]); n],
+            y_shapes: vec![vec![10]; n],
             in_place: false,
         };
         check_all_report_the_mismatch(odd_member, &[broadcast], &cases[..1], TREE_BYTES_MAX);
+        // The others are in the middle of transfers, so they cannot report the mismatch to the next member.
+        let large = all_reduces(n, [100_000]);
+        check_all_report_the_mismatch(odd_member, &large[2..3], &large[..1], TREE_BYTES_MAX);
     }
 }
 
 #[test]
 fn routed_calls_run_on_their_groups_engine() {
-    let wires: Vec<Arc<Wire>> = engines(2, LONG_TIMEOUT).into_iter().map(Arc::new).collect();
+    let wires: Vec<Arc<Wire>> = engines(2, &[&ALL_REDUCE]).into_iter().map(Arc::new).collect();
     let routed = wires.iter().map(|wire| {
         let by_group = BTreeMap::from([(7, wire.clone() as Arc<dyn Collective>)]);
         Routed::new(by_group, Arc::new(InProcess::new()))
@@ -421,7 +494,7 @@ fn routed_calls_run_on_their_groups_engine() {
 
 #[test]
 fn waits_lists_the_absent_member() {
-    let wires = engines(2, LONG_TIMEOUT);
+    let wires = engines(2, &[&ALL_REDUCE]);
     let case = &all_reduces(2, [6])[0];
     thread::scope(|scope| {
         let early = scope.spawn(|| run_case(&wires[0], 0, case));

@@ -11,7 +11,7 @@ use crate::memory::Words;
 use crate::tensor::split_range;
 
 /// A member's position in a binomial tree.
-struct Tree {
+pub(super) struct Tree {
     root: usize,
     members: usize,
     /// The member's index, counted from the root.
@@ -19,9 +19,17 @@ struct Tree {
 }
 
 impl Tree {
-    fn new(port: &Port, root: usize) -> Self {
-        let members = port.members();
-        Self { root, members, position: (port.context.member + members - root) % members }
+    pub(super) fn new(members: usize, member: usize, root: usize) -> Self {
+        Self { root, members, position: (member + members - root) % members }
+    }
+
+    fn of(port: &Port, root: usize) -> Self {
+        Self::new(port.members(), port.context.member, root)
+    }
+
+    /// The parent and the children.
+    pub(super) fn neighbours(&self) -> impl Iterator<Item = usize> {
+        self.parent().into_iter().chain(self.children().map(|(child, _)| child))
     }
 
     fn member(&self, position: usize) -> usize {
@@ -62,7 +70,7 @@ pub(super) fn all_reduce(port: &mut Port, words: &mut Words<'_>, blocks: &mut [f
         combine_blocks(op, blocks, n, words.y);
         return Ok(());
     }
-    let tree = Tree::new(port, 0);
+    let tree = Tree::of(port, 0);
     blocks[..len].copy_from_slice(words.x());
     for (child, distance) in tree.children() {
         let into = &mut blocks[distance * len..][..tree.subtree(distance) * len];
@@ -102,7 +110,7 @@ pub(super) fn broadcast(port: &mut Port, words: &mut Words<'_>, root: usize) -> 
     {
         y.copy_from_slice(x);
     }
-    broadcast_from_root(port, &Tree::new(port, root), words.y)
+    broadcast_from_root(port, &Tree::of(port, root), words.y)
 }
 
 /// Sends the root's `y` to all. While a piece arrives, the previous one goes to the child with the largest subtree.

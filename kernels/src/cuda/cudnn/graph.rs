@@ -1,4 +1,4 @@
-//! Causal attention and its gradient as graphs of cuDNN operations, from which `plan` creates descriptors. cuDNN
+//! Causal attention and its gradient as graphs of cuDNN operations. `plan` turns a graph into descriptors. cuDNN
 //! recognizes both graphs as patterns. It runs the forward pattern as one kernel, and the backward pattern as a few
 //! kernels. Scores are virtual tensors, so they are never stored. See Dao 2023, <https://arxiv.org/abs/2307.08691>.
 

@@ -294,7 +294,8 @@ impl Builder<'_> {
 }
 
 impl Target<'_> {
-    /// Returns the target as the attribute `handle` (a cuDNN handle) or `device` (a description), or none.
+    /// Returns the target as an attribute, named `handle` for a cuDNN handle and `device` for a description. Returns
+    /// `None` if that name is `None`.
     fn attribute(&self, handle: Option<Attribute>, device: Option<Attribute>) -> Option<(Attribute, Values<'_>)> {
         match self {
             Target::Handle(raw) => handle.map(|name| (name, Values::Handle(*raw))),

@@ -52,7 +52,7 @@ fn graphs_write_each_tensor_before_they_read_it() {
         }
         assert!(end <= graph.workspace_bytes);
         let shape = attention_shape(pass, [2, 3, 5, 8]);
-        assert_eq!(graph.workspace_bytes + shape.library_bytes(), shape.workspace_bytes(), "launch workspace");
+        assert_eq!(graph.workspace_bytes + shape.library_bytes(), shape.workspace_bytes(), "wrong workspace size");
     }
 }
 
@@ -92,13 +92,13 @@ fn nvidias_library_creates_plans_for_our_graphs() {
         [8, 1024, 12, 64],
         [2, 2048, 16, 128],
     ];
-    let api = Api::get().expect("NVIDIA's library");
+    let api = Api::get().expect("cuDNN is installed");
     println!("cuDNN {}", api.version());
     for architecture in [80, 90, 100, 120] {
         let description = device_description(architecture);
         let attributes = [(Attribute::CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION, Values::Text(description.as_bytes()))];
         let device = Descriptor::finalized(api, Kind::CUDNN_BACKEND_DEVICEPROP_DESCRIPTOR, &attributes, "a device");
-        let device = device.expect("a described device");
+        let device = device.expect("cuDNN accepts the device description");
         let capability = (architecture as i32 / 10, architecture as i32 % 10);
         let pins = [(Pass::Forward, None), (Pass::Backward, None)].into_iter();
         for (pass, pin) in pins.chain(ordered_engine(capability, api.number()).map(|pin| (Pass::Backward, Some(pin)))) {

@@ -90,7 +90,7 @@ fn add_layer_norm(first: &Launch, second: &Launch, eps: f32, overlap: &Overlap<'
 
 fn bias_gelu(first: &Launch, second: &Launch, overlap: &Overlap<'_>) -> Fused {
     let in_place = same_start(&first.writes[0], &second.writes[0]);
-    // If GELU works in place, x may conflict: the thread that overwrites an element of x is the one that reads it.
+    // If GELU works in place, it may also overwrite x: each element of x is read by the thread that overwrites it.
     let [x_conflicts, bias_conflicts] = [0, 1].map(|i| conflict(&first.reads[i..=i], &second.writes, overlap));
     if bias_conflicts || x_conflicts && !in_place {
         return Ok(None);

@@ -161,7 +161,7 @@ mod tests {
                 assert!(parts * rows_per_part >= rows && (parts - 1) * rows_per_part < rows.max(1), "{columns:?}");
                 assert!(x * y == THREADS && y.is_power_of_two() && parts <= BLOCKS);
                 let needed = columns.workspace_floats(width);
-                assert!(needed <= sum_workspace_floats(rows * width), "{rows} {width} {columns:?}");
+                assert!(needed <= sum_workspace_floats(rows * width), "{rows} x {width} needs {needed}: {columns:?}");
             }
         }
     }

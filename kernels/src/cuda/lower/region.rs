@@ -63,7 +63,7 @@ fn for_each_region(dims: &[Dim], mut run: impl FnMut([usize; 2], [Dim; DIMS]) ->
     Ok(())
 }
 
-/// Returns a region's element count and the sizes of dims 1 to 3, as kernels take them, in units of `unit` elements.
+/// Returns the number of units of `unit` elements in a region, and the sizes of dims 1 to 3; dim 3 is counted in units.
 fn sizes(dims: &[Dim; DIMS], unit: usize) -> [usize; DIMS] {
     let count: usize = dims.iter().map(|dim| dim.size).product();
     [count / unit, dims[1].size, dims[2].size, dims[3].size / unit]

@@ -35,7 +35,7 @@ fn launches(rows: usize, width: usize) -> Vec<Launch> {
     let (heads, lse): (&[usize], &[usize]) = (&[2, rows, 3, width], &[2, 3, rows]);
     let (src, dst) = (Region::whole(x), Region { start: vec![1, 2, 3], size: x.to_vec() });
     let larger: &[usize] = &[3, rows + 2, width + 5];
-    let product = |text: &str| Op::Einsum(Einsum::parse(text).expect("an einsum"));
+    let product = |text: &str| Op::Einsum(Einsum::parse(text).expect("the text is a valid einsum"));
     let adamw = Op::AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
     let dropout =
         |start: &[usize]| Op::Dropout { p: 0.1, seed: 1, shape: larger.to_vec(), start: start.to_vec(), stride: width };
@@ -75,7 +75,7 @@ fn parameters(function: &str) -> Vec<String> {
     let definitions: Vec<&str> =
         MODULES.iter().filter_map(|module| module.text.split_once(&head)).map(|(_, after)| after).collect();
     assert_eq!(definitions.len(), 1, "{function} is defined {} times", definitions.len());
-    let list = definitions[0].split_once(')').expect("a list of parameters").0;
+    let list = definitions[0].split_once(')').expect("a kernel has a list of parameters").0;
     let type_of = |parameter: &str| {
         let words: Vec<&str> = parameter.split_whitespace().collect();
         words[..words.len() - 1].join(" ")
@@ -118,7 +118,8 @@ fn is_writable(operand: Operand) -> bool {
     !matches!(operand, Operand::Read(_))
 }
 
-/// Returns the launch and its variants with bf16 in all reads, and in each subset of the writes, that allow bf16.
+/// Returns the launch and its bf16 variants: all reads that allow bf16 are bf16, and there is one variant for each
+/// subset of the writes that allow bf16.
 fn dtype_variants(launch: Launch) -> Vec<Launch> {
     let bf16_writes: Vec<usize> = (0..launch.writes.len()).filter(|&i| launch.op.writes_bf16(i)).collect();
     let mut half = launch.clone();
@@ -141,22 +142,22 @@ fn dtype_variants(launch: Launch) -> Vec<Launch> {
 fn check(name: &str, launch: &Launch, step: &Step) {
     if let Step::Product(product) = step {
         let operands = launch.reads.iter().map(|read| read.dtype);
-        assert!(operands.eq([product.a.dtype, product.b.dtype]), "{name}: {product:?}");
-        assert_eq!(product.d.dtype, launch.writes[0].dtype, "{name}");
+        assert!(operands.eq([product.a.dtype, product.b.dtype]), "{name}: wrong operand types: {product:?}");
+        assert_eq!(product.d.dtype, launch.writes[0].dtype, "{name}: wrong type of the result");
     }
     let Step::Kernel(kernel) = step else { return };
     let parameters = parameters(kernel.function);
-    assert_eq!(kernel.args.len(), parameters.len(), "{name}: {kernel:?} takes {parameters:?}");
+    assert_eq!(kernel.args.len(), parameters.len(), "{name}: wrong number of arguments for {parameters:?}: {kernel:?}");
     for (arg, parameter) in kernel.args.iter().zip(&parameters) {
-        assert!(fits(launch, arg, parameter), "{name}: {arg:?} of {} for {parameter}", kernel.function);
+        assert!(fits(launch, arg, parameter), "{name}: {}: argument {arg:?} does not fit {parameter}", kernel.function);
     }
     let [x, y, z] = kernel.grid;
-    assert!((1..=i32::MAX as u32).contains(&x) && (1..=65_535).contains(&y) && z == 1, "{name}: {kernel:?}");
+    assert!((1..=i32::MAX as u32).contains(&x) && (1..=65_535).contains(&y) && z == 1, "{name}: bad grid: {kernel:?}");
     let threads: u32 = kernel.block.iter().product();
-    assert!(threads.is_multiple_of(32) && threads <= 1024, "{name}: {kernel:?}");
+    assert!(threads.is_multiple_of(32) && threads <= 1024, "{name}: bad block: {kernel:?}");
     let tiled = kernel.function.starts_with("attention");
     let shared_max = if tiled { SHARED_MAX as u32 } else { SHARED_BYTES_DEFAULT };
-    assert!(kernel.shared_bytes <= shared_max, "{name}: {kernel:?}");
+    assert!(kernel.shared_bytes <= shared_max, "{name}: too much shared memory: {kernel:?}");
 }
 
 #[test]
@@ -184,7 +185,7 @@ fn steps_match_the_parameters_of_their_kernels() {
 #[test]
 fn grids_cover_more_elements_than_32_bits_can_count() {
     let n = (1 << 33) + 3;
-    let steps = lower(&launch(Op::Gelu, &[&[n]], &[], &[&[n]]), false, SHARED_MAX).expect("steps");
+    let steps = lower(&launch(Op::Gelu, &[&[n]], &[], &[&[n]]), false, SHARED_MAX).expect("it is lowered");
     let [Step::Kernel(kernel)] = &steps[..] else { panic!("{steps:?}") };
     assert!(u64::from(kernel.grid[0]) * 256 * 4 >= n as u64);
     // A grid with too many blocks is refused, not truncated.
@@ -226,7 +227,7 @@ fn plain_kernels_run_deep_heads_if_tiles_do_not_fit() {
         let forward = launch(Op::Attention { scale: 0.1 }, &[heads; 3], &[], &[heads, lse]);
         let reads = [heads, heads, heads, heads, heads, lse];
         let backward = launch(Op::AttentionGrad { scale: 0.1 }, &reads, &[], &[heads; 3]);
-        let steps = [forward, backward].map(|launch| lower(&launch, false, shared).expect("steps")).concat();
+        let steps = [forward, backward].map(|launch| lower(&launch, false, shared).expect("it is lowered")).concat();
         let kernel = |step: &Step| match step {
             Step::Kernel(kernel) => {
                 assert!(kernel.shared_bytes as usize <= shared, "{kernel:?}");

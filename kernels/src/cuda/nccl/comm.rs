@@ -53,13 +53,13 @@ pub struct GroupMember {
     pub id: UniqueId,
 }
 
-/// A communicator. Dropping it aborts it unless [`finalize`] has ended it.
+/// A communicator. Its `drop` aborts it, except after [`finalize`].
 #[derive(Debug)]
 pub(super) struct Comm {
     api: &'static Api,
     /// `None` after the communicator has ended. Locked during NCCL calls (NCCL-1).
     handle: Mutex<Option<Raw<ncclComm_t>>>,
-    /// Not the `Gpu`: the GPU's poller may drop the last reference to the communicator, and must not drop its own GPU.
+    /// Stored instead of the `Gpu`, because the GPU's poller may drop the communicator, and must not drop its own GPU.
     context: Arc<Context>,
     place: String,
     call_log: Mutex<CallLog>,

@@ -108,7 +108,7 @@ impl Pipe {
         self.record_end(arena)
     }
 
-    /// Marks the end of the last call, which NCCL has put on the stream. Keeps `arena` until the stream is there.
+    /// Marks the end of the last call, which NCCL has put on the stream. Keeps `arena` until the stream reaches it.
     fn record_end(&self, arena: &Arena) -> Result<Sent> {
         self.stream.end_call().map_err(|error| self.inner.abort_on_error(error))?;
         let event = Event::default();
@@ -180,8 +180,8 @@ impl Pipe {
         self.comm.transfer(&transfers, None, &self.stream).map_err(|error| self.inner.abort_on_error(error))
     }
 
-    /// Waits until the stream is idle or the device is lost. Returns false after [`DRAIN_WITHIN`]. Also returns false,
-    /// at once, if NCCL has not put the last call on the stream.
+    /// Waits until the stream is idle or the device is lost. Returns false after [`DRAIN_WITHIN`]. Returns false
+    /// immediately if NCCL has not put the last call on the stream.
     fn drain(&self) -> bool {
         if self.pending.lock().is_some() {
             return false;

@@ -37,7 +37,7 @@ fn inconsistent_manifests_are_refused() {
     let cases: &[(&str, Edit)] = &[
         ("tensor wide: its pieces cover 18 of 24 elements", |m| drop(m.tensors[0].pieces.pop())),
         ("tensor wide: pieces at [0, 0] and [2, 0] overlap", |m| m.tensors[0].pieces[1].start[0] = 2),
-        ("tensor wide: piece [1, 6] at [4, 0] is not inside shape [4, 6]", |m| m.tensors[0].pieces[1].start[0] = 4),
+        ("a piece of size [1, 6] at [4, 0] is not inside shape [4, 6]", |m| m.tensors[0].pieces[1].start[0] = 4),
         ("is not inside shape", |m| m.tensors[0].pieces[1].start[0] = usize::MAX),
         ("is not inside shape", |m| m.tensors[0].pieces[0].size[0] = 0),
         ("is not inside shape", |m| m.tensors[0].pieces[0].size.push(1)),
@@ -56,13 +56,13 @@ fn inconsistent_manifests_are_refused() {
         ("too many elements", |m| m.tensors[2].info.shape = vec![1 << 32, 1 << 30]),
         ("differ in their number of elements", |m| m.tensors[0].info.saved_shape = vec![25]),
         ("differ in their number of elements", |m| m.tensors[0].info.saved_shape = vec![usize::MAX; 3]),
-        ("33 dims, the maximum is 32", |m| m.tensors[1].info.saved_shape = vec![1; 33]),
+        ("it has 33 dims; the maximum is 32", |m| m.tensors[1].info.saved_shape = vec![1; 33]),
         ("two tensors are named wide", |m| m.tensors[1].info.name = "wide".into()),
-        ("5000 bytes of its name, the maximum is 4096", |m| m.tensors[1].info.name = "n".repeat(5000)),
-        ("5000 bytes of a text", |m| m.mesh = "m".repeat(5000)),
-        ("5000 bytes of a text", |m| drop(m.cursor.insert("key".into(), "c".repeat(5000)))),
-        ("5000 bytes of a text", |m| drop(m.declared.insert("key".into(), "c".repeat(5000)))),
-        ("65 declared values, the maximum is 64", |m| {
+        ("its name has 5000 bytes; the maximum is 4096", |m| m.tensors[1].info.name = "n".repeat(5000)),
+        ("one of its texts has 5000 bytes", |m| m.mesh = "m".repeat(5000)),
+        ("one of its texts has 5000 bytes", |m| drop(m.cursor.insert("key".into(), "c".repeat(5000)))),
+        ("one of its texts has 5000 bytes", |m| drop(m.declared.insert("key".into(), "c".repeat(5000)))),
+        ("it has 65 declared values; the maximum is 64", |m| {
             m.declared = (0..65).map(|i| (i.to_string(), String::new())).collect()
         }),
         ("is not a shard name", |m| m.shards[0].file = "../../etc/passwd".into()),
@@ -70,7 +70,7 @@ fn inconsistent_manifests_are_refused() {
         ("is not a shard name", |m| m.shards[0].file = "e0/..".into()),
         ("is not a shard name", |m| m.shards[0].file = "shard".into()),
         ("is not a shard name", |m| m.shards[0].file = "e0/a/b".into()),
-        ("4097 pieces, the maximum is 4096", |m| {
+        ("it has 4097 pieces; the maximum is 4096", |m| {
             m.tensors[0].pieces = vec![piece(0, 8, [0, 0], [1, 1]); TENSOR_PIECES_MAX + 1];
         }),
     ];
@@ -107,7 +107,7 @@ fn texts_of_other_formats_or_versions_are_refused() {
     let text = String::from_utf8(good().encode().unwrap()).unwrap();
     for version in [0, 4] {
         let why = decode(&text.replace("\"version\":3", &format!("\"version\":{version}")));
-        assert!(why.starts_with(&format!("format version {version}, but")), "{why}");
+        assert!(why.starts_with(&format!("it has format version {version}, but")), "{why}");
     }
     let other = seal("shardflow-shard", &good()).unwrap();
     assert!(Manifest::decode(&other).unwrap_err().contains("expected shardflow-checkpoint"));

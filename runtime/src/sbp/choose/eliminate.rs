@@ -1,6 +1,6 @@
 //! Minimises a sum of tables over discrete variables by eliminating one variable at a time.
 //!
-//! To eliminate a variable, one table replaces all tables that contain the variable. The new table covers the
+//! Eliminating a variable replaces all tables that contain the variable by one table. The new table covers the
 //! variable's neighbours, which are the other variables of the replaced tables. For each combination of the neighbours'
 //! values, the new table has the least sum over the eliminated variable's values. This is nonserial dynamic programming
 //! (Bertelè and Brioschi 1972). While the tables stay small, as in programs made of layers, the result is exact and the
@@ -218,10 +218,10 @@ impl<'a> Elimination<'a> {
     }
 }
 
-/// The distances in a table between entries that differ by one in one variable.
+/// The strides of a table: the distance between entries if the value of one variable differs by one.
 struct Strides {
     own: usize,
-    /// The distance for each neighbour; 0 if the table does not contain the neighbour.
+    /// The stride of each neighbour; 0 if the table does not contain the neighbour.
     neighbours: Vec<usize>,
 }
 

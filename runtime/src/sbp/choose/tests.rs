@@ -246,7 +246,7 @@ fn malformed_problems_are_refused() {
     assert!(why(|p| p.nodes[0].inputs = vec![9]).contains("no tensor 9"));
     assert!(why(|p| p.nodes[0].inputs.clear()).contains("and the node differ in their numbers of inputs or outputs"));
     assert!(why(|p| p.nodes.push(p.nodes[0].clone())).contains("an earlier node produces or reads"));
-    // No boxing makes integers partial.
+    // There is no boxing from another layout to `Partial` for integers.
     let partial = |p: &mut Problem| {
         p.tensors.iter_mut().for_each(|t| t.dtype = DType::I32);
         let sbp = NdSbp::parse("P").unwrap();
@@ -260,7 +260,7 @@ fn malformed_problems_are_refused() {
 #[test]
 fn wide_problems_are_eliminated_within_bounds() {
     let size = 6;
-    // Every two variables share a table: equal values cost 1 ms, and any value but 3 of the first variable costs 1 s.
+    // Every two variables share a table. Equal values cost 1 ms; a first value other than 3 costs 1 s.
     let pair = |a: usize, b: usize| {
         let cost = |i: usize| f64::from(u8::from(i / size == i % size)) * 1e-3 + f64::from(u8::from(i / size != 3));
         let costs = (0..size * size).map(|i| Cost { seconds: cost(i), conversions: 0 }).collect();
@@ -270,7 +270,7 @@ fn wide_problems_are_eliminated_within_bounds() {
     let found = minimise(&[size; 12], tables);
     assert!(!found.is_exact);
     assert_eq!(found.values[..11], [3; 11]);
-    assert_ne!(found.values[11], 3, "the last variable is first in no table, so a value that differs costs less");
+    assert_ne!(found.values[11], 3, "the last variable is first in no table, so a value other than 3 costs less");
     // A chain of any length is solved exactly.
     let chain = minimise(&[size; 500], (0..499).map(|a| pair(a, a + 1)).collect());
     assert!(chain.is_exact);

@@ -131,7 +131,7 @@ fn too_many_firings_are_limited_to_one_ended_step() {
     assert_eq!((kept.len(), kept[0].1.firing), (FIRINGS_MAX, 19_999));
 }
 
-/// A waiting actor of the pipeline with these numbers of firings.
+/// An actor of the pipeline that waits after these numbers of firings.
 fn waits(actor: u32, firings: [u64; 2], idle_now_ns: u64, missing: Vec<(u32, Missing)>) -> ActorSnapshot {
     let actor = ActorId(actor);
     let actions = missing.into_iter().map(|(action, missing)| ActionWaits { action, missing: vec![missing] }).collect();

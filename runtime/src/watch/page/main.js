@@ -1,4 +1,4 @@
-// Connects the parts of the page: the connection passes events to the model, which each part shows.
+// Connects the parts of the page: the connection passes events to the model, and each part shows the model.
 
 import * as breakdown from './breakdown.js';
 import * as charts from './charts.js';

@@ -6,7 +6,7 @@ const SAMPLES_KEPT = 300;
 const WINDOW_US = 10e6;
 const FIRING_FIELDS = 7;
 
-// The entries of a list at their ids. A process knows only a part of the plan, so some ids are empty.
+// Puts each entry at the index that is its id. A process knows only a part of the plan, so some indices are empty.
 function byId(entries) {
   const all = [];
   for (const entry of entries) all[entry.id] = entry;

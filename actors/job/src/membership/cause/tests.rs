@@ -36,14 +36,14 @@ fn decided_process(own: u32, reports: &[(u64, Report)]) -> (u64, u32) {
 
 #[test]
 fn the_kind_of_a_report_decides() {
-    // A process's own failure is decided at once and beats an earlier symptom.
+    // A process decides on its own failure immediately. This failure beats an earlier symptom.
     assert_eq!(decided_process(0, &[(0, lost(0, 2, false)), (100, failed(0, false))]), (100, 0));
     // A process's report of its own failure beats symptoms if it arrives within the first symptom's window.
     let reports = [(0, lost(0, 2, false)), (50, lost(1, 2, false)), (450, failed(3, false))];
     assert_eq!(decided_process(0, &reports), (500, 3));
     let late = [(0, lost(0, 2, false)), (550, failed(3, false))];
     assert_eq!(decided_process(0, &late), (500, 2));
-    // A secondary failure loses, even if it is this process's own or comes from a lower process number.
+    // A secondary failure loses, even if it is this process's own or comes from a process with a lower number.
     assert_eq!(decided_process(0, &[(0, failed(5, false)), (100, failed(0, true))]), (500, 5));
     assert_eq!(decided_process(1, &[(0, failed(0, true)), (100, failed(5, false))]), (500, 5));
     // If two processes report their own failures, the lower number wins, so that the other processes agree.
@@ -173,7 +173,7 @@ impl World {
 }
 
 proptest::proptest! {
-    /// One process fails, with or without a report. Its peers detect the failure at different times. Then they stop, so
+    /// One process fails, with or without a report. Its peers detect the failure at different times. Then they end, so
     /// other peers report them as lost too.
     #[test]
     fn survivors_agree_on_the_process_that_failed_first(

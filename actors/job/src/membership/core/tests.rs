@@ -182,9 +182,9 @@ impl World {
     /// Checks that all other processes end with `lost` as the cause, within `within` ms after `begin`.
     fn assert_all_blame(&self, lost: u32, begin: u64, within: u64) {
         for process in (0..self.tree.processes()).filter(|process| *process != lost) {
-            let (at, first) = self.ended(process).unwrap_or_else(|| panic!("process {process} runs"));
+            let (at, first) = self.ended(process).unwrap_or_else(|| panic!("process {process} has not ended"));
             assert_eq!(first.process, lost, "process {process}: {first:?}");
-            assert!(at - begin <= within, "process {process} after {} ms", at - begin);
+            assert!(at - begin <= within, "process {process} ended after {} ms", at - begin);
         }
     }
 
@@ -206,7 +206,7 @@ fn a_killed_process_of_3072_is_known_to_all_within_the_grace_window() {
         world.assert_all_blame(lost, begin, GRACE + TICK + world.longest_way() + HOP);
         let reports = world.messages.iter().sum::<u64>() - before;
         let most = world.messages.iter().max().copied().unwrap_or(0);
-        println!("process {lost} of 3072 killed: {reports} messages in all, at most {most} of a process");
+        println!("process {lost} of 3072 killed: {reports} messages in all, at most {most} from one process");
         assert!(reports < 40 * 3072, "{reports} messages");
     }
 }
@@ -235,7 +235,7 @@ fn a_processs_own_failure_reaches_3072_processes() {
     }
 }
 
-/// Prints what a process sends in steady state.
+/// Prints to how many neighbours a process sends heartbeats.
 #[test]
 fn heartbeats_of_a_process_do_not_grow_with_the_world() {
     let most = [(8, 8), (64, 8), (3072, 8)].map(|(processes, per_node)| {
@@ -245,7 +245,7 @@ fn heartbeats_of_a_process_do_not_grow_with_the_world() {
         world.run(1000);
         let flows = world.datagrams.iter().map(|datagrams| datagrams / (1000 / INTERVAL));
         let (most, all) = (flows.clone().max().unwrap_or(0), flows.sum::<u64>());
-        println!("{processes} processes: at most {most} heartbeat flows from a process, {all} in all");
+        println!("{processes} processes: {all} heartbeat flows in all, at most {most} from one process");
         assert_eq!(world.messages.iter().sum::<u64>(), 0, "an idle world sends no control messages");
         most
     });
@@ -258,13 +258,13 @@ fn silence_is_visible_everywhere() {
     world.frozen.insert(42);
     world.run(3000);
     for process in (0..64).filter(|process| *process != 42) {
-        let core = world.cores[process as usize].as_ref().expect("it runs");
+        let core = world.cores[process as usize].as_ref().expect("the process runs");
         for (peer, silent) in core.silent_times(ms(world.now)) {
             let silent = silent.expect("nobody has left").as_millis() as u64;
             let levels = u64::from(world.tree.depth(process) + world.tree.depth(42));
             let lag = levels * (INTERVAL + HOP) + INTERVAL;
             let expected = if peer == 42 { 3000 - lag..=3000 + lag } else { 0..=INTERVAL + HOP + lag };
-            assert!(expected.contains(&silent), "process {process} sees {peer} silent for {silent} ms");
+            assert!(expected.contains(&silent), "process {process} reports {silent} ms for {peer}, not {expected:?}");
         }
     }
 }
@@ -283,8 +283,8 @@ fn all_leave_with_few_messages() {
         assert_eq!((left, world.ended(process)), (3071, None), "process {process}");
     }
     let (all, most) = (world.messages.iter().sum::<u64>(), world.messages.iter().max().copied().unwrap_or(0));
-    println!("3072 processes leave: {all} messages in all, at most {most} of a process");
-    assert!(all < 40 * 3072 && most < 1024, "{all} messages, at most {most} of a process");
+    println!("3072 processes leave: {all} messages in all, at most {most} from one process");
+    assert!(all < 40 * 3072 && most < 1024, "{all} messages, at most {most} from one process");
 }
 
 fn rules() -> Arc<[MergeRule]> {
@@ -307,7 +307,7 @@ fn a_round_takes_two_messages_for_each_edge() {
         let expected = Reduced { words: vec![vec![u64::from(processes) - 1], vec![9], vec![]], difference: None };
         assert!(world.results.iter().all(|results| results == &[(0, expected.clone())]));
         let (all, most) = (world.messages.iter().sum::<u64>(), world.messages.iter().max().copied().unwrap_or(0));
-        println!("a round of {processes} processes: {all} messages, at most {most} of a process");
+        println!("a round of {processes} processes: {all} messages, at most {most} from one process");
         assert_eq!(all, 2 * (u64::from(processes) - 1));
     }
 }
@@ -322,13 +322,13 @@ fn waiting_processes_know_which_one_is_missing() {
         }
         world.run(1000);
         for process in (0..64).filter(|process| *process != late) {
-            let core = world.cores[process as usize].as_ref().expect("it runs");
+            let core = world.cores[process as usize].as_ref().expect("the process runs");
             assert_eq!(core.missing(3), Some(late), "process {process}");
         }
         world.act(late, |core, now| core.supply(3, rules(), numbers(late, 6), now));
         world.run(300);
         for results in &world.results {
-            let difference = results[0].1.difference.as_ref().expect("they differ");
+            let difference = results[0].1.difference.as_ref().expect("a difference");
             assert_eq!((difference.field, difference.values.len()), (2, 64));
             assert!(difference.values.iter().all(|(process, value)| *value == 5 + u64::from(*process == late)));
         }
@@ -346,7 +346,7 @@ fn a_process_that_left_before_a_round_is_the_missing_one() {
     }
     world.run(1000);
     for process in (0..64).filter(|process| *process != 13) {
-        let core = world.cores[process as usize].as_ref().expect("it runs");
+        let core = world.cores[process as usize].as_ref().expect("the process runs");
         assert_eq!((core.missing(3), core.has_departed(13), world.ended(process)), (Some(13), true, None));
     }
 }
@@ -360,7 +360,7 @@ fn messages_that_cannot_come_from_a_neighbour_are_refused() {
     let forged = [
         Body::Message { from: 3, to: 0, topic: 1 },
         Body::Message { from: 0, to: 0, topic: 1 },
-        // The message would go back to its sender.
+        // A message from process 2 to itself.
         Body::Message { from: 2, to: 2, topic: 1 },
         Body::Report(failed(1)),
         Body::Leaving { processes: vec![2, 3] },
@@ -370,9 +370,9 @@ fn messages_that_cannot_come_from_a_neighbour_are_refused() {
     ];
     let count = forged.len() as u64;
     forged.into_iter().for_each(|body| world.act(0, |core, now| core.receive(2, body.into(), now)));
-    let core = world.cores[0].as_ref().expect("it runs");
+    let core = world.cores[0].as_ref().expect("the process runs");
     assert_eq!((core.garbled, &core.first, world.notices[0].len()), (count, &None, 0));
-    // Numbers that arrive out of turn end the session, because the processes do not run the same program.
+    // Numbers of a wrong round end the session, because the processes do not run the same program.
     let round = ControlMessage { body: Body::Round { topic: 0, round: 7 }, payload: Vec::new() };
     world.act(0, |core, now| core.receive(2, round, now));
     world.run(1000);
@@ -402,7 +402,7 @@ proptest! {
             }
             let body = Body::Message { from, to: if *all { TO_ALL } else { to }, topic: 1 };
             let message = ControlMessage { body, payload: vec![number as u8] };
-            let core = world.cores[from as usize].as_mut().expect("it runs");
+            let core = world.cores[from as usize].as_mut().expect("the process runs");
             let hops = if *all { world.tree.neighbours(from) } else { core.route(to).into_iter().collect() };
             hops.into_iter().for_each(|hop| core.send(hop, message.clone()));
             world.settle(from);
@@ -422,7 +422,7 @@ proptest! {
         prop_assert_eq!(found, expected);
     }
 
-    /// CM-4: if any process dies or freezes, all others end in time and name that process as the cause.
+    /// CM-4: if any process dies or freezes, all others end within a time limit and name that process as the cause.
     #[test]
     fn the_loss_of_any_process_is_known_to_all(
         (nodes, delays) in worlds(), lost in any::<prop::sample::Index>(), freezes: bool,
@@ -436,7 +436,7 @@ proptest! {
         world.assert_all_blame(lost, begin, detection + GRACE + TICK + world.longest_way() + HOP);
     }
 
-    /// If any process fails, all processes name this failure as the cause, although other processes stop because of it.
+    /// If any process fails, all processes name this failure as the cause, although other processes then fail too.
     #[test]
     fn all_agree_on_the_process_that_failed_first(
         (nodes, delays) in worlds(), failed in any::<prop::sample::Index>(), later in any::<prop::sample::Index>(),
@@ -445,7 +445,7 @@ proptest! {
         world.run(1000);
         let (failed, later) = (failed.index(nodes.len()) as u32, later.index(nodes.len()) as u32);
         world.act(failed, |core, now| core.fail("it broke".into(), 71, now));
-        // A second process suspects the failed one, and fails itself after it has received the report.
+        // A second process suspects the failed one. After it has received the report, the second process also fails.
         world.act(later, |core, now| core.suspect(failed, "a broken connection".into(), now));
         world.run(world.longest_way() + HOP);
         world.act(later, |core, now| core.fail("a collective was aborted".into(), 69, now));
@@ -456,7 +456,7 @@ proptest! {
         }
     }
 
-    /// Rounds end everywhere with the same results, no matter when each process supplies its numbers.
+    /// Every round gives all processes its result, no matter when each process supplies its numbers.
     #[test]
     fn rounds_end_in_order((nodes, delays) in worlds(), times in prop::collection::vec(0u64..300, 1..50)) {
         let mut world = World::new(&nodes, &delays);

@@ -84,7 +84,7 @@ impl Server {
             Err(rustix::io::Errno::INTR) => return Some((Vec::new(), vec![false; self.pending.len()])),
             // Only a bug can cause another error. Retrying would spin and hide the bug.
             Err(error) => {
-                tracing::error!(%error, "poll failed, the listener closes");
+                tracing::error!(%error, "poll failed; the listener closes");
                 return None;
             }
         }

@@ -63,7 +63,7 @@ pub(super) fn listen_tcp(address: SocketAddr) -> Result<(Address, Socket), Trans
 }
 
 pub(super) fn listen_private(process: u32) -> Result<(PrivateFolder, (Address, Socket)), String> {
-    // Reports only the error kind, because the library's text names a random path below the folder.
+    // Reports only the error kind, because the library's text contains a random path below the folder.
     let folder = PrivateFolder::new("shardflow-");
     let folder = folder.map_err(|error| format!("cannot make a folder there: {}", error.kind()))?;
     let path = folder.path().join(format!("{process}.sock"));

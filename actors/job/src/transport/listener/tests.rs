@@ -31,7 +31,7 @@ fn hello(from: u32, purpose: Purpose) -> Hello {
 }
 
 fn tcp(listener: &Listener) -> TcpStream {
-    let Address::Tcp(address) = &listener.addresses()[0] else { panic!("the first address is TCP") };
+    let Address::Tcp(address) = &listener.addresses()[0] else { panic!("the first address is not TCP") };
     let stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     stream

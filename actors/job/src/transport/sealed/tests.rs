@@ -57,7 +57,7 @@ impl Read for &mut Narrow {
 }
 
 proptest! {
-    /// All bytes arrive in order, and each call returns how many it moved. The socket may move any number at once.
+    /// All bytes arrive in order, and each call returns how many it moved. The socket may move any number in a call.
     #[test]
     fn bytes_arrive_in_order_over_any_socket(
         first in 0usize..200_000, second in 0usize..70_000, read_max in 1usize..100_000,
