@@ -1,12 +1,12 @@
-//! A schedule is a pure function from the work of a step to one ordered list for each compute actor. A named schedule
-//! gives priorities and limits. [`list`] simulates the step with these and records the order.
+//! A schedule is a pure function from the work of a step to one ordered list for each compute actor. Each named
+//! schedule is one file with priorities and limits. [`list`] simulates the step with these and records the order.
 
 use std::fmt;
 
-use list::{Rules, StepPlan};
-use shardflow_actors::label::Role;
+use list::StepPlan;
 use work::WorkGraph;
 
+mod gpipe;
 pub mod list;
 mod one_f_one_b;
 pub mod work;
@@ -36,13 +36,11 @@ impl Schedule {
     /// Plans a step. If `saves_memory` is set, the plan keeps as few micro-batches in flight as the schedule allows,
     /// even if stages then wait for messages.
     pub fn plan(self, work: &WorkGraph, saves_memory: bool) -> StepPlan {
-        let (order, in_flight_max) = match self {
-            Self::GPipe => ([Role::Forward, Role::Backward], vec![u32::MAX; work.work.len()]),
-            Self::OneFOneB => ([Role::Backward, Role::Forward], one_f_one_b::in_flight_max(work, saves_memory)),
+        let rules = match self {
+            Self::GPipe => gpipe::rules(work),
+            Self::OneFOneB => one_f_one_b::rules(work, saves_memory),
         };
-        let priority = |role: Role| order.iter().position(|other| *other == role).unwrap_or(order.len()) as i32;
-        let priorities = work.work.iter().map(|work| priority(work.role)).collect();
-        list::play(work, Rules { priorities, in_flight_max })
+        list::play(work, rules)
     }
 }
 

@@ -4,16 +4,23 @@
 use shardflow_actors::credits;
 use shardflow_actors::label::Role;
 
+use super::list::Rules;
 use super::work::WorkGraph;
 
-/// The limit of each work. If `saves_memory` is set, computes the limits as if messages took no time. Stage `s` of `p`
-/// then keeps `p - s` micro-batches.
-pub(super) fn in_flight_max(graph: &WorkGraph, saves_memory: bool) -> Vec<u32> {
+/// If `saves_memory` is set, computes the limits as if messages took no time. Stage `s` of `p` then keeps `p - s`
+/// micro-batches.
+pub(super) fn rules(graph: &WorkGraph, saves_memory: bool) -> Rules {
+    let priorities = graph.work.iter().map(|work| match work.role {
+        Role::Backward => 0,
+        Role::Forward => 1,
+        _ => 2,
+    });
     let ticks = |role: Role| graph.work.iter().filter(|work| work.role == role).map(|work| work.ticks).max();
     let (forward, backward) = (ticks(Role::Forward).unwrap_or(1), ticks(Role::Backward).unwrap_or(0));
     let hop_ticks = if saves_memory { 0 } else { graph.hop_ticks };
     let credits = |hops: u32| credits::pipeline(hops + 1, 0, graph.micro_batches, forward, backward, hop_ticks);
-    hops_to_end(graph).into_iter().map(credits).collect()
+    let in_flight_max = hops_to_end(graph).into_iter().map(credits);
+    Rules { priorities: priorities.collect(), in_flight_max: in_flight_max.collect() }
 }
 
 /// For each work: the largest number of hops from it to the end of the forward work.
