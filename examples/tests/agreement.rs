@@ -196,7 +196,7 @@ fn a_resume_reports_what_differs_and_continues_with_the_next_sample() {
             3,
             "24",
         ),
-        ("--dropout 0.25 --clip 1 --seed 7", 8, &["warning: the seed is 1337 from ", "instead of 7"], 1, "28"),
+        ("--dropout 0.25 --clip 1 --seed 7", 8, &["warning: the seed 1337 from ", "replaces the seed 7"], 1, "28"),
         ("--dropout 0.25 --clip 1 --mesh data=2 --lr 0.5 --micro-batches 2 --schedule gpipe", 9, &[], 0, "32"),
     ] {
         let (text, samples) = resume(flags, steps);

@@ -677,7 +677,7 @@ fn files_and_checkpoints_record_what_was_declared() {
             let mut resumed = start(ONE, &declared("a", 2, 2));
             let notes = way(&mut resumed).unwrap_or_else(|e| panic!("{name}: {e}"));
             assert!(
-                notes[0].contains("batch was 4 and is 2") && notes[1].contains("the seed is 7 from "),
+                notes[0].contains("batch was 4 and is 2") && notes[1].contains("the seed 7 from "),
                 "{name}: {notes:?}"
             );
             assert_eq!(

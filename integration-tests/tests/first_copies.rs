@@ -1,5 +1,5 @@
-//! Of equal copies on several devices, only the first one goes to process 0. Copies of parameters that differ are found
-//! on all ranks. The processes are threads, each with its own session.
+//! Of equal copies on several devices, only the first one goes to process 0. If copies of a parameter
+//! differ, all ranks return an error. The processes are threads, each with its own session.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -33,8 +33,8 @@ fn run_ranks<T: Send>(name: &str, processes: u32, work: impl Fn(u32, SessionOpti
     })
 }
 
-/// The devices from which the host fetches each output. All devices have the loss. Those of one data rank have equal
-/// gradients, and those of one tensor rank have parts of the gradients that no other device has.
+/// The devices from which the host fetches each output. The devices of one data rank have the same loss (if any), but
+/// different parts of the gradients. The data ranks have different losses, but equal gradients.
 #[test]
 fn outputs_are_fetched_from_devices_with_first_copies() {
     let fetched = |mesh: &str| {
@@ -55,7 +55,7 @@ fn outputs_are_fetched_from_devices_with_first_copies() {
     assert_eq!(fetched("data=2,stage=2"), "grad_squares {0, 1}, loss {1, 3}");
 }
 
-/// Returns the bytes that two processes exchange over TCP while they call `gather`.
+/// Returns the number of bytes that two processes exchange over TCP while they call `gather`.
 fn bytes_of(mesh: &str, gather: impl Fn(&Session) + Sync) -> u64 {
     let relay = Arc::new(Relay::new(RelayOptions { seed: 1, long_stall: None, records: false }));
     let folder = Scratch::new("copies-bytes");
@@ -74,7 +74,7 @@ fn bytes_of(mesh: &str, gather: impl Fn(&Session) + Sync) -> u64 {
         gather(&session);
         barrier.wait();
         let bytes = relay.counts().bytes - before;
-        session.shutdown().unwrap_or_else(|e| panic!("{process}: {e}"));
+        session.shutdown().unwrap_or_else(|e| panic!("process {process}: {e}"));
         bytes
     };
     thread::scope(|scope| {
@@ -92,15 +92,15 @@ fn a_copy_of_a_parameter_is_sent_only_to_processes_that_get_the_whole() {
         let all = sizes.sum::<usize>() as u64;
         let on_first = |session: &Session| drop(session.parameters_on_first().expect("parameters"));
         let bytes = bytes_of("data=2", on_first);
-        assert!(bytes < all / 4, "{bytes} bytes for parameters of {all} bytes");
+        assert!(bytes < all / 4, "{bytes} bytes were sent for parameters of {all} bytes");
         let bytes = bytes_of("data=2", |session| drop(session.parameters().expect("parameters")));
-        assert!((all..all + all / 4).contains(&bytes), "{bytes} bytes for parameters of {all} bytes");
+        assert!((all..all + all / 4).contains(&bytes), "{bytes} bytes were sent for parameters of {all} bytes");
         // Process 1 has half of most parameters.
         let bytes = bytes_of("tensor=2", on_first);
-        assert!((all / 4..3 * all / 4).contains(&bytes), "{bytes} bytes for parameters of {all} bytes");
+        assert!((all / 4..3 * all / 4).contains(&bytes), "{bytes} bytes were sent for parameters of {all} bytes");
         let folder = Scratch::new("copies-saved");
-        let bytes = bytes_of("data=2", |session| session.save(&folder.path().join("saved")).expect("saved"));
-        assert!(bytes < all / 2, "{bytes} bytes for parameters of {all} bytes, and two moments");
+        let bytes = bytes_of("data=2", |session| session.save(&folder.path().join("saved")).expect("cannot save"));
+        assert!(bytes < all / 2, "{bytes} bytes were sent to save parameters of {all} bytes");
     });
 }
 
@@ -113,7 +113,7 @@ fn whole_parameters_are_equal_for_any_number_of_processes() {
             let reports = [(); 2].map(|()| model.step(&mut session));
             let norms = reports.map(|report| (report.loss.map(f32::to_bits), report.grad_norm.map(f64::to_bits)));
             let (all, first) = (session.parameters().expect("all"), session.parameters_on_first().expect("first"));
-            session.save(path).expect("saved");
+            session.save(path).expect("cannot save");
             session.shutdown().expect("a clean shutdown");
             (norms, all, first)
         };
@@ -125,15 +125,17 @@ fn whole_parameters_are_equal_for_any_number_of_processes() {
             let saved = path(&processes.to_string());
             let ranks = run_ranks(&format!("equal-{processes}"), processes, |_, options| result(&options, &saved));
             for (rank, (own_norms, own, own_first)) in ranks.into_iter().enumerate() {
-                assert!(own_norms == norms && bits(&own) == bits(&all), "rank {rank} of {processes}");
-                assert!(own_first.map(|own| bits(&own) == bits(&all)) == (rank == 0).then_some(true), "rank {rank}");
+                assert!(own_norms == norms && bits(&own) == bits(&all), "rank {rank} of {processes} has other values");
+                let first = own_first.map(|own| bits(&own) == bits(&all));
+                assert_eq!(first, (rank == 0).then_some(true), "rank {rank} got wrong parameters_on_first");
             }
-            assert!(std::fs::read(saved).expect("saved") == std::fs::read(path("one")).expect("saved"), "{processes}");
+            let files = [saved, path("one")].map(|path| std::fs::read(path).expect("cannot read the saved file"));
+            assert!(files[0] == files[1], "{processes} processes saved other bytes than one process");
         }
     });
 }
 
-/// An op that copies its input. Its gradient is 1 or -1 in turn, so it differs between devices.
+/// An op that copies its input. Its gradient alternates between 1 and -1, so devices get different gradients.
 #[derive(Clone, Debug)]
 struct Alternating {
     is_backward: bool,
@@ -176,7 +178,7 @@ impl CustomKernel for Alternating {
     }
 }
 
-/// Starts a program with a parameter `w` on two devices. If all ranks give the same `fired`, the copies of `w` differ
+/// Starts a program with a parameter `w` on two devices. If all ranks share a counter `fired`, the copies of `w` differ
 /// after a step.
 fn alternating(fired: Option<&Arc<AtomicUsize>>, options: &SessionOptions) -> Session {
     let mut g = Graph::new(&Mesh::parse("tensor=2").expect("a mesh"));
@@ -199,7 +201,7 @@ fn step(session: &mut Session) {
     session.step(&inputs, LEARNING_RATE).expect("a finite step");
 }
 
-/// All ranks return the same error, nothing hangs, and the session can go on.
+/// All ranks return the same error, nothing hangs, and the session remains usable.
 #[test]
 fn copies_that_differ_are_an_error_on_all_ranks() {
     within(SECONDS, || {
@@ -220,7 +222,7 @@ fn copies_that_differ_are_an_error_on_all_ranks() {
             found.map(|error| error.map(|error| (error.exit(), error.to_string())))
         };
         assert_eq!(errors(SessionOptions::default(), None), [const { None }; 4]);
-        std::fs::remove_file(&path).expect("it was saved");
+        std::fs::remove_file(&path).expect("cannot remove the saved file");
         let text = |name: &str| {
             let text = format!(
                 "{name} in layout (B): copies differ between devices; a kernel or a device computes wrong values"
@@ -232,7 +234,7 @@ fn copies_that_differ_are_an_error_on_all_ranks() {
         let fired = Arc::default();
         let ranks = run_ranks("differ", 2, |_, options| errors(options, Some(&fired)));
         assert_eq!(ranks, [expected.clone(), expected]);
-        assert!(!path.exists(), "a file with wrong values");
+        assert!(!path.exists(), "a file with wrong values was saved");
     });
 }
 

@@ -248,7 +248,7 @@ const REFUSED: &[Refused] = &[
             let y = g.layer_norm(x, w, 1e-5);
             g.output("y", y)
         },
-        &["layer_norm: in one of 2 micro-batches", "8", "4", "`input_with_batch_dim`"],
+        &["layer_norm: in each of 2 micro-batches", "8", "4", "`input_with_batch_dim`"],
     ),
     (
         |g| {
@@ -257,7 +257,7 @@ const REFUSED: &[Refused] = &[
             let z = g.add(x, y);
             g.output("z", z)
         },
-        &["add: in one of 2 micro-batches", "y is the same in each micro-batch", "`input_with_batch_dim`"],
+        &["add: in each of 2 micro-batches", "y is the same in each micro-batch", "`input_with_batch_dim`"],
     ),
     (
         |g| {

@@ -592,8 +592,8 @@ fn a_step_accepts_each_tensor_once_and_complete() {
         let huge = HostTensor { shape: endless.clone(), data: HostData::F32(vec![1.0; 3]) };
         for (inputs, want) in [
             (vec![("x", good.clone()), ("x", short.clone())], "input x: expected one tensor, got two"),
-            (vec![("x", short)], "input x: expected 8 elements for [4, 2], got 3"),
-            (vec![("x", huge)], &format!("input x: expected {} elements for {endless:?}, got 3", usize::MAX)),
+            (vec![("x", short)], "input x: expected 8 elements for shape [4, 2], got 3"),
+            (vec![("x", huge)], &format!("input x: expected {} elements for shape {endless:?}, got 3", usize::MAX)),
         ] {
             assert_eq!(session.step(&inputs, 0.0).expect_err("wrong").to_string(), want);
         }

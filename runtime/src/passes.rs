@@ -50,13 +50,13 @@ pub struct CompileOptions {
     pub bucket_bytes: usize,
     /// Costs of collectives.
     pub cost_model: CostModel,
-    /// The treatment of layout changes that the user did not write.
+    /// Whether layout changes that the user did not write are inserted or refused.
     pub boxing: Boxing,
     /// How activations and their gradients are stored.
     pub precision: Precision,
     /// The kind of the mesh's devices.
     pub device: DeviceKind,
-    /// Called each second while the compilation runs, so never for a fast one.
+    /// Called once per second while the compilation runs, so never if it takes less than a second.
     pub on_slow: Option<OnSlow>,
 }
 

@@ -36,7 +36,7 @@ pub(crate) mod segments;
 pub(crate) mod slots;
 pub(crate) mod validate;
 
-/// The plan of one class of devices.
+/// The plan of one class of devices (see `Classes`), computed for the device that represents the class.
 #[derive(Clone, Debug, Default)]
 pub struct ClassPlan {
     pub(crate) storage: ClassStorage,
@@ -51,13 +51,13 @@ pub struct ClassPlan {
 }
 
 impl ClassPlan {
-    /// The index of a parameter or state among the residents.
+    /// The index of a parameter or state in `residents`.
     pub(crate) fn resident_index(&self, var: Var) -> Option<usize> {
         self.residents.binary_search_by_key(&var, |resident| resident.var).ok()
     }
 }
 
-/// A compiled program, with one [`ClassPlan`] for all devices that do the same work. A session loads an
+/// A compiled program. All devices that do the same work share a [`ClassPlan`]. A session loads an
 /// [`instance::Instance`], which adds the actors and registers of every device.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -70,12 +70,12 @@ pub struct Plan {
     /// The plan of each class.
     pub(crate) class_plans: Vec<ClassPlan>,
     pub(crate) aliases: Aliases,
-    /// Values that their producing kernel adds directly to a sum, as a map from the value to the sum.
+    /// Accumulations without a kernel of their own (see `fuse_accumulation`), as a map from the value to the sum.
     pub(crate) fused: BTreeMap<Var, Var>,
     pub(crate) patterns: Patterns,
     /// For each site (see `WorkGraph::sites`): the segments that its compute actors fire, in order.
     pub(crate) lists: Vec<Vec<SegmentId>>,
-    /// Priorities of compute segments, for actors that fire by credit.
+    /// Priorities of compute segments, for actors without a list (`Firing::Credit`).
     pub(crate) priorities: BTreeMap<SegmentId, i32>,
     /// The site of each device that computes; `None` for other devices.
     pub(crate) site_of: Vec<Option<usize>>,
@@ -89,7 +89,7 @@ pub struct Plan {
     pub device: DeviceKind,
     /// Memory limit of one device, in bytes. Each process chooses it, so the plan's hash does not cover it.
     pub memory_bytes: Option<usize>,
-    /// For each placement: the maximum number of micro-batches that forward has begun and backward has not ended.
+    /// For each placement: the maximum number of micro-batches in flight, from start of forward to end of backward.
     pub in_flight: Vec<u32>,
 }
 
@@ -155,7 +155,8 @@ impl Plan {
     }
 }
 
-/// For each stream, the most bytes that one of its actions needs. The actions of a stream do not run at the same time.
+/// For each stream, the maximum of `bytes` over its actions. The actions of a stream do not run at the same time, so
+/// they can share this memory.
 fn most_by_stream(
     segments: &Segments,
     actions: &[EmittedAction],

@@ -80,7 +80,7 @@ impl ProcessMap {
         if process < processes { process as u32 } else { 0 }
     }
 
-    /// Counts the devices of a node's processes, both of the processes with ranks below `process` and of all processes.
+    /// Counts the devices of a node's processes: of those with ranks below `process`, and of all.
     pub fn on_node(&self, processes: impl Iterator<Item = u32>, process: u32) -> NodeDevices {
         let mut out = NodeDevices::default();
         for other in processes {
@@ -136,13 +136,14 @@ impl ProcessMap {
     }
 }
 
-/// The groups of some devices, in order of id.
+/// The groups that contain any of these devices, in order of id.
 pub fn groups(plan: &Plan, devices: impl Iterator<Item = usize>) -> Vec<Arc<Group>> {
     let all = devices.flat_map(|device| plan.patterns.groups_of(&plan.graph, device));
     all.map(|group| (group.id, group)).collect::<BTreeMap<_, _>>().into_values().collect()
 }
 
-/// For each group of some devices: each of these devices as a member, with each peer to which it needs a channel.
+/// For each group in which these devices call collectives: `(member, peer)` for each of these devices that is a member,
+/// and each peer to which it needs a channel.
 pub fn links(plan: &Plan, devices: Range<usize>) -> BTreeMap<u32, BTreeSet<(usize, usize)>> {
     let mut calls_of_class = BTreeMap::new();
     let mut links: BTreeMap<u32, BTreeSet<(usize, usize)>> = BTreeMap::new();

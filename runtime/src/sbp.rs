@@ -201,9 +201,9 @@ pub(crate) fn region_at(
 ///
 /// All devices of a class agree in three sizes: those of the two regions, and that of the regions' common part. Along
 /// an axis that neither layout splits, all coordinates are in one class. An axis that splits a dim makes parts of two
-/// sizes, larger ones first, so the remainder of the division is the first coordinate of a class. These classes suffice
-/// if one layout divides the parts of the other layout, because the smaller region is then the common part. Otherwise
-/// the size of the common part depends on the position, and each coordinate is a class.
+/// sizes, larger ones first. So a class begins at the coordinate that equals the remainder of the division. These
+/// classes suffice if one layout divides the parts of the other layout, because the smaller region is then the common
+/// part. Otherwise the size of the common part depends on the position, and each coordinate is a class.
 pub(crate) fn for_each_class(
     shape: &[usize],
     sizes: &[usize],
@@ -256,7 +256,7 @@ fn class_coordinates(shape: &[usize], sizes: &[usize], layouts: [&NdSbp; 2]) -> 
 
 /// Splits a tensor into one shard for each device, by index. The terms of `Partial` floats are random, from `seed`, so
 /// tests detect a lost or duplicated term. For `Sum`, the terms are small integers, and the last one completes the
-/// value. For `Max`, a random term is the value, and the other terms are smaller. Integers below 2^20 stay exact.
+/// value. For `Max`, one of the terms is the value, and the others are smaller. Integers below 2^20 stay exact.
 ///
 /// # Errors
 /// Returns an error if the layout does not fit the shape and placement, or is `Partial` for an integer tensor.

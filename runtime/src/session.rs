@@ -72,7 +72,7 @@ pub struct Session {
     arenas: BTreeMap<usize, Arena>,
     running: Option<RunningSession>,
     world: Option<Arc<World>>,
-    /// The job's name, if it has one, and how many times it was restarted, as far as this process knows.
+    /// The job's name, if it has one, and the number of the job's restarts according to the launcher's variables.
     job: (Option<String>, u64),
     host_io: HostIo,
     /// The failure of the session, if it failed. Device memory is then invalid and may still change.
@@ -83,14 +83,14 @@ pub struct Session {
     declared: Declarations,
     ignoring: Vec<String>,
     requests: Option<Arc<Requests>>,
-    /// Longest wait for live processes between steps.
+    /// Longest time that a call between steps waits for a process that is alive.
     wait_max: Duration,
     step_metrics: StepMetrics,
     /// `Some` while the actors run.
     observer: Option<Arc<Observer>>,
 }
 
-/// How far the training has come.
+/// The session's counters and its seed. Steps and loads change them.
 #[derive(Debug, Default)]
 struct Progress {
     /// Number of steps, including those before a restored checkpoint.
@@ -105,10 +105,10 @@ struct Progress {
     last_step: Duration,
 }
 
-/// How long a shutdown waits for running firings, and then for the other processes.
+/// Longest time that a shutdown waits for running firings. It then waits as long again for the other processes.
 const QUIESCE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Activity of a process between calls of the session and during steps. The watchdog monitors the steps.
+/// Activity of a process between calls of the session. A step does not change it, because the watchdog monitors steps.
 const BETWEEN_STEPS: &str = "running the program";
 
 impl Session {
@@ -206,7 +206,7 @@ impl Session {
         self.running.as_ref().ok_or_else(stopped)
     }
 
-    /// Records a failure. Returns the first cause of all processes, or this failure if no cause arrives in time.
+    /// Records a failure. Returns the first failure of any process, or this one if no process reports one in time.
     fn fail(&mut self, failure: Failure) -> SessionError {
         let first = self.world.as_ref().map_or(failure.clone(), |world| world.settle(failure));
         self.failed = Some(first.clone());
@@ -222,7 +222,8 @@ impl Session {
     }
 
     /// Ends the session after a failure that other processes cannot detect, such as a full disk. Those processes end
-    /// with this cause and exit code, and do not wait for this one. A session that has already failed keeps its cause.
+    /// with this cause and exit code, and do not wait for this process. If the session has already failed, its first
+    /// cause stays.
     pub fn abort(mut self, exit: Exit, cause: &impl Display) {
         self.fail_alone(exit, cause);
     }
@@ -255,7 +256,7 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // An error of an earlier call was returned by that call. Nothing receives an error of this end.
+        // If a call has failed, it has returned its error. No caller can receive an error of this shutdown.
         let _ = self.end();
     }
 }

@@ -55,9 +55,9 @@ use tree::Tree;
 pub const SCRATCH_BYTES: usize = flow::SLOTS * flow::PIECE_WORDS * size_of::<f32>();
 
 /// An all-reduce uses the tree if the values of all members together have at most this many bytes, or a quarter of this
-/// for two members. Otherwise it uses the ring. With two members, one thread of the tree does all additions. Measured
-/// with 2 and 4 processes on 2 cores, over Unix sockets and TCP: tree and ring take the same time at 64 to 128 KiB per
-/// member for two members, and at 256 KiB per member for four members.
+/// for two members. Otherwise it uses the ring. With two members, each member does all additions in the tree and half
+/// of them in the ring. Measured with 2 and 4 processes on 2 cores, over Unix sockets and TCP: tree and ring take the
+/// same time at 64 to 128 KiB per member for two members, and at 256 KiB per member for four members.
 pub const TREE_BYTES_MAX: usize = 512 << 10;
 
 /// `(group id, member, peer)`: identifies the member's end of its connection to the peer.
@@ -103,7 +103,7 @@ pub struct Wire {
     tree_bytes_max: AtomicUsize,
 }
 
-/// A member, which its running call locks, and its status.
+/// A member and its status. A call locks the member while it runs.
 type SharedMember = (Arc<Mutex<Member>>, Arc<MemberStatus>);
 
 #[derive(Default)]
@@ -243,7 +243,7 @@ impl Collective for Wire {
         let peer = check_members(call)?;
         if peer == Some(call.member) {
             let got = format!("member {}", call.member);
-            return Err(KernelError::arguments(call.name(), "peer", "a different member", got));
+            return Err(KernelError::arguments(call.name(), "peer", "a member other than the caller", got));
         }
         let (member, status) = self.member(call)?;
         let mut member = member.lock();

@@ -73,12 +73,12 @@ pub(crate) struct Connector {
 }
 
 impl Connector {
-    /// A process of this node, or another process to which this one connects.
+    /// The roster's entry for a process of this node, or for another process to which this one connects.
     pub(super) fn member(&self, process: u32) -> Result<&Member, ClusterError> {
         self.roster.member(process).ok_or(ClusterError::NotListed { process })
     }
 
-    /// True if the processes share memory. At least one of them runs on this node.
+    /// True if the processes share memory. At least one of them must run on this node.
     pub(crate) fn shares_memory(&self, a: u32, b: u32) -> bool {
         let is_enabled = matches!(self.options.transport, Transport::Auto | Transport::SharedMemory);
         // The roster lists all processes of this node, so a process that it does not list is on another node.
@@ -164,8 +164,8 @@ impl Connector {
     }
 }
 
-/// Of the groups of some devices, those of several processes: those that MPI runs, and those that this crate's engines
-/// run.
+/// Finds the groups of these devices that have members in several processes. Returns the groups that MPI runs, and
+/// those that this crate's engines run.
 fn crossing_groups(
     plan: &Plan,
     devices: impl Iterator<Item = usize>,
@@ -270,8 +270,8 @@ impl Connector {
     }
 
     /// Opens a channel from each member in this process to each member with which it exchanges data. Dialling does not
-    /// wait for the accepting process to get here, and a process waits only for processes with higher ranks. So the
-    /// processes cannot wait for each other in a cycle.
+    /// wait for the accepting process to call this function, and a process waits only for processes with higher ranks.
+    /// So the processes cannot wait for each other in a cycle.
     fn channels(&self, plan: &Plan, groups: &[Arc<Group>]) -> Result<BTreeMap<ChannelKey, Channel>, ClusterError> {
         let own = self.process_map.own();
         let links = links(plan, own.clone());

@@ -12,7 +12,7 @@ use crate::boxing::{BoxingPlan, Planner};
 use crate::graph::{Graph, Node, NodeOp, Rate, TensorInfo, Var};
 use crate::sbp::{NdSbp, PlacedLayout};
 
-/// The treatment of forward layout changes that the user did not write.
+/// Whether forward layout changes that the user did not write are inserted or refused.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Boxing {
     /// The pass inserts these layout changes, and `explain` lists them.
@@ -109,7 +109,7 @@ impl BoxingPass<'_> {
         let source = &self.rebuilt[self.graph.tensor(current).producer.index()];
         let source_role = (source.role, source.rate);
         for (position, step) in plan.steps.into_iter().enumerate() {
-            // Steps before a transfer have the role of the tensor's producer, unless the tensor is made once per step.
+            // Steps before a transfer have the role of the tensor's producer, unless the tensor has `Rate::Step`.
             let before = transfer.is_some_and(|t| position < t) && info.rate == Rate::MicroBatch;
             let role = if before { source_role } else { (reader.role, reader.rate) };
             current = self.push_step(current, &info, step, role, reader);

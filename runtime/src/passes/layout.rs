@@ -238,8 +238,8 @@ impl Splits {
         inputs.all(|((given, tensor), required)| !given || self.can_have(*tensor, axis, *required) != Some(false))
     }
 
-    /// LAY-2 for splits, LAY-4 for terms: false if a signature requires such entries along the axis and no input can
-    /// have its entry.
+    /// LAY-2 if `is_such` selects splits, LAY-4 if it selects terms. False if the signature requires selected entries
+    /// of some inputs along the axis, and none of these inputs can have the entry that is required of it.
     fn exists(&self, spec: &NodeSpec, signature: &Signature<Sbp>, axis: usize, is_such: fn(Sbp) -> bool) -> bool {
         let inputs = spec.inputs.iter().zip(&signature.inputs);
         let mut inputs = inputs.filter(|(_, required)| is_such(**required)).peekable();

@@ -82,7 +82,7 @@ fn infer_outputs(
     let message = |e: LayoutError| {
         let inputs = describe(graph, inputs);
         format!(
-            "in one of {count} micro-batches, the inputs do not match: {e}; {inputs}; all inputs of an op must be divided: feed them with `input` or `input_with_batch_dim`"
+            "in each of {count} micro-batches, the inputs do not match: {e}; {inputs}; all inputs of an op must be divided: feed them with `input` or `input_with_batch_dim`"
         )
     };
     let rule = rule(&shapes).map_err(message)?;

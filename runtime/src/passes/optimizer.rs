@@ -1,5 +1,5 @@
-//! Adds the end of a step, which sums gradients over the micro-batches, computes their global norm, and updates the
-//! parameters with AdamW.
+//! Adds the nodes at the end of a step. They sum gradients over the micro-batches, compute their global norm, and
+//! update the parameters with AdamW.
 
 use std::collections::BTreeMap;
 

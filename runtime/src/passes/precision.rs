@@ -54,7 +54,7 @@ pub fn narrow(graph: &mut Graph) {
     for output in &graph.outputs {
         needed[roots[output.tensor.index()]].f32 = true;
     }
-    // In reverse order, so that the types of a node's outputs are known before those of its inputs.
+    // Visits nodes in reverse order, so that the types of a node's outputs are known before those of its inputs.
     for node in graph.nodes.iter().rev() {
         for (port, output) in node.outputs.iter().enumerate() {
             needed[roots[output.index()]].f32 |= !may_write_bf16(graph, &sources, node, port);
@@ -86,7 +86,7 @@ pub fn narrow(graph: &mut Graph) {
 enum ReadType {
     /// The type of the node's output, which shares the input's memory.
     SharedMemory,
-    /// The type that the node writes. So the terms of a sum that must be f32 (over uses of a weight) are f32 too.
+    /// The type that the node writes. So if a sum must be f32 because it is accumulated, its terms are f32 too.
     AsWritten,
     Bf16,
     F32,

@@ -12,7 +12,7 @@ pub type OnSlow = fn(Duration, &'static str);
 /// The name of the running part.
 pub type RunningPart = Mutex<&'static str>;
 
-/// Runs `work`, which names its running part. Calls `on_slow` after each `interval` until `work` ends.
+/// Runs `work`, which sets the name of its running part. Calls `on_slow` after each `interval` until `work` ends.
 pub fn report<T>(
     on_slow: Option<impl Fn(Duration, &'static str) + Send>,
     interval: Duration,

@@ -9,7 +9,7 @@ use crate::plan::segments::{HostTransfer, SegmentId};
 /// The memory that a buffer's offset is relative to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum BaseKey {
-    /// The start of the device's arena, which holds tensors with a fixed address.
+    /// The start of the device's arena. Buffers of tensors with a fixed address use this base.
     Fixed,
     /// The actor's scratch.
     Scratch,
@@ -47,7 +47,7 @@ pub struct ActionPlan {
     pub nodes: Vec<NodeId>,
     /// Output ports that are signalled before the action ends: `(number of launches to complete first, output port)`.
     pub signals: Vec<(usize, u32)>,
-    /// The meaning of each base index in the launches' buffers.
+    /// The memory that each base index in the launches' buffers refers to.
     pub bases: Vec<BaseKey>,
     /// The host's transfer, if there is one.
     pub host: Option<HostPort>,

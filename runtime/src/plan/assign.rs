@@ -1,6 +1,7 @@
-//! Assigns storage to each tensor's part on the devices of a class. A part is in a register if an action writes it and
-//! another action reads it. A parameter or state without such a reader, or a part that no action writes, has a fixed
-//! address. Any other part is in scratch. Tensors of one segment with the same readers and rate share a register.
+//! Assigns storage to each tensor's part on the devices of a class. A part is in a register if one action writes it and
+//! another action reads it. A part has a fixed address if no action writes it, or if it belongs to a parameter or state
+//! that no other action reads. Any other part is in scratch. Tensors of one segment with the same readers and rate
+//! share a register.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,7 +13,7 @@ use crate::plan::segments::{Segment, SegmentId, Segments, producers};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Storage {
-    /// Scratch: one action makes the tensor, and no other action reads it.
+    /// Scratch, for a part that no action reads except the one that writes it.
     Scratch,
     /// A register, by index into [`ClassStorage::registers`].
     Register(usize),
@@ -54,7 +55,8 @@ pub struct Ports {
     pub writes: Vec<usize>,
 }
 
-/// Tensors that share their input's memory: results of relayouts, of boxing steps that move no data, and of buckets.
+/// Tensors that share the memory of their node's input: results of relayouts, of boxing steps that move no data, and of
+/// buckets.
 #[derive(Clone, Debug, Default)]
 pub struct Aliases(BTreeMap<Var, Var>);
 

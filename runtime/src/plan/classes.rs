@@ -28,7 +28,7 @@ pub struct Classes {
     pub of: Vec<ClassId>,
     /// For each class: its devices, in order of rank. The first one represents the class.
     pub devices: Vec<Vec<usize>>,
-    /// The devices that each transfer connects. Transfers that connect the same devices share a value.
+    /// The devices that each transfer connects. Transfers of the same shape and layouts share one [`Pairs`].
     pub transfers: BTreeMap<NodeId, Arc<Pairs>>,
 }
 
@@ -148,8 +148,8 @@ fn append_step(step: &BoxingStep, position: usize, traits: &mut Traits) {
     }
 }
 
-/// The lists of regions of a collective. In one step, the lists of all devices come from the same splits, so lists with
-/// equal bounds have parts of equal sizes.
+/// The lists of regions of a collective. In one boxing step, the lists of all devices come from the same splits, so two
+/// lists with equal bounds have parts of equal sizes.
 fn parts(kind: &CollectiveKind) -> impl Iterator<Item = &Regions> {
     let (first, second) = match kind {
         CollectiveKind::AllGather { parts } | CollectiveKind::ReduceScatter { parts, .. } => (Some(parts), None),

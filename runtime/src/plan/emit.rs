@@ -15,8 +15,8 @@ use crate::plan::groups::collective_axes;
 use crate::plan::memory::{Interval, align, local_part, pack};
 use crate::plan::segments::{HostTransfer, Segment, SegmentId, Segments};
 
-/// Finds the accumulations to fuse into the kernel that computes the value. This kernel must be in the same action and
-/// able to add to its output, and nothing else may read the value.
+/// Finds the accumulations that need no kernel of their own, because the kernel that computes the value can add it to
+/// the sum. This kernel must be in the same action and able to add to its output, and nothing else may read the value.
 pub fn fuse_accumulation(graph: &Graph, segments: &Segments) -> BTreeMap<Var, Var> {
     let mut readers: BTreeMap<Var, usize> = BTreeMap::new();
     for var in graph.nodes.iter().flat_map(|n| &n.inputs) {
@@ -237,7 +237,7 @@ impl Emitter<'_> {
         let Some(position) = placement.index_of(self.device) else { return };
         match step.local(position) {
             LocalStep::Keep => {
-                // The output shares the input's memory only if the step keeps the part on all devices; else copy.
+                // If the step keeps the part of every device, the output shares the input's memory. Otherwise, copy.
                 if self.plan.aliases.resolve(node.outputs[0]) == node.outputs[0] {
                     self.launch_node(node, Op::Copy, false);
                 }
@@ -341,7 +341,7 @@ impl Emitter<'_> {
     }
 
     /// An early signal for each output port that is complete before the last launch, if another stream waits for the
-    /// port. Actions of the host have none, because a signal would take as long as the copies that follow it.
+    /// port. Host actions have no early signals, because a signal takes as long as the copies that follow it.
     fn signals(&self) -> Vec<(usize, u32)> {
         let Self { plan, written, launches, host, .. } = self;
         let stream = plan.segments.get(self.segment).stream;

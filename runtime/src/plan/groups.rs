@@ -60,7 +60,7 @@ impl Patterns {
         patterns
     }
 
-    /// Number of groups. Their ids are below it.
+    /// Number of groups. All their ids are less than this number.
     pub fn count(&self, graph: &Graph) -> u32 {
         self.0.last().map_or(0, |last| last.first_id + group_count(graph, last.placement, &last.axes))
     }
@@ -78,7 +78,7 @@ impl Patterns {
         self.0.iter().filter(is_member).map(group)
     }
 
-    /// The group of a device. If several patterns of one stream have this group, its id is that of the first pattern.
+    /// The group of a device. If several patterns of one stream contain this group, the first one gives its id.
     pub fn group(
         &self,
         graph: &Graph,
@@ -91,7 +91,7 @@ impl Patterns {
             let index = placement.index_of(device)?;
             Some((placement.group_number(index, axes), placement.group_ranks(index, axes)))
         };
-        let (_, ranks) = number_and_ranks(placement, axes).expect("a device calls only its own groups");
+        let (_, ranks) = number_and_ranks(placement, axes).expect("a device calls collectives only in its own groups");
         let same = |pattern: &Pattern| {
             let (number, others) = number_and_ranks(pattern.placement, &pattern.axes)?;
             (pattern.stream == stream && others == ranks).then_some(pattern.first_id + number)

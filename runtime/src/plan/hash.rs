@@ -16,11 +16,11 @@ impl Write for HashWriter {
 }
 
 impl Plan {
-    /// BLAKE3 hash of everything that determines execution: placements, the layout of each tensor, the registers, launches
-    /// and arenas of each class of devices, and the lists of the schedule. The layouts determine the classes, and
-    /// the regions and groups of devices that represent no class. Within one binary, equal hashes mean equal plans; the
-    /// hashed text may differ between compilers. The number of threads is not hashed, because it affects neither
-    /// results nor arenas.
+    /// BLAKE3 hash of everything that determines execution: placements, the layout of each tensor, the registers,
+    /// launches and arenas of each class of devices, and the lists of the schedule. The layouts determine the classes.
+    /// They also determine the regions and groups of the devices that do not represent their class. Within one binary,
+    /// equal hashes mean equal plans; the hashed text may differ between compilers. The number of threads is not
+    /// hashed, because it affects neither results nor arenas.
     pub fn hash(&self) -> blake3::Hash {
         let Self { graph, lists, patterns, micro_batches, schedule, device, .. } = self;
         let mut writer = HashWriter(blake3::Hasher::new());

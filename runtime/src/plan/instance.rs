@@ -1,5 +1,5 @@
 //! The part of a plan that a process loads: the actors, registers and programs of its devices. Ids follow from the
-//! device by arithmetic, so all processes use the same ids, and a process makes only its part.
+//! device by arithmetic, so all processes use the same ids, although each process builds only its own part.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{Deref, Range};
@@ -29,7 +29,8 @@ use crate::plan::segments::{HostTransfer, SegmentId};
 pub struct Instance {
     /// The plan.
     pub plan: Arc<Plan>,
-    /// Actors and registers of these devices, and the parts of other devices that exchange registers with them.
+    /// Actors and registers of the instance's devices. Of other devices that exchange registers with them: the actors,
+    /// and the registers that the instance's devices read.
     pub spec: Spec,
     /// The actions of the devices' actors.
     pub actions: Table<ActorId, Vec<ActionPlan>>,
@@ -135,9 +136,9 @@ impl Plan {
     }
 }
 
-/// The actors and registers of one device of each class, which stands for all devices of the class. A register has the
-/// readers of all these devices. A group of devices becomes a group of its members' classes, and an action is in the
-/// groups of all these devices. So a cycle of waits among devices is also a cycle among classes. Hence the plan is live
+/// The actors and registers of one device of each class. This device stands for all devices of the class: its registers
+/// have the readers, and its actions the groups, of all of them. A group of devices becomes a group of its members'
+/// classes. So a cycle of waits among devices is also a cycle among classes. Hence the plan is live
 /// if the quotient has no cycle.
 pub(crate) struct Quotient {
     pub(crate) spec: Spec,
@@ -183,7 +184,7 @@ impl Numbering {
     }
 }
 
-/// For each class: the sets of classes that occur in the groups of its devices.
+/// For each class and each group that contains one of its devices: the set of the classes of the group's members.
 type ClassSets = BTreeMap<ClassId, BTreeSet<Vec<usize>>>;
 
 struct Builder<'a> {
@@ -192,8 +193,8 @@ struct Builder<'a> {
     /// [`Quotient`].
     known: Option<BTreeSet<DeviceRegister>>,
     numbering: Numbering,
-    /// Ids of firing groups, by segment and members. The members are the id of their communicator or, for a quotient,
-    /// classes.
+    /// Ids of firing groups, by segment and members. The key names the members by the id of their communicator or, for
+    /// a quotient, by their classes.
     firing_groups: BTreeMap<(SegmentId, Vec<usize>), u32>,
     /// For a quotient: ids of communicators, by stream and classes of the members.
     communicators: BTreeMap<(StreamKind, Vec<usize>), u32>,
@@ -241,8 +242,8 @@ impl<'a> Builder<'a> {
         self
     }
 
-    /// Adds a device's actors and those of its registers that are known. `own` has the device's actions, in the order of
-    /// its segments. It is `None` for another process's device, which exchanges registers with devices of the instance.
+    /// Adds a device's actors, and those of its registers that the instance has. `own` has the device's actions, in the
+    /// order of its segments. It is `None` for a device that only exchanges registers with devices of the instance.
     fn add_device(&mut self, device: usize, own: Option<&[EmittedAction]>) {
         let plan = self.plan;
         let class = plan.class_plan(device);
@@ -299,7 +300,7 @@ impl<'a> Builder<'a> {
         self.registers.insert(id, place);
     }
 
-    /// The device of the instance that represents `device`.
+    /// The device that represents `device`: for a quotient the first device of its class, otherwise `device` itself.
     fn stand_in(&self, device: usize) -> usize {
         let classes = &self.plan.classes;
         if self.known.is_some() { device } else { classes.representative(classes.of[device]) }
@@ -316,11 +317,12 @@ impl<'a> Builder<'a> {
         let streams = &self.numbering.streams[self.plan.classes.of[device].index()];
         let before = streams.range(..stream).count() as u32;
         let action = streams.get(&stream).and_then(|ids| ids.binary_search(&id).ok());
-        let action = action.expect("a register's readers and producer run on its devices") as u32;
+        let action = action.expect("callers pass only segments that run on the device") as u32;
         ActionRef { actor: ActorId(self.numbering.first[device].0 + before), action }
     }
 
-    /// Other devices that read from `device` in a transfer. For a quotient: stand-ins of the class's readers.
+    /// Other devices that read from `device` in a transfer. For a quotient: representatives of the devices that read
+    /// from the class.
     fn reading_devices(&self, transfer: NodeId, device: usize) -> BTreeSet<usize> {
         let classes = &self.plan.classes;
         let alike = &classes.devices[classes.of[device].index()];
@@ -347,7 +349,7 @@ impl<'a> Builder<'a> {
         let per_step = |rate: Rate| rate.per_step(plan.micro_batches) as u32;
         let firings = per_step(segment.rate);
         let pieces = |at: &DeviceRegister| Pieces::Rate(firings / per_step(register(at).rate));
-        // Two sources of one class are one register of the quotient.
+        // Registers of two devices of one class are one register of the quotient.
         let mut sources: Vec<DeviceRegister> = Vec::new();
         for at in inputs {
             let at = DeviceRegister { device: self.stand_in(at.device), ..*at };
@@ -414,7 +416,7 @@ impl<'a> Builder<'a> {
         (groups.into_iter().collect(), communicators.into_iter().collect())
     }
 
-    /// The sets of classes that occur in the groups of a device's class, along these axes of a placement.
+    /// The entry of the device's class in [`ClassSets`], for the groups along these axes of a placement.
     fn class_sets(&mut self, placement: usize, axes: Vec<usize>, device: usize) -> BTreeSet<Vec<usize>> {
         let (plan, class) = (self.plan, self.plan.classes.of[device]);
         let sets = self.class_sets.entry((placement, axes)).or_insert_with_key(|(placement, axes)| {
@@ -431,7 +433,7 @@ impl<'a> Builder<'a> {
         sets.get(&class).cloned().unwrap_or_default()
     }
 
-    /// The order of firings of an actor that calls collectives, because all members of a group must use one order.
+    /// The fixed firing order of an actor that calls collectives. All members of a group must use the same order.
     fn list(&self, device: usize, stream: StreamKind, ids: &[SegmentId], specs: &[ActionSpec]) -> Firing {
         let action = |id: &SegmentId| ids.binary_search(id).ok().map(|action| action as u32);
         Firing::Ordered(match self.plan.site_of[device].filter(|_| stream == StreamKind::Compute) {

@@ -59,7 +59,7 @@ pub fn lower(
     plan
 }
 
-/// Plans the lists, then slots, memory and actions of each class.
+/// Plans the lists of the schedule, then the slots, memory and actions of each class.
 fn schedule_step(plan: &mut Plan, work: &WorkGraph, saves_memory: bool) {
     let step = plan.schedule.plan(work, saves_memory);
     let times = Times::of(&plan.segments, work, &step);

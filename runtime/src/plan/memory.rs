@@ -38,9 +38,9 @@ pub struct ResidentTensor {
     pub bf16_offset: Option<usize>,
 }
 
-/// The staging memory of an action of the host: host memory between the host's tensors and the device. The n-th firing
-/// of the action uses slot `n mod slots`. There is a slot for each firing of a step: at the end of a step all devices
-/// are idle and the host has read all results, so no slot is in use when the next step begins.
+/// The staging memory of an action of the host: host memory through which tensors move to or from the device. The n-th
+/// firing of the action uses slot `n mod slots`. There is a slot for each firing of a step: at the end of a step all
+/// devices are idle and the host has read all results, so no slot is in use when the next step begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StagingPlace {
     /// Offset of slot 0 in the device's staging memory, in bytes.
@@ -54,7 +54,7 @@ pub struct StagingPlace {
 /// One device's memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceMemory {
-    /// Bytes of tensors with fixed addresses, such as moments, and the f32 values of weights that are read in bf16.
+    /// Bytes of tensors with fixed addresses, such as moments and the f32 values of weights that are read in bf16.
     pub fixed_bytes: usize,
     /// Bytes of register slots. They hold all tensors that pass between actions, including weights and gradients.
     pub register_bytes: usize,
@@ -69,8 +69,8 @@ pub struct DeviceMemory {
     /// Bytes that the device's streams allocate outside the arena. On CPUs, this is scratch of kernel threads and f32
     /// copies of bf16 tensors. It depends on the process's number of threads, so it is not part of the plan's hash.
     pub stream_bytes: usize,
-    /// Bytes of mirrors, which are copies of registers that other processes write. It is 0 until a session has assigned
-    /// devices to processes.
+    /// Bytes of mirrors, which are copies of registers that other processes write. This number is 0 until a session has
+    /// assigned devices to processes.
     pub mirror_bytes: usize,
 }
 
@@ -120,7 +120,7 @@ pub fn local_bytes(graph: &Graph, var: Var, device: usize) -> usize {
     local_part(graph, var, device).element_count() * graph.tensor(var).dtype.bytes()
 }
 
-/// The offsets of these tensors one after another, and the offset of their end.
+/// Places these tensors one after another. Returns the offset of each, and the aligned end of the last one.
 fn offsets<'a>(
     graph: &Graph,
     tensors: impl IntoIterator<Item = &'a Var>,

@@ -120,7 +120,7 @@ struct Builder<'a> {
     /// A segment's level is above the levels of all segments that it reads, so a search for a path can stop early.
     levels: Vec<u32>,
     newest: HashMap<Key, SegmentId>,
-    /// By role and name without the chunk: the placement and chunk of each segment so far.
+    /// For each role and name without chunk number: the placement and chunk of each segment so far.
     alike: HashMap<(Role, String), Vec<(usize, u16)>>,
 }
 
@@ -210,8 +210,8 @@ impl Builder<'_> {
     }
 }
 
-/// Parameters that other placements read and nothing updates. Their register needs a producer, which is the update
-/// segment of their placement. If the placement has none, [`divide`] adds an empty one.
+/// Parameters that other placements read and nothing updates. The register of such a parameter needs a producer, so the
+/// update segment of its placement is its producer. If the placement has none, [`divide`] adds an empty one.
 fn untrained_parameters(graph: &Graph) -> BTreeSet<Var> {
     let updated: BTreeSet<Var> = graph.nodes.iter().flat_map(|node| &node.updates).copied().collect();
     let read = graph.nodes.iter().filter(|node| node.op.is_transfer()).map(|node| node.inputs[0]);

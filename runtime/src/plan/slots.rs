@@ -21,7 +21,7 @@ pub struct Slots {
 }
 
 impl Slots {
-    /// The fewest slots for pieces with these lifetimes (in ticks). Uses a table only if a ring needs more slots.
+    /// The fewest slots for pieces with these lifetimes (in ticks). Sets `slot_of` only if a ring would need more.
     fn of(lifetimes: &[(u64, u64)]) -> Self {
         let fits = |count: &usize| lifetimes.iter().zip(&lifetimes[*count..]).all(|(piece, next)| piece.1 <= next.0);
         let ring = (1..lifetimes.len()).find(fits).unwrap_or(lifetimes.len()).max(1);
@@ -68,7 +68,7 @@ impl<'a> Times<'a> {
         }
         let segment = self.segments.get(id);
         let firings = segment.rate.per_step(micro_batches as usize);
-        // A placeholder while the sources of this segment are placed.
+        // A placeholder until all sources of this segment have their times.
         self.by_segment.insert(id, vec![(0, 0); firings]);
         for source in &self.segments.reads[id.index()] {
             self.place(*source, readers, micro_batches);
@@ -87,7 +87,7 @@ impl<'a> Times<'a> {
         self.by_segment.insert(id, times);
     }
 
-    /// The time at which `source` completes the piece that firing `iteration` of `firings` reads.
+    /// The time at which `source` completes the piece that a reader with `firings` firings reads in firing `iteration`.
     fn end(&self, source: SegmentId, iteration: usize, firings: usize) -> u64 {
         let times = &self.by_segment[&source];
         let piece = if firings == 1 { None } else { times.get(iteration) };
@@ -98,14 +98,14 @@ impl<'a> Times<'a> {
         storage.registers.iter().map(|register| Slots::of(&self.lifetimes(register))).collect()
     }
 
-    /// The times at which each piece of a step is acquired and released; `(0, 0)` if a step has only one piece.
+    /// The times at which the slot of each piece is acquired and released; `[(0, 0)]` if a step has only one piece.
     fn lifetimes(&self, register: &RegisterPlan) -> Vec<(u64, u64)> {
         if register.initial || register.rate == Rate::Step {
             return vec![(0, 0)];
         }
         let producer = self.segments.get(register.producer);
         let written = &self.by_segment[&register.producer];
-        // The message that releases a slot takes a hop if it comes from another actor.
+        // The message that releases a slot takes `hop_ticks` if it comes from another actor.
         let released = |reader: &SegmentId, piece: usize, is_own: bool| {
             let hop = if is_own && self.segments.get(*reader).stream == producer.stream { 0 } else { self.hop_ticks };
             self.by_segment[reader].get(piece).map_or(0, |time| time.1 + hop)
@@ -123,8 +123,8 @@ impl<'a> Times<'a> {
 mod tests {
     use super::*;
 
-    /// No two pieces that are alive at once share a slot, and at some time all slots are in use. There is a table only if
-    /// a ring of these slots does not hold the pieces.
+    /// No two pieces that are alive at once share a slot, and at some time all slots are in use. There is a table only
+    /// if a ring of the same number of slots does not hold the pieces.
     #[test]
     fn slots_are_as_few_as_the_pieces_that_are_alive_at_once() {
         let mut seed = 1u64;
@@ -140,16 +140,17 @@ mod tests {
             };
             let lifetimes: Vec<(u64, u64)> = (0..pieces).map(piece).collect();
             let Slots { count, slot_of } = Slots::of(&lifetimes);
+            let shown = format!("lifetimes {lifetimes:?}, slots {slot_of:?}");
             let slot = |piece: usize| slot_of.get(piece).copied().unwrap_or(piece as u32 % count);
             for (piece, (_, end)) in lifetimes.iter().enumerate() {
                 let later = lifetimes.iter().enumerate().skip(piece + 1).filter(|(_, later)| later.0 < *end);
-                assert!(later.into_iter().all(|(later, _)| slot(later) != slot(piece)), "{lifetimes:?}: {slot_of:?}");
+                assert!(later.into_iter().all(|(later, _)| slot(later) != slot(piece)), "{shown}");
             }
             let alive = |at: u64| lifetimes.iter().filter(|(start, end)| *start <= at && at < *end).count();
             let most = lifetimes.iter().map(|(start, _)| alive(*start)).max();
-            assert_eq!(most, Some(count as usize), "{lifetimes:?}: {slot_of:?}");
+            assert_eq!(most, Some(count as usize), "{shown}");
             let ring_holds = lifetimes.iter().zip(lifetimes.iter().skip(count as usize)).all(|(a, b)| a.1 <= b.0);
-            assert_eq!(slot_of.is_empty(), ring_holds, "{lifetimes:?}: {slot_of:?}");
+            assert_eq!(slot_of.is_empty(), ring_holds, "{shown}");
         }
         assert_eq!(Slots::of(&[(0, 0)]), Slots { count: 1, slot_of: Arc::default() });
     }

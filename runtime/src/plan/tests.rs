@@ -104,9 +104,9 @@ fn staging_slots_hold_all_tensors_of_a_step_apart() {
             }
             for (used, memory) in used.iter_mut().zip(plan.memories()) {
                 used.sort_unstable();
-                assert!(used.windows(2).all(|pair| pair[0].1 <= pair[1].0), "{mesh}: {used:?}");
+                assert!(used.windows(2).all(|pair| pair[0].1 <= pair[1].0), "{mesh}: overlap in {used:?}");
                 assert!(used.last().is_none_or(|last| last.1 <= memory.staging_end()), "{mesh}: {used:?}");
-                assert_eq!(memory.staging_bytes, memory.staging_end(), "staging memory of CPUs counts");
+                assert_eq!(memory.staging_bytes, memory.staging_end(), "CPU staging memory counts as device memory");
             }
         }
     }
@@ -152,7 +152,7 @@ fn a_tight_memory_limit_keeps_fewer_micro_batches_in_flight() {
     let options = CompileOptions { micro_batches: 8, ..CompileOptions::default() };
     let in_flight = |plan: &Plan| plan.in_flight.iter().copied().filter(|count| *count > 1).collect::<Vec<_>>();
     let most = |plan: &Plan| plan.memories().map(|memory| memory.total_bytes()).max().expect("devices");
-    let fast = try_gpt("stage=4", &options).expect("a plan without a limit");
+    let fast = try_gpt("stage=4", &options).expect("every plan fits without a limit");
     assert_eq!(in_flight(&fast), [7, 5, 3]);
     let limit = CompileOptions { memory_bytes: Some(most(&fast) - 1), ..options.clone() };
     let small = try_gpt("stage=4", &limit).expect("a smaller plan fits");
@@ -168,7 +168,7 @@ fn refused(mesh: &str, schedule: Schedule, corrupt: impl FnOnce(&mut Plan)) -> S
     validate(&plan).expect_err("the plan is corrupt").to_string()
 }
 
-/// Changes the register with the activations that forward keeps for backward.
+/// Changes the stash: the register that holds the activations that forward keeps for backward.
 fn change_stash(change: fn(&mut Slots, &mut RegisterPlace)) -> impl FnOnce(&mut Plan) {
     move |plan| {
         let ClassPlan { storage, slots, arena, .. } = &mut plan.class_plans[0];
@@ -216,7 +216,7 @@ fn a_different_collective_on_one_device_is_refused_with_the_group() {
 fn a_fetch_of_an_update_output_is_refused() {
     let fetch_an_update = |plan: &mut Plan| {
         let segments = &mut plan.segments;
-        let named = |name: &str| segments.ids().find(|id| segments.get(*id).name == name).expect("the plan has it");
+        let named = |name: &str| segments.ids().find(|id| segments.get(*id).name == name).expect("segment exists");
         let (fetch, update) = (named("fetch (step)"), named("update"));
         segments.reads[fetch.0 as usize].insert(update);
     };
@@ -283,10 +283,10 @@ fn fewer_credits_take_more_time_and_give_the_same_result() {
         for slots_max in (1..8).rev() {
             let fewer = run(&plan, slots_max, 1, None);
             assert_eq!(fewer.digest, all.digest, "{schedule:?}, {slots_max} slots");
-            assert!(fewer.makespan >= last, "{schedule:?}, {slots_max} slots: {} < {last}", fewer.makespan);
+            assert!(fewer.makespan >= last, "{schedule:?}, {slots_max} slots: {} ticks < {last}", fewer.makespan);
             last = fewer.makespan;
         }
-        assert!(last > 2 * all.makespan, "{schedule:?}: one slot cannot overlap stages: {last}");
+        assert!(last > 2 * all.makespan, "{schedule:?}: stages overlap with one slot: {last} ticks");
     }
 }
 

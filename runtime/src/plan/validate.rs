@@ -1,4 +1,5 @@
-//! Refuses plans that would deadlock, mismatch collectives, overlap in memory or exceed the memory limit.
+//! Refuses plans that would deadlock, that exceed the memory limit, or in which collectives do not match or memory
+//! overlaps.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -34,7 +35,7 @@ pub(crate) fn check_quotient(quotient: &Quotient) -> Result<(), PlanError> {
     check_collective_order(&quotient.spec)?;
     let spec = Arc::new(quotient.spec.clone());
     let liveness = |e: SimulationError| PlanError::Liveness(e.to_string());
-    // `simulate` refuses a period above the maximum.
+    // If the period exceeds the maximum, `simulate` returns an error.
     let steps = spec.period_steps().min(PERIOD_STEPS_MAX) as u32;
     simulate(&spec, &Timing::uniform(&spec, 1, 0), &SimulationOptions::steps(steps.max(STEPS))).map_err(liveness)?;
     Ok(())

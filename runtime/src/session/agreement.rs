@@ -21,7 +21,7 @@ use shardflow_job::rendezvous::ranks;
 /// Maximum number of different values that an error lists.
 const VALUES_MAX: usize = 4;
 
-/// Names of a load's fields that precede the digests of tensors. The first is the outcome, see [`Worst`].
+/// Names of the first fields of a load; the digests of tensors follow. For the field `outcome`, see [`Worst`].
 const LOAD_NAMES: [&str; 5] = ["outcome", "number of steps", "number of updates", "seed", "manifest"];
 
 /// Index of the manifest in [`LOAD_NAMES`]. From this index on, all fields are digests.
@@ -74,7 +74,7 @@ type Feeders = BTreeMap<(Vec<usize>, Vec<usize>), BTreeSet<u32>>;
 /// Inputs that several processes of a plan feed; the same list on all processes. Inputs of the same name are one host
 /// tensor. Several placements may read it, each with its own layout.
 pub fn shared_inputs(plan: &Plan, process_map: &ProcessMap) -> Vec<SharedInput> {
-    // By name: one input of this name, and the processes that feed each region.
+    // For each name: one of the inputs with this name, and the processes that feed each region.
     let mut fed: BTreeMap<&str, (Var, Feeders)> = BTreeMap::new();
     for var in plan.segments.fed(&plan.graph) {
         let name = &plan.graph.producer(var).name;
@@ -112,7 +112,7 @@ fn cells(feeders: &Feeders) -> Vec<(Region, BTreeSet<u32>)> {
         }
         starts.into_iter().for_each(|cell| cells.entry(cell).or_default().extend(processes));
     }
-    let next = |(dim, start): (usize, &usize)| borders[dim].range(start + 1..).next().expect("the end of a region");
+    let next = |(dim, start): (usize, &usize)| borders[dim].range(start + 1..).next().expect("a border ends the cell");
     let size = |start: &[usize]| start.iter().enumerate().map(|at| next(at) - at.1).collect();
     cells.into_iter().map(|(start, processes)| (Region { size: size(&start), start }, processes)).collect()
 }
@@ -183,8 +183,8 @@ pub(super) fn difference_in_step(
 /// The rules and the numbers of a message, by field.
 pub(super) type Numbers = (Arc<[MergeRule]>, Vec<Vec<u64>>);
 
-/// A process's numbers of a load with their rules, in parts that fit in messages. The numbers describe what the process
-/// has read, or the exit code of its error.
+/// A process's numbers of a load with their rules, in parts that fit in messages. The numbers identify the
+/// data that the process has read. If it could not read them, they contain the exit code of its error.
 pub(super) fn numbers_of_load(plan: &Instance, process: u32, summary: Result<LoadSummary, u8>) -> Vec<Numbers> {
     let outcome = summary.as_ref().map_or_else(|exit| Outcome::Failed(*exit), |_| Outcome::Good(0));
     let LoadSummary { steps, updates, seed, manifest, tensors } = summary.unwrap_or_default();
@@ -197,7 +197,8 @@ pub(super) fn numbers_of_load(plan: &Instance, process: u32, summary: Result<Loa
     fields.chunks(FIELDS_MAX).map(|fields| (fields.iter().map(rule).collect(), fields.to_vec())).collect()
 }
 
-/// Finds a difference in the processes' numbers of a load without failures. `parts` has the result of each message.
+/// Finds a difference between the processes' numbers of a load, if no process has failed. `parts` has the result of
+/// each message.
 pub(super) fn difference_in_load(plan: &Instance, source: &str, parts: &[Reduced]) -> Option<RankDisagreement> {
     let (part, difference) = parts.iter().enumerate().find_map(|(part, all)| Some((part, all.difference.clone()?)))?;
     let index = part * FIELDS_MAX + difference.field as usize;

@@ -1,4 +1,4 @@
-//! The tensors of a step: the whole batch, or this data rank's part of it; what they must satisfy, and each device's part.
+//! The input tensors of a step (the whole batch, or this data rank's part of it), their checks, and each device's part.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -92,7 +92,7 @@ impl BatchRules {
             }
             let (elements, held) = (element_count(&tensor.shape), tensor.elements_held());
             if elements != held {
-                return Err(wrong(name, format!("{elements} elements for {:?}", tensor.shape), held.to_string()));
+                return Err(wrong(name, format!("{elements} elements for shape {:?}", tensor.shape), held.to_string()));
             }
             if !expected.contains_key(name) {
                 let known: Vec<&str> = expected.keys().copied().collect();
@@ -107,13 +107,13 @@ impl BatchRules {
                 if found.is_none() {
                     continue;
                 }
-                return Err(wrong(name, "nothing, as no device of this rank reads it".into(), "a tensor".into()));
+                return Err(wrong(name, "no tensor (no device of this rank reads it)".into(), "a tensor".into()));
             }
             let mut shape = part.map_or_else(|| info.shape.clone(), |part| part.size.clone());
             if let Some(rows) = batch_dim(info).and_then(|dim| shape.get_mut(dim)) {
                 *rows *= self.plan.micro_batches;
             }
-            let place = part.map_or("", |_| " on this rank, with a local batch");
+            let place = part.map_or("", |_| " as this rank's part of the batch");
             let wanted = format!("{:?} {shape:?}{place}", info.dtype);
             let Some(tensor) = found.filter(|t| (&t.shape, t.dtype()) == (&shape, info.dtype)) else {
                 let got = found.map_or("nothing".into(), |t| format!("{:?} {:?}", t.dtype(), t.shape));
@@ -196,14 +196,14 @@ pub(super) fn local_parts(plan: &Plan, process_map: &ProcessMap) -> BTreeMap<Str
     parts
 }
 
-/// The part of a tensor that a device shares with the other devices of its data rank.
+/// The part of a tensor that the devices of this device's data rank hold together.
 fn data_part(graph: &Graph, var: Var, device: usize) -> Region {
     let placement = &graph.placements[graph.placement_of(var)];
     let last = placement.axes().iter().position(|axis| axis.name == DATA_AXIS);
     let is_outer = |axis: usize| last.is_some_and(|last| axis <= last);
     let sbp = |(axis, sbp): (usize, &Sbp)| if is_outer(axis) { *sbp } else { Sbp::Broadcast };
     let layout = NdSbp(graph.layout(var).0.iter().enumerate().map(sbp).collect());
-    // The placement includes the device, because the host feeds the tensor to it.
+    // The placement includes the device, because the host feeds the tensor to this device.
     local_region(graph.shape(var), &layout, placement, placement.index_of(device).unwrap_or(0))
 }
 

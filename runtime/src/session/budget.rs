@@ -27,16 +27,16 @@ pub(crate) const SNAPSHOTS_MAX: usize = 2;
 /// The memory of this node for a job of CPU devices.
 #[derive(Clone, Debug)]
 pub(crate) struct Budget {
-    /// Free memory of this process's cgroups and of the machine (`None`), with the tightest bound first. It is measured
-    /// before any process of the job allocates for the plan. Empty if it is unknown or not applicable.
+    /// Free memory of each of this process's cgroups, and of the machine (the entry without a cgroup), the tightest
+    /// bound first. Measured before any process of the job allocates for the plan. Empty for GPUs, or if it is unknown.
     bounds: Vec<(Option<CgroupId>, FreeMemory)>,
-    /// The claims of the node's processes, by rank.
+    /// For each process of the node, by rank: its cgroups, and the bytes that it allocates besides the plan.
     pub(super) claims: BTreeMap<u32, MemoryClaim>,
 }
 
 impl Budget {
     /// Call this before the rendezvous, because other processes may allocate memory after it. There is no budget for
-    /// GPUs, because their memory is not the host's. The devices' budget (`CompileOptions::memory_bytes`) also applies.
+    /// GPUs, because their memory is not the host's. Each device has its own limit (`CompileOptions::memory_bytes`).
     pub(crate) fn measure(plan: &Plan) -> Self {
         let bounds = if plan.device == DeviceKind::Cpu { memory_bounds() } else { Vec::new() };
         Self { bounds: bounds.into_iter().map(|free| (free.bound.cgroup(), free)).collect(), claims: BTreeMap::new() }
@@ -234,7 +234,7 @@ mod tests {
         let mut plan = (*plan("data=1").plan).clone();
         assert!(!Budget::measure(&plan).bounds.is_empty());
         plan.memory_bytes = Some(1 << 30);
-        assert!(!Budget::measure(&plan).bounds.is_empty(), "a budget of each device does not replace the node's");
+        assert!(!Budget::measure(&plan).bounds.is_empty(), "a limit for each device must not replace the node's");
         let gpu = Plan { device: DeviceKind::Cuda, ..plan };
         assert!(Budget::measure(&gpu).bounds.is_empty());
     }

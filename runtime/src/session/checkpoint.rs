@@ -71,8 +71,8 @@ impl Session {
         let (layout, placement) = (plan.graph.layout(var), &plan.graph.placements[plan.graph.placement_of(var)]);
         let axes = layout.broadcast_axes();
         let copies = placement.group_len(&axes);
-        // For each part: the largest digest of its copies, and the complement of the smallest one. A tensor without copies
-        // has one number, because the processes wait for each other in any case.
+        // For each part: the largest digest of its copies, and the complement of the smallest one. For a tensor without
+        // copies, a single 0 is exchanged, so that the processes still wait for each other.
         let mut digests = vec![0; if copies > 1 { 2 * placement.device_count() / copies } else { 1 }];
         for (device, part) in plan.resident_parts(var, own.clone()) {
             let Some(index) = placement.index_of(device) else { continue };
@@ -123,12 +123,12 @@ impl Session {
         let graph = &self.plan.graph;
         let mut vars: Vec<Var> = self.residents().map(|(var, _)| var).collect();
         vars.sort_by_key(|var| &graph.tensor(*var).name);
-        // After the error of a tensor, no process asks for the next one.
+        // If gathering a tensor fails, no process continues with the next tensor.
         let mut has_failed = false;
         let whole = |var: &Var| (!has_failed).then(|| self.whole(*var).inspect_err(|_| has_failed = true));
         let mut wholes = vars.iter().map_while(whole);
         let written = if self.is_first() { self.write(path, &vars, &mut wholes) } else { Ok(()) };
-        // After a failed write, the other processes still wait for this process.
+        // If the write fails, the other processes do not know it, so this process helps to gather the other tensors.
         written.and(wholes.try_for_each(|whole| whole.map(drop)))
     }
 
@@ -252,10 +252,10 @@ impl Session {
         let own = self.progress.seed;
         self.progress.seed = saved.unwrap_or(own);
         (own != self.progress.seed)
-            .then(|| format!("the seed is {} from {source} instead of {own}", self.progress.seed))
+            .then(|| format!("the seed {} from {source} replaces the seed {own}", self.progress.seed))
     }
 
-    /// Checks a file's tensors that the program needs, or only its parameters. Changes nothing in the session.
+    /// Checks the program's tensors in a file, or only the program's parameters. Changes nothing in the session.
     fn read(&self, path: &Path, weights_only: bool) -> Result<Load<'static>, SessionError> {
         let file = TensorFile::open(path)?;
         let metadata = file.header.metadata().clone().unwrap_or_default();

@@ -45,7 +45,7 @@ pub enum SessionError {
     /// Ranks differ in a value that must be equal on all ranks; nothing was updated or loaded.
     #[error(transparent)]
     Disagreement(#[from] RankDisagreement),
-    #[error("the plan was written and nothing was run, because {} or a related variable is set", PLAN_HTML)]
+    #[error("an environment variable such as {} is set, so the plan was written and no session was started", PLAN_HTML)]
     PlanWritten,
     #[error("cannot write the plan to {path}: {source}")]
     PlanFile { path: PathBuf, source: io::Error },
@@ -75,7 +75,7 @@ impl SessionError {
         }
     }
 
-    /// Rank of the process that failed, if this is another process.
+    /// Rank of the process that failed first, if the error comes from another process.
     pub fn first_cause_rank(&self) -> Option<u32> {
         match self {
             Self::Failed(Failure::Peer { process, .. } | Failure::Stalled { process: Some(process), .. }) => {

@@ -1,6 +1,6 @@
-//! Tensors between the host, devices and other processes. A tensor passes between host and device through a slot of
-//! staging memory, and permission to use the slot passes with it: the token of a feed's firing follows its tensors, and
-//! the end of a fetch's firing precedes them.
+//! Moves tensors between the host, devices and other processes. A tensor passes between host and device through a slot
+//! of staging memory. For a feed, the host writes the slot, and then allows the firing by a token. For a fetch, the
+//! host reads the slot after the end of the firing.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -30,10 +30,10 @@ use crate::process_map::ProcessMap;
 /// Interval without arrivals after which a waiting process checks whether a sender has left.
 const DEPARTURE_CHECK: Duration = Duration::from_millis(500);
 
-/// The host's side of its actions on this process's devices, and of the ports between processes.
+/// The host's side of the external actions on this process's devices, and of the ports between processes.
 pub(super) struct HostIo {
     process_map: ProcessMap,
-    /// Actions with tensors of the host.
+    /// Actions that exchange tensors with the host.
     staged: BTreeMap<ActionRef, StagedAction>,
     /// External actions that the host does not feed, with their firings per step.
     unfed: Vec<(ActionRef, u32)>,
@@ -85,7 +85,7 @@ impl Inbox {
     }
 }
 
-/// The tensors of the host for an action, and their staging memory.
+/// The tensors that an action exchanges with the host, and their staging memory.
 struct StagedAction {
     device: usize,
     segment: SegmentId,
@@ -105,7 +105,7 @@ impl StagedAction {
     fn write<'a>(&self, firing: u64, part: impl Fn(Var) -> Part<'a>) {
         for (var, Buffer { offset, shape, dtype, .. }) in self.host.vars.iter().zip(&self.host.buffers) {
             let (tensor, region) = part(*var);
-            assert_eq!((tensor.dtype(), &region.size), (*dtype, shape), "a fed tensor");
+            assert_eq!((tensor.dtype(), &region.size), (*dtype, shape), "a fed tensor has the wrong type or shape");
             let written = self.arena.write_region(self.slot(firing) + offset, &tensor, &region);
             written.expect("the tensor has room in its slot");
         }
@@ -147,8 +147,8 @@ impl HostIo {
         Self { process_map, staged, unfed, fetched, ports, from_peers, inbox: Mutex::default() }
     }
 
-    /// Feeds each firing its parts, then allows it. A transfer of inputs begins a step, so it also allows all actions
-    /// that the host does not feed. `part` returns the part of a device and a micro-batch.
+    /// Feeds each firing its parts, and then allows the firing. A transfer of inputs begins a step, so the call
+    /// then also allows all actions that the host does not feed. `part` returns the part of a device and a micro-batch.
     pub(super) fn feed<'a>(
         &self,
         running: &RunningSession,
@@ -159,7 +159,7 @@ impl HostIo {
         // All devices get their first micro-batch before any gets its second.
         for firing in 0..feeds.clone().map(|(_, feed)| feed.place.slots).max().unwrap_or(0) {
             for (at, feed) in feeds.clone().filter(|(_, feed)| firing < feed.place.slots) {
-                // Every step begins with slot 0, because it has a firing for each slot.
+                // Every step begins with slot 0, because a step has one firing for each slot.
                 feed.write(firing as u64, |var| part(var, feed.device, firing));
                 running.add_tokens(at.actor, at.action, 1)?;
             }
@@ -187,7 +187,7 @@ impl HostIo {
     }
 
     /// Waits for these pieces, each port with its number of pieces, and sends this process's fetches meanwhile. Fails if
-    /// a piece takes longer than `limit`.
+    /// the pieces have not all arrived after `limit`.
     pub(super) fn receive(
         &self,
         running: &RunningSession,

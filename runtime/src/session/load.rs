@@ -1,4 +1,4 @@
-//! Converts a plan to the form that the shell runs: bases and registers become memory.
+//! Converts a plan to the form that the shell runs, in which bases and registers have memory.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

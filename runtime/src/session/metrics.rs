@@ -50,7 +50,7 @@ pub(super) struct TrainingTime {
 }
 
 impl TrainingTime {
-    /// Publishes the ratio. The ratio decreases even while no step ends.
+    /// Publishes the ratio, which decreases until the next step ends.
     pub(super) fn publish(&self) {
         let productive = self.productive_ns.load(Ordering::Relaxed) as f64 * 1e-9;
         let all = self.earlier + self.started.elapsed();

@@ -11,8 +11,8 @@ use crate::graph::optimizer::Bounds;
 use crate::graph::{Node, NodeOp, Rate, Var};
 use crate::plan::HostTransfer;
 
-/// Where a non-finite tensor was computed: 1 for a tensor of the whole step, micro-batch, node, index among the node's
-/// outputs, device, and number of elements. Micro-batches come first, each with its nodes in the program's order. No
+/// Where a non-finite tensor was computed: 1 if once per step, else 0; micro-batch; node; index among its outputs;
+/// device; number of non-finite elements. Micro-batches come first, each with its nodes in the program's order. No
 /// tensor depends on one with a greater origin, so the smallest origin is the first cause.
 type Origin = [u64; 6];
 
@@ -59,7 +59,7 @@ impl Session {
         let action = found.action as usize;
         let (spec, plan) = (self.plan.spec.actor(found.actor), &self.plan.actions[found.actor][action]);
         let graph = &self.plan.graph;
-        // No origins: a decision copies the NaN learning rate that cancelled the update, and a fetch copies results.
+        // Not an origin: a decision copies the NaN learning rate that cancelled the update, a fetch copies results.
         if plan.host.as_ref().is_some_and(|host| host.transfer != HostTransfer::Feed) {
             return None;
         }

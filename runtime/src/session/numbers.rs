@@ -26,7 +26,7 @@ pub(super) enum Topic {
     Finish = 3,
 }
 
-/// The combined result of supplied numbers, which may not have arrived yet.
+/// The combined numbers of all processes, or the channel on which they will arrive.
 pub(super) enum Pending {
     /// This is the only process.
     Alone(Reduced),

@@ -75,7 +75,7 @@ impl fmt::Display for NonFinite {
                 write!(f, "; its update could make {value} overflow f32: {advice}")
             }
             (None, None) => f.write_str("; the repeated step was finite: suspect this machine's memory or a kernel"),
-            (Some(first), _) => write!(f, "; first in {first}"),
+            (Some(first), _) => write!(f, "; the first tensor with Inf or NaN is {first}"),
         }
     }
 }

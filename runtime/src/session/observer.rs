@@ -100,9 +100,9 @@ impl Observer {
     /// Incidents so far, in the order of time; at most 8 of each kind.
     pub fn incidents(&self) -> Vec<Incident> {
         for (reason, count) in self.sources.world.upgrade().map(|world| world.refused()).into_iter().flatten() {
-            // The text omits the count, because the count changes. A metric has it.
+            // The text of an incident must not change, so only the metric has the count.
             if count > 0 {
-                let text = format!("messages that do not belong to this job or this attempt: {reason}");
+                let text = format!("this process refused messages of another job or attempt: {reason}");
                 self.note("refused", text);
             }
         }

@@ -39,7 +39,7 @@ pub struct SessionOptions {
     pub watchdog: WatchdogOptions,
     /// The processes that run the plan together.
     pub cluster: Cluster,
-    /// Requests to this process, such as signals. All processes get them in the same [`super::StepReport::request`].
+    /// Requests to this process, such as signals. All processes get them in [`super::StepReport`], after the same step.
     pub requests: Option<Arc<Requests>>,
     /// How a non-finite step is handled, see [`super::numerics`].
     pub on_non_finite: OnNonFinite,

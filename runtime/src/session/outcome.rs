@@ -38,7 +38,7 @@ impl Outcome {
         }
     }
 
-    /// Returns an error if this outcome of `rank` is a failure. `problem` is what the rank cannot do with `place`.
+    /// Returns an error if this outcome of `rank` is a failure. `problem` is a predicate, such as "cannot read it".
     pub(super) fn check(self, rank: u32, place: &str, problem: &str) -> Result<(), CheckpointError> {
         let Self::Failed(exit) = self else { return Ok(()) };
         let (place, problem) = (place.into(), problem.into());
@@ -96,7 +96,7 @@ impl Outcomes {
         let [first] = array(reduced, 1);
         let absent = match &reduced.difference {
             Some(found) => found.values.iter().filter(|(_, absent)| *absent != 0).map(|(rank, _)| *rank).collect(),
-            // Without a difference, all ranks agree: if the worst rank found nothing, no rank found anything.
+            // All ranks have the same flag. So if the worst rank found nothing, no rank found anything.
             None if worst.outcome == Outcome::Absent => (0..processes).collect(),
             None => Vec::new(),
         };
@@ -119,7 +119,7 @@ mod tests {
 
     fn worst(all: &[Outcome]) -> Worst {
         let words = (0..).zip(all).map(|(rank, outcome)| Worst::words(rank, *outcome));
-        Worst::from_words(words.max().expect("a process"))
+        Worst::from_words(words.max().expect("there is at least one process"))
     }
 
     #[test]

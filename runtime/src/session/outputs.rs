@@ -31,8 +31,8 @@ pub(super) type OutputTensors = Vec<Vec<HostTensor>>;
 
 impl Session {
     /// Feeds a batch and waits until the devices of all processes have sent their results. Then combines the `numbers`
-    /// of all processes by `rules`. The devices wait for the decision on the update. Devices without results may still
-    /// run.
+    /// of all processes by `rules`. On return, devices with results wait for the decision on the update. Other
+    /// devices may still run.
     pub(super) fn run(
         &mut self,
         inputs: &Inputs<'_>,

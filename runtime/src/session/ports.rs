@@ -21,7 +21,7 @@ pub struct HostPorts {
     outputs: Outputs,
     /// The tensors that process 0 sends as a whole: outputs, then parameters.
     wholes: Vec<Var>,
-    /// For each device: its first port. At the end: the number of ports.
+    /// The first port of each device. The last entry is the number of ports.
     first: Vec<u32>,
 }
 
@@ -68,8 +68,8 @@ impl HostPorts {
         self.device(port).map_or(0, |device| self.process_map.process_of(device))
     }
 
-    /// True if process 0 sends a whole tensor to all processes. All of them need the outputs that determine whether the
-    /// update is applied.
+    /// True if process 0 sends this whole tensor to all processes. Every process needs the parameters, and the outputs
+    /// that determine whether the update is applied. [`Outputs`] decides on the other outputs.
     pub fn is_for_all(&self, whole: u32) -> bool {
         let name = self.plan.graph.outputs.get(whole as usize).map(|output| output.name.as_str());
         self.outputs == Outputs::AllRanks || matches!(name, None | Some(LOSS_OUTPUT | GRAD_SQUARES_OUTPUT))

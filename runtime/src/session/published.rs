@@ -52,7 +52,7 @@ pub(super) struct PublishedMetrics {
     firings: HashMap<(ActorId, u32), Histogram>,
     waits: HashMap<(ActorId, Cause), Histogram>,
     slots: HashMap<RegisterId, [Gauge; 3]>,
-    /// Each counter and this session's share of it, by name and labels. Sessions of a program share the counters.
+    /// Each counter and this session's share of it, by name and labels. Sessions of a program add to the same counters.
     totals: HashMap<String, (Counter, u64)>,
 }
 

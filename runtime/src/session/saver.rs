@@ -37,8 +37,8 @@ impl Saver {
 
 impl Session {
     /// Starts a saver, like [`Saver::new`], for this session's processes and job. All processes call it. The call
-    /// detects faults that prevent later saves: process 0 takes the store's lock, and checks that all checkpoints have
-    /// space. Every process writes, renames and deletes a file, and must see the file of process 0.
+    /// detects faults that prevent later saves: process 0 takes the store's lock, and checks that there is space
+    /// for all checkpoints. Every process writes, renames and deletes a file, and must see the file of process 0.
     ///
     /// # Errors
     /// On all processes, [`CheckpointError`]: `Held`, `NoRoom`, `NotShared`, or the store's error.
@@ -88,7 +88,7 @@ impl Session {
         Err(CheckpointError::NotShared { place: store.place().into(), ranks: ranks.join(", ") }.into())
     }
 
-    /// Bytes of all tensors of a checkpoint, or of a file of [`Session::save`], for all processes.
+    /// Bytes of all tensors of a checkpoint, or of a file of [`Session::save`], of all processes together.
     pub fn checkpoint_bytes(&self) -> u64 {
         let graph = &self.plan.graph;
         let bytes = |var| (element_count(graph.shape(var)) * graph.tensor(var).dtype.bytes()) as u64;
@@ -96,7 +96,7 @@ impl Session {
     }
 }
 
-/// Maximum number of checkpoints in the store at once: the newest `keep`, one that is being written, and the planned
+/// Maximum number of checkpoints in a store at any time: the newest `keep`, one that is being written, and the planned
 /// ones that are never deleted.
 fn checkpoints_max(keep: usize, keep_every: Option<u64>, schedule: Option<SaveSchedule>) -> u64 {
     let newest = (keep.max(1) as u64).saturating_add(1);
@@ -181,11 +181,11 @@ mod tests {
                 for steps in 1..60 {
                     let counted = checkpoints_max(keep, Some(keep_every), Some(SaveSchedule { every, steps }));
                     let expected = simulated(keep, keep_every, every, steps);
-                    assert_eq!(counted, expected, "{keep} {keep_every} {every} {steps}");
+                    assert_eq!(counted, expected, "keep {keep}, keep_every {keep_every}, every {every}, {steps} steps");
                 }
             }
         }
-        assert_eq!(checkpoints_max(3, Some(1), None), 4, "the number of saves is unknown");
+        assert_eq!(checkpoints_max(3, Some(1), None), 4, "without a schedule, only the newest are counted");
         let schedule = Some(SaveSchedule { every: 1, steps: u64::MAX });
         assert_eq!(checkpoints_max(usize::MAX, Some(u64::MAX), schedule), u64::MAX);
     }

@@ -231,13 +231,13 @@ impl Session {
                 (Ok(_), _) => {
                     outcomes.worst.check(store.place(), &format!("cannot load step {step}"))?;
                     let rank = outcomes.worst.rank;
-                    let why = format!("rank {rank} cannot read its part");
+                    let why = format!("rank {rank} cannot read its part of the checkpoint");
                     all.push(store.manifest(step).damaged(why));
                 }
             }
             let is_deleted =
                 self.process_map.process == 0 && store.is_committed(step).is_ok_and(|committed| !committed);
-            // If the checkpoint was deleted, a newer one may have replaced it.
+            // If the checkpoint was deleted, there may be a newer one, so the search is repeated.
             before = if is_deleted { before } else { Some(step) };
             self.progress.damaged_up_to = self.progress.damaged_up_to.max(step);
         }

@@ -171,7 +171,7 @@ impl Session {
         let observer_slot = Arc::new(OnceLock::new());
         let mut running = prepare(loaded, with_stall_recording(&options.watchdog, observer_slot.clone()))?;
         if let Some(world) = &self.world {
-            // Must precede the wait in `begin`: a failure of another process can then end that wait.
+            // This call must precede the wait in `begin`, so that a failure of another process ends the wait.
             world.watch(&running);
         }
         self.set_activity(WAITING);
@@ -256,8 +256,8 @@ fn declared(plan: &Instance, options: &SessionOptions) -> Declarations {
     declared.declare(OPTIMIZER, adamw, OnResume::Warn).declare(MAX_NORM, adamw.max_norm, OnResume::Warn)
 }
 
-/// Values besides the build that must be equal on all processes. An error names the first one that differs. The plan is
-/// last, because it depends on most of the others.
+/// Values that must be equal on all processes, in addition to the build. An error names the first one that differs. The
+/// plan is last, because it depends on most of the others.
 fn facts(plan: &Instance, options: &SessionOptions) -> Result<Vec<Fact>, ClusterError> {
     let cluster = &options.cluster.options;
     let kernels = match plan.device {
@@ -279,7 +279,8 @@ fn facts(plan: &Instance, options: &SessionOptions) -> Result<Vec<Fact>, Cluster
     Ok(facts)
 }
 
-/// The error of a failed join. If another process caused it, returns [`SessionError::Failed`], as after the join.
+/// Converts the error of a join. If another process caused it, the result is [`SessionError::Failed`], the error for
+/// failures of other processes after the join.
 fn failed_join(error: ClusterError) -> SessionError {
     match error {
         ClusterError::Membership(MembershipError::Ended(cause)) => SessionError::Failed(peer_failure(&cause)),

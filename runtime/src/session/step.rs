@@ -68,7 +68,7 @@ impl Session {
             }
         }
         self.progress.steps += u64::from(accepted.is_ok());
-        // A step that ends the training is also recorded.
+        // A non-finite step that is not accepted, and so ends the training, is also recorded.
         let took = begin.elapsed();
         self.progress.last_step = took;
         self.step_metrics.record(self.progress.steps, &report, learning_rate, took);
@@ -79,7 +79,8 @@ impl Session {
         accepted.map(|()| report)
     }
 
-    /// Returns the largest request of all processes. If other numbers differ, cancels the update and returns an error.
+    /// Returns the largest request of all processes. If learning rates or digests of shared inputs differ, cancels the
+    /// update and returns an error.
     fn agree_on_step(&mut self, all: &Reduced) -> Result<u64, SessionError> {
         if let Some(difference) = &all.difference {
             let difference =
@@ -103,7 +104,7 @@ impl Session {
         ended.map(drop).map_err(|failure| self.fail(failure))
     }
 
-    /// Feeds a batch, and lets all other actions that wait for the host start, except the update.
+    /// Feeds a batch, and allows all other actions that wait for the host, except the update.
     pub(super) fn start_step(&self, inputs: &Inputs<'_>) -> Result<(), Failure> {
         let part = |var, device, micro_batch| self.part(var, device, micro_batch, inputs);
         self.host_io.feed(self.running()?, HostTransfer::Feed, part)

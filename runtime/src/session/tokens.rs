@@ -9,7 +9,7 @@ use super::error::SessionError;
 use crate::graph::{Graph, Node, NodeOp, Var};
 use crate::plan::Plan;
 
-/// For each input of token ids, by name: the smallest dim that the ids index (rows of a table, or logits of a token).
+/// For each input of token ids, by name: the vocabulary size, the smallest one if several tables or logits use the ids.
 pub(super) fn vocabularies(graph: &Graph) -> BTreeMap<String, usize> {
     let mut out = BTreeMap::new();
     for node in graph.nodes() {

@@ -146,7 +146,7 @@ impl Flow {
             if waits_to.is_none() && waits_from.is_none() && run.is_done(to.is_some(), from.is_some()) {
                 return Ok(());
             }
-            // Without a peer to wait for, the next iteration skips empty pieces.
+            // If there is no peer to wait for, only empty pieces hold up the flow, and the next iteration skips them.
             if !moved && (waits_to.is_some() || waits_from.is_some()) {
                 port.wait(waits_to, waits_from)?;
             }
@@ -170,7 +170,8 @@ impl RunningFlow<'_> {
         (!sends || self.sent.piece == self.flow.outs.len()) && (!receives || self.received.piece == self.flow.ins.len())
     }
 
-    /// Whether a slot is free for the next received bytes (FLOW-2), or a header is still expected.
+    /// Whether the next received bytes have a place: y, or a free slot (FLOW-2). After the last piece, whether a header
+    /// is still expected.
     fn can_receive(&self, port: &mut Port, peer: usize) -> Result<bool> {
         match self.flow.ins.get(self.received.piece) {
             Some(In { to: Target::Y(_), .. }) => Ok(true),

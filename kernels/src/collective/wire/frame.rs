@@ -45,7 +45,7 @@ pub(super) struct Header {
     pub(super) kind: Kind,
     pub(super) group: u32,
     pub(super) sender: u32,
-    /// Number of calls that sender and receiver completed together before this one.
+    /// Number of calls that sender and receiver completed together before this call.
     pub(super) sequence: u64,
     /// Hash of what sender and receiver must agree on.
     pub(super) digest: u64,
@@ -81,13 +81,13 @@ impl Header {
         }
         let version = u16::from_le_bytes([fixed[4], fixed[5]]);
         if version != VERSION {
-            return Err(format!("header version {version}, expected {VERSION}: run the same binary on all ranks"));
+            return Err(format!("the header has version {version}, not {VERSION}; run the same binary on all ranks"));
         }
         let kind = Kind::ALL.into_iter().find(|kind| *kind as u8 == fixed[6]);
         let kind = kind.ok_or_else(|| format!("unknown header kind {}", fixed[6]))?;
         let text_len = usize::from(fixed[7]);
         if text_len > TEXT_BYTES_MAX {
-            return Err(format!("header text of {text_len} bytes, the maximum is {TEXT_BYTES_MAX}"));
+            return Err(format!("the header's text has {text_len} bytes; the maximum is {TEXT_BYTES_MAX}"));
         }
         let Some(text) = rest.get(..text_len) else { return Ok(None) };
         let header = Self {
@@ -107,7 +107,7 @@ impl Header {
 }
 
 fn bad_magic(bytes: &[u8]) -> String {
-    format!("not a transfer header: bytes {:02x?}", &bytes[..bytes.len().min(8)])
+    format!("received bytes that are not a transfer header: {:02x?}", &bytes[..bytes.len().min(8)])
 }
 
 /// Replaces control characters in a peer's text, so that it can be displayed.

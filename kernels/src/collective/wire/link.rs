@@ -199,7 +199,7 @@ impl Link {
                 return Err(self.mismatch(context, text));
             }
             if header.length != expected {
-                let cause = format!("a transfer of {} bytes was announced, expected {expected}", header.length);
+                let cause = format!("the peer announced {} bytes, but the call has {expected}", header.length);
                 return Err(context.link_error(self.peer, cause));
             }
             self.unread.start += Header::bytes(text);
@@ -224,7 +224,7 @@ impl Link {
 
     fn closed(&mut self, context: &Context) -> KernelError {
         self.ended = true;
-        context.link_error(self.peer, format!("closed by the peer during {}", context.text))
+        context.link_error(self.peer, format!("the peer closed the connection during {}", context.text))
     }
 
     /// Reads the headers that precede a transfer's header. If one of them reports an error, returns that error.
@@ -271,7 +271,7 @@ impl Link {
             && (header.group, header.sender) != (context.group.id, self.peer as u32)
         {
             let cause = format!(
-                "header of member {} in group {}, expected member {} in group {}",
+                "the header is from member {} of group {}, not from member {} of group {}",
                 header.sender, header.group, self.peer, context.group.id
             );
             return Err(context.link_error(self.peer, cause));
@@ -323,7 +323,7 @@ impl Link {
         self.send(context, &[]).map(|_| ())
     }
 
-    /// Sends the reason for this member's failure if the link is between transfers. Closes the outgoing direction.
+    /// If the link is between transfers, sends this member's reason for failing. Then closes the outgoing direction.
     pub(super) fn fail(&mut self, context: &Context, error: &KernelError) {
         if self.out_left == 0 && self.outbox.len() <= HEADER_BYTES_MAX {
             let mut header = self.header(context, Kind::Stopped, 0);

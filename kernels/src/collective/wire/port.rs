@@ -1,6 +1,6 @@
 //! All links of one member: transfers over two links at once, waits, and failure detection.
 //!
-//! Calls that differ are detected even if both members of a link exchange no data in them. A member that has waited for
+//! Different calls are detected even if the members that make them exchange no data. A member that has waited for
 //! [`QUIET`] sends its call over all its links, and reads the headers that arrived. If two members of a link wait in
 //! different calls, each of them receives the other's header. This is enough: members that wait forever wait for each
 //! other in a cycle, and a member waits only for members to which it has links. Equal calls do not wait in a cycle. So
@@ -204,7 +204,9 @@ impl Port {
     fn hung_up(&mut self, peer: usize) -> KernelError {
         match self.link(peer).and_then(|(link, context)| link.read_headers(context)) {
             Err(peer_error) => peer_error,
-            Ok(()) => self.context.link_error(peer, format!("closed by the peer during {}", self.context.text)),
+            Ok(()) => {
+                self.context.link_error(peer, format!("the peer closed the connection during {}", self.context.text))
+            }
         }
     }
 

@@ -1,8 +1,9 @@
 //! Rings: each member sends to the next member and receives from the previous one. Reductions and gathers take one trip
 //! around the ring, and an all-reduce takes two trips.
 //!
-//! Data that member c owns is combined on its way from member c+1 to member c: each member adds its own values. This is
-//! the order of [`crate::collective::Group`]. Rounds keep the data in transit within the cache and the two slots.
+//! Data that member c owns is combined on its way around the ring from member c+1 to member c: each member adds its own
+//! values. This is the order of [`crate::collective::Group`]. The data is sent in rounds, each small enough for the two
+//! slots and the cache.
 
 use super::flow::{Flow, In, Out, PIECE_WORDS, Part, Source, Target};
 use super::port::Port;
@@ -17,7 +18,7 @@ struct Ring {
     flow: Flow,
     member: usize,
     members: usize,
-    /// Index of the box that each member owns in the shared tensor.
+    /// For each member: the index in [`Flow::boxes`] of the box that the member owns in the shared tensor.
     boxes: Vec<usize>,
 }
 

@@ -35,7 +35,7 @@ fn group(n: usize) -> Arc<Group> {
     Arc::new(Group { id: 7, ranks: (0..n).map(|member| 10 + member).collect() })
 }
 
-/// Channels between the members of a group of n that these calls connect, by member.
+/// For each member of a group of n: its channels to the members with which these calls connect it.
 fn mesh(n: usize, calls: &[&CollectiveKind], pair: &mut dyn FnMut() -> [UnixStream; 2]) -> Channels {
     let mut all: Channels = (0..n).map(|_| BTreeMap::new()).collect();
     for a in 0..n {
@@ -318,7 +318,7 @@ impl MemberUnderTest {
         Self { wire, peer, call: CollectiveCall { group: group(2), member: 0, kind }, len }
     }
 
-    /// The header that the peer in the call would send.
+    /// The header that a peer in the same call would send.
     fn header(&self, length: usize) -> Header {
         let (memory, shape) = (arena(4 * self.len), [self.len]);
         let view = View::new("test", &memory, 0, &shape, DType::F32).expect("inside");
@@ -358,8 +358,9 @@ fn a_peer_that_closes_during_a_transfer_is_reported_and_the_group_stays_failed()
     let mut member = MemberUnderTest::new(RECEIVE, 100);
     member.send(member.header(400), &[0; 399]);
     member.peer.shutdown(Shutdown::Write).expect("an open socket");
-    assert!(link_cause(member.run()).contains("closed by the peer during receive from member 1 of F32 [100]"));
-    assert!(link_cause(member.run()).contains("closed by the peer"));
+    let cause = link_cause(member.run());
+    assert!(cause.contains("the peer closed the connection during receive from member 1 of F32 [100]"));
+    assert!(link_cause(member.run()).contains("the peer closed the connection"));
 }
 
 #[test]
@@ -402,7 +403,7 @@ fn a_length_other_than_the_calls_is_rejected() {
     for length in [0, 15, 17, usize::MAX] {
         let mut member = MemberUnderTest::new(RECEIVE, 4);
         member.send(member.header(length), &[0; 16]);
-        assert!(link_cause(member.run()).contains(&format!("{length} bytes was announced, expected 16")));
+        assert!(link_cause(member.run()).contains(&format!("announced {length} bytes, but the call has 16")));
     }
     let mut member = MemberUnderTest::new(RECEIVE, 4);
     member.send(member.header(16), &[0; 16]);

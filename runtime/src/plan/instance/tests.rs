@@ -11,7 +11,7 @@ use crate::plan::Schedule;
 use crate::plan::tests::gpt;
 use crate::process_map::ProcessMap;
 
-/// The actor without group ids, because each part numbers its own groups.
+/// Removes the group ids, which differ between the parts because each part numbers its own groups.
 fn without_groups(actor: &ActorSpec) -> ActorSpec {
     let mut actor = actor.clone();
     actor.actions.iter_mut().for_each(|action| action.groups.clear());
@@ -67,7 +67,7 @@ fn the_parts_of_all_processes_are_the_whole_plan() {
             assert_eq!(simulated.is_err(), processes > 1, "{at}: a part cannot be simulated");
         }
     }
-    assert!(neighbours > 0 && third_parties > 0, "{neighbours} {third_parties}");
+    assert!(neighbours > 0 && third_parties > 0, "{neighbours} neighbours, {third_parties} third parties");
 }
 
 #[test]

@@ -1,6 +1,6 @@
-//! Simulates a step in virtual time. If the sites (sets of devices) of ready work are free, the work with the lowest
-//! priority value starts. The lists record this run. So they cannot deadlock, and all sites run shared work in the same
-//! order.
+//! Simulates a step in virtual time. Ready work starts when its sites (sets of devices) are free, the work with the
+//! lowest priority value first. The lists record this run. So they cannot deadlock, and all sites run shared work in
+//! the same order.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap};
@@ -13,7 +13,7 @@ pub struct Rules {
     /// Ready work with the lowest value runs first. A tie goes to the work that is last in the program, because running
     /// it finishes micro-batches.
     pub priorities: Vec<i32>,
-    /// Maximum number of micro-batches that the work has begun and the work in `closed_by` has not ended.
+    /// Maximum number of micro-batches that the work has begun but the work in `closed_by` has not ended.
     pub in_flight_max: Vec<u32>,
 }
 
@@ -144,7 +144,7 @@ impl<'a> Player<'a> {
         }
     }
 
-    /// Number of micro-batches that this work has begun and the work in `closed_by` has not ended.
+    /// Number of micro-batches that this work has begun but the work in `closed_by` has not ended.
     fn open(&self, index: usize) -> u32 {
         let ended = |closing: &usize| self.times[*closing].partition_point(|(_, end)| *end <= self.now) as u32;
         let begun = self.times[index].len() as u32;

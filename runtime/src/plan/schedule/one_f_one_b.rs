@@ -8,7 +8,7 @@ use super::list::Rules;
 use super::work::WorkGraph;
 
 /// If `saves_memory` is set, computes the limits as if messages took no time. Stage `s` of `p` then keeps `p - s`
-/// micro-batches.
+/// micro-batches in flight.
 pub(super) fn rules(graph: &WorkGraph, saves_memory: bool) -> Rules {
     let priorities = graph.work.iter().map(|work| match work.role {
         Role::Backward => 0,
@@ -26,7 +26,7 @@ pub(super) fn rules(graph: &WorkGraph, saves_memory: bool) -> Rules {
 /// For each work: the largest number of hops from it to the end of the forward work.
 fn hops_to_end(graph: &WorkGraph) -> Vec<u32> {
     let mut hops = vec![0; graph.work.len()];
-    // The work has no cycle, so this ends. Once is enough if the order of the work is that of its needs.
+    // The work has no cycle, so the loop ends. One pass is enough if each work comes after the work that it needs.
     loop {
         let before = hops.clone();
         for (index, work) in graph.work.iter().enumerate().rev().filter(|(_, work)| work.role == Role::Forward) {

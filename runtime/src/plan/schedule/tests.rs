@@ -69,7 +69,7 @@ fn pipelines_take_the_known_times() {
     assert_eq!(hops(true), (2 * 151, vec![8, 7, 6, 5, 4, 3, 2, 1]));
 }
 
-/// The plan ends for every assignment of chunks to three sites, in whatever order the chain visits the sites.
+/// The plan has all firings for every assignment of chunks to three sites, whatever the order of sites in the chain.
 #[test]
 fn chains_that_return_to_a_site_end() {
     for chunks in 1..6u32 {

@@ -28,7 +28,7 @@ pub struct Work {
     pub firings: u32,
     /// Duration of a firing, in ticks.
     pub ticks: u64,
-    /// The work that it waits for, as `(index, true if a hop lies between)`.
+    /// The work that this work waits for, as `(index, true if a hop lies between them)`.
     pub needs: Vec<(usize, bool)>,
     /// Indices of the backward work on the same sites that reads outputs of this work.
     pub closed_by: Vec<usize>,
