@@ -29,6 +29,9 @@ pub use crate::loaded::{ActionProgram, ActorHost, BaseRef, FiringEnd, LoadedPlan
 use connections::{Connections, serve};
 use shard::{Shard, ShardActor};
 
+/// How long an orderly end waits for calls of other threads that use the session. They take microseconds.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// A running session. Dropping it stops the session. After a failure, all methods fail with the first cause.
 #[derive(Debug)]
 pub struct RunningSession {
@@ -285,6 +288,12 @@ impl RunningSession {
             for stream in self.session.streams.values() {
                 // A stream that has ended has finished its work.
                 let _ = stream.synchronize();
+            }
+            // A notification or a `Control` may use the session for one more moment. After the wait, a drop frees all
+            // memory and communicators, even if the process ends immediately.
+            let end = Instant::now() + RELEASE_TIMEOUT;
+            while Arc::strong_count(&self.session) > 1 && Instant::now() < end {
+                thread::yield_now();
             }
         }
     }
