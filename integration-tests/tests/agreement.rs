@@ -222,7 +222,7 @@ fn wrong_parts_of_a_batch_are_named() {
             (error, difference)
         });
         for (error, difference) in ranks {
-            assert!(error.contains("ids") && error.contains("I32 [2, 8] on this rank"), "{error}");
+            assert!(error.contains("ids") && error.contains("I32 [2, 8] as this rank"), "{error}");
             assert!(difference.starts_with("step 1: the ranks differ in input ids: rank 2 has"), "{difference}");
             assert!(difference.contains("; rank 3 has") && !difference.contains("rank 0"), "{difference}");
         }
