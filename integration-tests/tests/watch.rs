@@ -45,7 +45,7 @@ fn values(text: &str) -> Values {
     lines.map(value).collect()
 }
 
-/// Returns the sum of all series of a name whose labels contain `labels`.
+/// Returns the sum of all series that are called `name` and whose labels contain the text `labels`.
 fn sum(values: &Values, name: &str, labels: &str) -> f64 {
     let of = |series: &&String| series.split('{').next() == Some(name) && series.contains(labels);
     values.iter().filter(|(series, _)| of(series)).map(|(_, value)| value).sum()

@@ -71,7 +71,8 @@ pub(crate) fn serve(
     Ok(connections)
 }
 
-/// Timeout of a refresh that waits for readers to finish; shorter than the peer's write timeout.
+/// How long a refresh (bytes of an initial piece that are sent again) waits until the register's local readers have ended
+/// their firings. It is shorter than the peer's write timeout.
 const READERS_TIMEOUT: Duration = Duration::from_secs(2);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 const POLL_EVERY: Duration = Duration::from_millis(1);

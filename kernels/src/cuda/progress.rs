@@ -48,7 +48,8 @@ impl ProgressWords {
     }
 }
 
-/// The progress of one stream through its collective and pipe calls, counted from 1.
+/// The progress of one stream through its collectives and its transfers between processes (`Pipe`). Both kinds of calls
+/// are numbered together, from 1.
 #[derive(Debug)]
 pub(crate) struct CallProgress {
     words: Arc<ProgressWords>,

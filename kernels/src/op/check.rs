@@ -140,7 +140,7 @@ impl Launch {
         }
     }
 
-    /// Checks the shapes of an op that works on the rows of read `i`. A row lies along the last dim.
+    /// Checks the shapes of an op that works on the rows of `reads[i]`. A row lies along the last dim.
     fn check_row_shapes(&self, i: usize) -> Result<()> {
         let (x, (leading, width)) = (&self.reads[i].shape[..], self.rows(i)?);
         match self.op {

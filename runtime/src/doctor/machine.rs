@@ -10,6 +10,8 @@ use shardflow_job::machine::{FreeMemory, affinity, cores_text, free_memory, memi
 const SHM_BYTES_MIN: u64 = 1 << 30;
 /// Recommended limit of open files. With a lower limit, many processes may not be able to connect.
 const FILES_MIN: u64 = 4096;
+/// The limit of open files that the hint suggests.
+const FILES_WANTED: u64 = 65536;
 /// Oldest supported kernel: `pidfd_open` needs 5.3, `memfd_create` 3.17.
 const KERNEL_MIN: (u32, u32) = (5, 3);
 
@@ -99,9 +101,15 @@ fn open_files() -> Finding {
     let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap_or("");
     let mut words = line.split_whitespace();
     let (soft, hard) = (words.next().unwrap_or("unknown"), words.next().unwrap_or("unknown"));
-    let value = format!("{soft}, can be raised to {hard}");
-    match soft.parse::<u64>() {
-        Ok(number) if number < FILES_MIN => poor("open files", value, "run `ulimit -n 65536` before the launch"),
+    let value = if soft == hard { soft.to_owned() } else { format!("{soft}; a user can raise it to {hard}") };
+    match (soft.parse::<u64>(), hard.parse::<u64>()) {
+        (Ok(number), Ok(most)) if number < FILES_MIN && most < FILES_MIN => {
+            poor("open files", value, &format!("raise the hard limit to {FILES_WANTED}, for example in limits.conf"))
+        }
+        (Ok(number), most) if number < FILES_MIN => {
+            let files = most.unwrap_or(FILES_WANTED).min(FILES_WANTED);
+            poor("open files", value, &format!("run `ulimit -n {files}` before the launch"))
+        }
         _ => ok("open files", value),
     }
 }

@@ -135,7 +135,7 @@ fn check_loss(graph: &mut Graph, count: usize) {
     let location =
         graph.outputs.iter().find(|o| o.tensor == loss).map_or(graph.producer(loss).location, |o| o.location);
     let message = format!(
-        "the loss of {count} micro-batches must be a sum over them: {why}; minimise a sum or a mean over the samples, or compile with `micro_batches: 1`"
+        "with {count} micro-batches, the loss must be a sum over the micro-batches, but {why}; minimise a sum or a mean over the samples, or compile with `micro_batches: 1`"
     );
     graph.error("minimize", message, location);
 }

@@ -276,7 +276,8 @@ fn before_collective(_: &LoadedKernels, planted: bool) {
     p.close();
 }
 
-/// On a non-blocking communicator, NCCL may submit a call to its stream after work that the host submits later.
+/// On a non-blocking communicator, an NCCL call may return before the call is in the stream. Work that the host then
+/// submits to the same stream can run first.
 fn in_progress(_: &LoadedKernels, planted: bool) {
     let p = Pair::new();
     let mut id = cudarc::nccl::sys::ncclUniqueId { internal: [0; 128] };

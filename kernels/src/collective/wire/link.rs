@@ -309,8 +309,9 @@ impl Link {
         }
     }
 
-    /// Notifies the peer that this member waits in its call. Sends this header once per call, and only between
-    /// transfers. If the function is called again, it sends the bytes that the channel still holds.
+    /// Sends the peer a header that says that this member waits in its collective call. Sends it once for each
+    /// collective call, and only between transfers. Later calls of this function send the bytes that the channel still
+    /// holds.
     pub(super) fn announce(&mut self, context: &Context) -> Result<()> {
         if self.channel.has_unsent() {
             self.send(context, &[])?;
