@@ -65,14 +65,14 @@ const CASES: &[Case] = &[
     Case {
         name: "96 layers on 64 ranks without stages",
         mesh: "data=8,tensor=8",
-        micro_batches: 1,
-        build: |g| gpt(g, &config(96, 12_288, 96, 1536)),
+        micro_batches: 64,
+        build: |g| gpt(g, &config(96, 12_288, 96, 24_576)),
     },
     Case {
         name: "96 layers on 3072 ranks without stages",
         mesh: "data=384,tensor=8",
-        micro_batches: 1,
-        build: |g| gpt(g, &config(96, 12_288, 96, 1536)),
+        micro_batches: 64,
+        build: |g| gpt(g, &config(96, 12_288, 96, 24_576)),
     },
     Case {
         name: "128 layers on 3072 ranks",
@@ -100,7 +100,7 @@ const CASES: &[Case] = &[
     },
     Case {
         name: "48 layers on five axes",
-        mesh: "pod=2,data=2,stage=4,context=1,tensor=2",
+        mesh: "pod=2,data=2,stage=2,context=2,tensor=2",
         micro_batches: 4,
         build: |g| gpt(g, &config(48, 128, 4, 16)),
     },

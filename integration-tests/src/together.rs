@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
@@ -12,6 +13,9 @@ use shardflow::checkpoint::{
 use shardflow::cluster::{Cluster, ClusterOptions};
 use shardflow::job::env::{Endpoint, LaunchContext, Launched, LaunchedBy, SecretSource};
 use shardflow::job::secret::Secret;
+use shardflow::session::SessionOptions;
+
+use crate::training::Scratch;
 
 /// Returns the cluster handle of one process. All processes are on one node, and their rendezvous is a Unix socket.
 pub fn cluster_at(socket: &Path, process: u32, processes: u32, options: ClusterOptions) -> Cluster {
@@ -28,6 +32,26 @@ pub fn cluster_at(socket: &Path, process: u32, processes: u32, options: ClusterO
         run_id: "tests".into(),
     };
     Cluster::new(LaunchContext::World(world), options)
+}
+
+/// Runs `work` on each rank with the options of a session, and returns the results by rank. The ranks are threads.
+pub fn run_ranks<T: Send>(
+    name: &str,
+    processes: u32,
+    options: &ClusterOptions,
+    work: impl Fn(u32, SessionOptions) -> T + Sync,
+) -> Vec<T> {
+    let folder = Scratch::new(name);
+    let socket = folder.path().join("meet.sock");
+    thread::scope(|scope| {
+        let start = |process| {
+            let cluster = cluster_at(&socket, process, processes, options.clone());
+            let work = &work;
+            scope.spawn(move || work(process, SessionOptions { cluster, ..SessionOptions::default() }))
+        };
+        let threads: Vec<_> = (0..processes).map(start).collect();
+        threads.into_iter().map(|t| t.join().expect("a failed rank has printed its error")).collect()
+    })
 }
 
 /// Time limit for waiting for the other processes.

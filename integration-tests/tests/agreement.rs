@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use object_store::ObjectStore;
@@ -22,7 +21,7 @@ use shardflow::plan::Schedule::OneFOneB;
 use shardflow::prelude::{DType, Declarations, Layout, OnResume};
 use shardflow::session::{Batch, Outputs, Session, SessionError, SessionOptions};
 use shardflow_integration_tests::faulty::{FaultyStore, StoreFault};
-use shardflow_integration_tests::together::cluster_at;
+use shardflow_integration_tests::together;
 use shardflow_integration_tests::training::{LEARNING_RATE, Model, ONE, Scratch, bits, options, vocabulary, within};
 use shardflow_kernels::tensor::{HostData, HostTensor};
 
@@ -43,17 +42,8 @@ fn local_session(mesh: &str) -> Session {
 
 /// Runs `work` on each rank, and returns the results by rank.
 fn run_ranks<T: Send>(name: &str, processes: u32, work: impl Fn(u32, Cluster) -> T + Sync) -> Vec<T> {
-    let folder = Scratch::new(&format!("agreement-{name}"));
-    let socket = folder.path().join("meet.sock");
-    thread::scope(|scope| {
-        let start = |process| {
-            let cluster = cluster_at(&socket, process, processes, ClusterOptions::default());
-            let work = &work;
-            scope.spawn(move || work(process, cluster))
-        };
-        let threads: Vec<_> = (0..processes).map(start).collect();
-        threads.into_iter().map(|t| t.join().expect("a failed rank has printed its error")).collect()
-    })
+    let name = format!("agreement-{name}");
+    together::run_ranks(&name, processes, &ClusterOptions::default(), |rank, options| work(rank, options.cluster))
 }
 
 fn options_with(cluster: Cluster) -> SessionOptions {

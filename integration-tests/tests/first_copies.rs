@@ -12,7 +12,7 @@ use shardflow::job::transport::Address;
 use shardflow::plan::HostTransfer;
 use shardflow::prelude::*;
 use shardflow_integration_tests::relay::{Relay, RelayOptions};
-use shardflow_integration_tests::together::cluster_at;
+use shardflow_integration_tests::together::{self, cluster_at};
 use shardflow_integration_tests::training::{LEARNING_RATE, Model, Scratch, bits, options, within};
 use shardflow_kernels::tensor::element_count;
 
@@ -20,17 +20,7 @@ const SECONDS: u64 = 120;
 
 /// Runs `work` on each rank, and returns the results by rank.
 fn run_ranks<T: Send>(name: &str, processes: u32, work: impl Fn(u32, SessionOptions) -> T + Sync) -> Vec<T> {
-    let folder = Scratch::new(&format!("copies-{name}"));
-    let socket = folder.path().join("meet.sock");
-    thread::scope(|scope| {
-        let start = |process| {
-            let cluster = cluster_at(&socket, process, processes, ClusterOptions::default());
-            let work = &work;
-            scope.spawn(move || work(process, SessionOptions { cluster, ..SessionOptions::default() }))
-        };
-        let threads: Vec<_> = (0..processes).map(start).collect();
-        threads.into_iter().map(|t| t.join().expect("a failed rank has printed its error")).collect()
-    })
+    together::run_ranks(&format!("copies-{name}"), processes, &ClusterOptions::default(), work)
 }
 
 /// The devices from which the host fetches each output. The devices of one data rank have the same loss (if any), but

@@ -3,9 +3,11 @@
 
 use std::collections::BTreeMap;
 
+use shardflow::cluster::{ClusterOptions, Transport};
 use shardflow::passes::precision::Precision;
 use shardflow::placement::Placement;
 use shardflow::prelude::*;
+use shardflow_integration_tests::together::run_ranks;
 use shardflow_integration_tests::training::{relative, within};
 
 const BATCH: usize = 6;
@@ -222,14 +224,27 @@ fn clipping_uses_the_norm_over_all_placements() {
     });
 }
 
-fn train(build: fn(&mut Graph) -> Var, mesh: &str, micro_batches: usize, schedule: Schedule) -> (Vec<f32>, Vec<f64>) {
+/// Returns the losses and the gradient norms of five steps.
+type Results = (Vec<f32>, Vec<f64>);
+
+fn train(build: fn(&mut Graph) -> Var, mesh: &str, micro_batches: usize, schedule: Schedule) -> Results {
+    train_with(build, mesh, micro_batches, schedule, &SessionOptions::default())
+}
+
+fn train_with(
+    build: fn(&mut Graph) -> Var,
+    mesh: &str,
+    micro_batches: usize,
+    schedule: Schedule,
+    session: &SessionOptions,
+) -> Results {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     let loss = build(&mut g);
     g.minimize(loss, AdamW { max_norm: MAX_NORM, ..AdamW::default() });
     let options = CompileOptions { micro_batches, schedule, ..CompileOptions::default() };
     let case = format!("mesh {mesh}, {micro_batches} micro-batches, {schedule:?}");
     let plan = compile(g, &options).unwrap_or_else(|e| panic!("{case}: {e}"));
-    let mut session = Session::start(plan, &SessionOptions::default()).unwrap_or_else(|e| panic!("{case}: {e}"));
+    let mut session = Session::start(plan, session).unwrap_or_else(|e| panic!("{case}: {e}"));
     let mut step = |_| {
         let inputs = [("ids", tokens(0)), ("targets", tokens(1))];
         session.step(&inputs, 1e-2).unwrap_or_else(|e| panic!("{case}: {e}"))
@@ -300,6 +315,28 @@ fn placements_can_overlap() {
 fn tensors_and_inputs_can_skip_stages() {
     // Gradient terms of one stage are first added on that stage, so three terms are added in another order.
     check_program(skipping, false);
+}
+
+/// Chunks, overlapping placements and shared weights also work if their registers cross processes.
+#[test]
+fn programs_have_the_same_bits_in_one_process_and_in_several() {
+    let programs: [fn(&mut Graph) -> Var; 7] =
+        [tied, tied_late, shared_by_all, returning, whole_mesh_ends, overlapping, skipping];
+    within(120, move || {
+        for (index, build) in programs.into_iter().enumerate() {
+            for (mesh, processes) in [("stage=4", 2), ("stage=4", 4), ("data=2,stage=2,tensor=2", 3)] {
+                let expected = train(build, mesh, 3, Schedule::OneFOneB);
+                for transport in [Transport::Auto, Transport::Tcp] {
+                    let cluster = ClusterOptions { transport, ..ClusterOptions::default() };
+                    let name = format!("programs-{index}-{processes}-{transport:?}");
+                    let ranks = run_ranks(&name, processes, &cluster, |_, session| {
+                        train_with(build, mesh, 3, Schedule::OneFOneB, &session)
+                    });
+                    assert!(ranks.iter().all(|got| *got == expected), "{name} on {mesh}: {ranks:?}, not {expected:?}");
+                }
+            }
+        }
+    });
 }
 
 fn graph(mesh: &str) -> Graph {
