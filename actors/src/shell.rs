@@ -29,7 +29,7 @@ pub use crate::loaded::{ActionProgram, ActorHost, BaseRef, FiringEnd, LoadedPlan
 use connections::{Connections, serve};
 use shard::{Shard, ShardActor};
 
-/// How long an orderly end waits for calls of other threads that use the session. They take microseconds.
+/// How long an orderly end waits for calls of other threads that use the session. Such calls are short.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A running session. Dropping it stops the session. After a failure, all methods fail with the first cause.
@@ -289,11 +289,11 @@ impl RunningSession {
                 // A stream that has ended has finished its work.
                 let _ = stream.synchronize();
             }
-            // A notification or a `Control` may use the session for one more moment. After the wait, a drop frees all
-            // memory and communicators, even if the process ends immediately.
+            // A notification or a `Control` may use the session for one more moment. Unless the wait times out, a drop
+            // then frees all memory and communicators, even if the process ends immediately.
             let end = Instant::now() + RELEASE_TIMEOUT;
             while Arc::strong_count(&self.session) > 1 && Instant::now() < end {
-                thread::yield_now();
+                thread::sleep(Duration::from_millis(1));
             }
         }
     }

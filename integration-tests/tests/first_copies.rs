@@ -215,7 +215,7 @@ fn copies_that_differ_are_an_error_on_all_ranks() {
         std::fs::remove_file(&path).expect("cannot remove the saved file");
         let text = |name: &str| {
             let text = format!(
-                "{name} in layout (B): copies differ between devices; a kernel or a device computes wrong values"
+                "{name} in layout (B): copies differ between devices; a kernel, a device or MPI computes wrong values"
             );
             Some((Exit::Internal, text))
         };

@@ -2,7 +2,6 @@
 //! device's memory map. A session loads it.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 
 use shardflow_actors::spec::StreamKind;
 use shardflow_kernels::device::DeviceKind;
@@ -127,7 +126,7 @@ impl Plan {
     pub(crate) fn resident_parts(
         &self,
         var: Var,
-        devices: Range<usize>,
+        devices: impl Iterator<Item = usize>,
     ) -> impl Iterator<Item = (usize, ResidentTensor)> {
         devices.filter_map(move |device| {
             let class = self.class_plan(device);

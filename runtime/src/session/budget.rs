@@ -118,8 +118,8 @@ pub(crate) fn saved_parts(
     let (graph, layout) = (&plan.graph, plan.graph.layout(var));
     let placement = &graph.placements[graph.placement_of(var)];
     let is_first_copy = |index| layout.is_first_copy(&placement.coords(index));
-    plan.resident_parts(var, devices)
-        .filter(move |(device, part)| !part.region.is_empty() && placement.index_of(*device).is_some_and(is_first_copy))
+    let saves = move |device: &usize| placement.index_of(*device).is_some_and(is_first_copy);
+    plan.resident_parts(var, devices.filter(saves)).filter(|(_, part)| !part.region.is_empty())
 }
 
 fn snapshot_bytes(plan: &Plan, devices: Range<usize>) -> u64 {

@@ -32,8 +32,10 @@ pub enum SessionError {
     /// A device is not available, or memory cannot be allocated.
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    /// A bug in a kernel or a fault of a device.
-    #[error("{name} in layout {layout}: copies differ between devices; a kernel or a device computes wrong values")]
+    /// A bug in a kernel, a fault of a device, or an MPI library whose sums differ between ranks.
+    #[error(
+        "{name} in layout {layout}: copies differ between devices; a kernel, a device or MPI computes wrong values"
+    )]
     Copies { name: String, layout: String },
     #[error(transparent)]
     Cluster(#[from] ClusterError),

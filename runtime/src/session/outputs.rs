@@ -98,13 +98,15 @@ impl Session {
     fn whole_output(&self, output: Var, results: &Results, firing: usize) -> HostTensor {
         let graph = &self.plan.graph;
         let placement = &graph.placements[graph.placement_of(output)];
-        let part = |device: &usize| {
-            let mut fetches = self.host_io.ports.fetches(*device);
-            let index = |host: &HostPort| host.vars.iter().position(|var| *var == output);
-            let (port, index) = fetches.find_map(|(_, port, host)| Some((port, index(host)?)))?;
-            Some((local_part(graph, output, *device), results[&port][firing][index].clone()))
+        let index = |host: &HostPort| host.vars.iter().position(|var| *var == output);
+        let part = |device: usize| {
+            let mut fetches = self.host_io.ports.fetches(device);
+            let found = fetches.find_map(|(_, port, host)| Some((port, index(host)?)));
+            let (port, index) = found.expect("the plan fetches the output from this device");
+            (local_part(graph, output, device), results[&port][firing][index].clone())
         };
-        let parts = placement.devices().iter().filter_map(part);
+        let devices = placement.devices().iter().copied();
+        let parts = devices.filter(|device| graph.is_fetched(output, *device)).map(part);
         assemble(parts, graph.shape(output), graph.layout(output).partial())
     }
 
