@@ -1,5 +1,6 @@
 //! Checks the repository's layout and style: imports between crates, layers of modules, purity of the protocol, headers
-//! and lengths of files, `unsafe`, sleeps in tests, links of the docs, banned phrases, and names of public types.
+//! of files, lengths of files and functions, `unsafe`, sleeps in tests, links of the docs, banned phrases, and names of
+//! public types.
 //!
 //! The rules are pure functions of file texts. `tidy/rule_tests.rs` tests each rule on a small bad input.
 
@@ -110,6 +111,7 @@ const PHRASES: &[&str] = &[
 const TYPE_KEYWORDS: &[&str] = &["struct", "enum", "trait", "type", "union"];
 
 const LINES_MAX: usize = 700;
+const FUNCTION_LINES_MAX: usize = 70;
 const SAFETY_LINES_MAX: usize = 6;
 
 /// A file. The path is relative to the repository's root, with `/` as the separator.
@@ -249,6 +251,29 @@ fn check_macros_and_sleeps(source: &Source) -> Vec<Finding> {
                 let todo = "a test sleeps: use virtual time, or wait for the event with a timeout";
                 found.push(finding(source, i + 1, "sleep", todo));
             }
+        }
+    }
+    found
+}
+
+/// Relies on rustfmt: a function ends at the first line that holds only `}` with the indentation of its first line.
+fn check_function_lengths(source: &Source) -> Vec<Finding> {
+    let code = code_only(source.text);
+    let lines: Vec<&str> = code.lines().map(str::trim_end).collect();
+    let mut found = Vec::new();
+    for (i, line) in lines.iter().enumerate() {
+        let is_qualifier = |name: &str| ["pub", "crate", "super", "const", "async", "unsafe", "extern"].contains(&name);
+        let mut item = names(line).skip_while(|(name, _)| is_qualifier(name));
+        let (Some(("fn", _)), Some((name, _))) = (item.next(), item.next()) else { continue };
+        let signature_end = lines[i..].iter().find(|line| line.ends_with(['{', ';', '}']));
+        if signature_end.is_none_or(|line| !line.ends_with('{')) {
+            continue;
+        }
+        let end = format!("{}}}", &line[..line.len() - line.trim_start().len()]);
+        let length = 1 + lines[i..].iter().position(|line| *line == end).unwrap_or(0);
+        if length > FUNCTION_LINES_MAX {
+            let todo = format!("`{name}` has {length} lines: split it, the maximum is {FUNCTION_LINES_MAX}");
+            found.push(finding(source, i + 1, "function length", todo));
         }
     }
     found
@@ -532,6 +557,7 @@ fn the_repository_is_tidy() {
         if source.path.ends_with(".rs") {
             found.extend(check_header(source));
             found.extend(check_macros_and_sleeps(source));
+            found.extend(check_function_lengths(source));
             found.extend(check_unsafe(source));
             found.extend(check_imports(source));
             found.extend(check_purity(source));

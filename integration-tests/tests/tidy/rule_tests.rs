@@ -41,6 +41,17 @@ fn unfinished_code_and_sleeps_in_tests_are_found() {
 }
 
 #[test]
+fn long_functions_are_found() {
+    let method = |lines: usize| {
+        let body = "        work();\n".repeat(lines - 3);
+        format!("trait T {{\n    fn short(&self);\n    fn long(\n        &self,\n    ) {{\n{body}    }}\n}}\n")
+    };
+    let lengths = |lines| found(check_function_lengths(&source("a/src/b.rs", &method(lines))));
+    assert_eq!(lengths(FUNCTION_LINES_MAX - 1), [""; 0]);
+    assert_eq!(lengths(FUNCTION_LINES_MAX), ["3 function length"]);
+}
+
+#[test]
 fn unlisted_and_unexplained_unsafe_code_is_found() {
     let text = "unsafe fn f() {}\ntype F = unsafe fn(u8);\n// unsafe { }\n#![allow(unsafe_code)]";
     assert_eq!(found(check_unsafe(&source("a/src/b.rs", text))), ["1 unsafe", "1 safety comment"]);
