@@ -1,5 +1,6 @@
 //! Plans for many meshes are valid, errors name the defect of a plan, and simulated schedules take the expected time.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use expect_test::expect;
@@ -145,6 +146,24 @@ fn the_number_of_classes_does_not_grow_with_the_data_axis() {
     let classes = |mesh: &str| gpt(mesh, 1, Schedule::OneFOneB).classes.devices.len();
     assert_eq!(classes("data=4,stage=2"), classes("data=8,stage=2"));
     assert_eq!(classes("data=2,tensor=2"), classes("data=8,tensor=2"));
+}
+
+/// Along an axis, classes change only where the size of a part changes, once for each distinct remainder of a split
+/// extent, and after the first device, which holds the first copies.
+#[test]
+fn uneven_extents_split_classes_at_most_once_for_each_remainder() {
+    let batch = [GPT.batch];
+    let widths = [GPT.width, GPT.heads, 4 * GPT.width, GPT.vocabulary];
+    let along = |extents: &[usize], devices: usize| {
+        let boundaries: BTreeSet<usize> = extents.iter().map(|extent| extent % devices).chain([1]).collect();
+        1 + boundaries.range(1..devices).count()
+    };
+    for (data, tensor) in [1, 2, 3, 5, 8].into_iter().flat_map(|d| [1, 2, 3, 5, 7, 8].map(|t| (d, t))) {
+        let mesh = format!("data={data},tensor={tensor}");
+        let classes = gpt(&mesh, 1, Schedule::OneFOneB).classes.devices.len();
+        let most = along(&batch, data) * along(&widths, tensor);
+        assert!(classes <= most, "{mesh}: {classes} classes, at most {most} expected");
+    }
 }
 
 #[test]
