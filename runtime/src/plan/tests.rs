@@ -148,6 +148,30 @@ fn the_number_of_classes_does_not_grow_with_the_data_axis() {
     assert_eq!(classes("data=2,tensor=2"), classes("data=8,tensor=2"));
 }
 
+#[test]
+fn a_stage_that_is_used_again_runs_a_further_chunk() {
+    let mut g = Graph::new(&Mesh::parse("stage=2").unwrap());
+    g.place_at("stage", 0);
+    let ids = g.input("ids", &[4, 3], DType::I32, Layout::broadcast());
+    let mut x = nn::embedding(&mut g, "embedding", ids, 7, 8, nn::Parallel::Replicated);
+    for (layer, stage) in [0, 1, 0].into_iter().enumerate() {
+        g.place_at("stage", stage);
+        x = nn::linear(&mut g, &format!("layer {layer}"), x, 8, nn::Parallel::Replicated);
+    }
+    let loss = g.cross_entropy(x, ids);
+    g.minimize(loss, AdamW::default());
+    let instance = compile(g, &CompileOptions::default()).expect("a valid program").instance();
+    let chunks = |device: usize, role: Role| {
+        let actors = instance.spec.actors.values().filter(move |actor| actor.device == device);
+        let actions = actors.flat_map(|actor| &actor.actions).filter(move |action| action.label.role == role);
+        actions.map(|action| (action.label.chunk, &*action.name)).collect::<Vec<_>>()
+    };
+    assert_eq!(chunks(0, Role::Forward), [(0, "forward"), (1, "forward 1")]);
+    assert_eq!(chunks(1, Role::Forward), [(0, "forward")]);
+    assert_eq!(chunks(0, Role::Backward), [(0, "backward"), (1, "backward 1")]);
+    assert_eq!(chunks(1, Role::Backward), [(0, "backward")]);
+}
+
 /// Along an axis, classes change only where the size of a part changes, once for each distinct remainder of a split
 /// extent, and after the first device, which holds the first copies.
 #[test]
