@@ -208,9 +208,14 @@ impl Session {
 
     /// Records a failure. Returns the first failure of any process, or this one if no process reports one in time.
     fn fail(&mut self, failure: Failure) -> SessionError {
-        let first = self.world.as_ref().map_or(failure.clone(), |world| world.settle(failure));
+        let first = self.settled(failure);
         self.failed = Some(first.clone());
         first.into()
+    }
+
+    /// The first cause of all processes, or this failure if no cause arrives in time.
+    fn settled(&self, failure: Failure) -> Failure {
+        self.world.as_ref().map_or(failure.clone(), |world| world.settle(failure))
     }
 
     /// Shuts the session down: waits for running work, then stops all actors.

@@ -89,7 +89,7 @@ impl Session {
         let senders = if self.is_first() { 0..plan.device_count() } else { own };
         let sent: Vec<_> = saved_parts(plan, var, senders).collect();
         let parts = self.receive_each(sent.iter().map(|(device, _)| ports.resident(*device, var)))?;
-        let digests = self.largest_of_each(&digests)?;
+        let digests = self.largest_of_each(&digests).map_err(|failure| self.settled(failure))?;
         if digests.as_chunks::<2>().0.iter().any(|[largest, smallest]| *largest != !smallest) {
             let name = plan.graph.tensor(var).name.clone();
             return Err(SessionError::Copies { name, layout: layout.to_string() });
@@ -102,7 +102,7 @@ impl Session {
     fn receive_each(&self, ports: impl IntoIterator<Item = u32>) -> Result<Vec<HostTensor>, Failure> {
         let wanted: Vec<(u32, usize)> = ports.into_iter().map(|port| (port, 1)).collect();
         self.set_activity(WAITING);
-        self.receive(&wanted, Some(self.wait_max))?;
+        self.receive(&wanted, Some(self.wait_max)).map_err(|failure| self.settled(failure))?;
         self.set_activity(BETWEEN_STEPS);
         let mut inbox = self.host_io.inbox.lock();
         Ok(wanted.into_iter().flat_map(|(port, count)| inbox.take(port, count)).flatten().collect())
