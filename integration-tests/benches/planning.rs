@@ -94,7 +94,7 @@ const CASES: &[Case] = &[
     },
     Case {
         name: "48 layers on three axes",
-        mesh: "data=4,stage=4,tensor=2",
+        mesh: "data=8,stage=2,tensor=2",
         micro_batches: 4,
         build: |g| gpt(g, &config(48, 128, 4, 16)),
     },
