@@ -267,7 +267,11 @@ const REFUSED: &[Refused] = &[
             let loss = g.add(loss, squares);
             g.minimize(loss, AdamW::default())
         },
-        &["minimize: the loss of 2 micro-batches must be a sum", "add at ", "is the same in each micro-batch"],
+        &[
+            "minimize: with 2 micro-batches, the loss must be a sum over the micro-batches, but ",
+            "add at ",
+            "is the same in each micro-batch",
+        ],
     ),
     (
         |g| {
