@@ -27,11 +27,11 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Vec<Var>> {
         if is_source || node.role != Role::Forward || !node.outputs.iter().any(|o| needed[o.index()]) {
             continue;
         }
-        let total = |output: &Var| {
+        let grad = |output: &Var| {
             let parts = grads.remove(output)?;
             Some(graph.layer(node.location, |graph| total(graph, *output, parts)))
         };
-        let outputs: Vec<Option<Var>> = node.outputs.iter().map(total).collect();
+        let outputs: Vec<Option<Var>> = node.outputs.iter().map(grad).collect();
         graph.current_placement = node.placement;
         for (input, grad) in node_backward(graph, &node, &outputs) {
             if needed[input.index()] {

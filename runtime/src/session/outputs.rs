@@ -17,7 +17,7 @@ use super::error::SessionError;
 use super::numbers::Topic;
 use super::report::StepReport;
 use crate::graph::builder::{GRAD_SQUARES_OUTPUT, LOSS_OUTPUT};
-use crate::graph::{Combine, Output, Var};
+use crate::graph::{Combine, Output};
 use crate::plan::HostPort;
 use crate::plan::memory::local_part;
 use crate::sbp::assemble;
@@ -77,8 +77,7 @@ impl Session {
     pub(super) fn exchange_outputs(&mut self) -> Result<OutputTensors, SessionError> {
         if let Some(results) = self.take_results()? {
             for (output, port) in self.plan.graph.outputs.iter().zip(self.host_io.ports.outputs()) {
-                let mut firings = 0..self.firings(output);
-                firings.try_for_each(|firing| self.send(port, self.whole_output(output.tensor, &results, firing)))?;
+                self.send_output(output, port, &results)?;
             }
         }
         let mut wanted = Vec::new();
@@ -95,19 +94,22 @@ impl Session {
         self.plan.graph.tensor(output.tensor).rate.per_step(self.plan.micro_batches)
     }
 
-    fn whole_output(&self, output: Var, results: &Results, firing: usize) -> HostTensor {
-        let graph = &self.plan.graph;
-        let placement = &graph.placements[graph.placement_of(output)];
-        let index = |host: &HostPort| host.vars.iter().position(|var| *var == output);
+    /// Sends the whole tensor of each firing of an output. `results` contains the pieces of all devices.
+    fn send_output(&self, output: &Output, port: u32, results: &Results) -> Result<(), SessionError> {
+        let (graph, var) = (&self.plan.graph, output.tensor);
+        let index = |host: &HostPort| host.vars.iter().position(|fetched| *fetched == var);
         let part = |device: usize| {
             let mut fetches = self.host_io.ports.fetches(device);
             let found = fetches.find_map(|(_, port, host)| Some((port, index(host)?)));
             let (port, index) = found.expect("the plan fetches the output from this device");
-            (local_part(graph, output, device), results[&port][firing][index].clone())
+            (local_part(graph, var, device), &results[&port], index)
         };
-        let devices = placement.devices().iter().copied();
-        let parts = devices.filter(|device| graph.is_fetched(output, *device)).map(part);
-        assemble(parts, graph.shape(output), graph.layout(output).partial())
+        let devices = graph.placements[graph.placement_of(var)].devices().iter().copied();
+        let parts: Vec<_> = devices.filter(|device| graph.is_fetched(var, *device)).map(part).collect();
+        (0..self.firings(output)).try_for_each(|firing| {
+            let pieces = parts.iter().map(|(region, pieces, index)| (region.clone(), pieces[firing][*index].clone()));
+            self.send(port, assemble(pieces, graph.shape(var), graph.layout(var).partial())).map_err(Into::into)
+        })
     }
 
     pub(super) fn report(&self, tensors: OutputTensors) -> StepReport {
