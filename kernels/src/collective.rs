@@ -15,6 +15,7 @@ pub mod in_process;
 pub(crate) mod issue_order;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+pub(crate) mod order;
 pub(crate) mod ranks;
 pub(crate) mod rendezvous;
 pub mod routed;

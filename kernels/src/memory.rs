@@ -300,7 +300,12 @@ pub(crate) struct Words<'a> {
     pub(crate) y: &'a mut [f32],
 }
 
-impl Words<'_> {
+impl<'a> Words<'a> {
+    /// The buffers of a call that is in place if `x` is `None`.
+    pub(crate) fn new(x: Option<&'a [f32]>, y: &'a mut [f32]) -> Self {
+        Self { x, y }
+    }
+
     /// The current content of the read buffer.
     pub(crate) fn x(&self) -> &[f32] {
         self.x.unwrap_or(self.y)

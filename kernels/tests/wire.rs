@@ -138,13 +138,13 @@ impl Collective for Process {
     }
 }
 
-fn check(pair: fn() -> io::Result<[Channel; 2]>, devices_per_process: usize, tree_bytes_max: Option<usize>) {
+fn check(pair: fn() -> io::Result<[Channel; 2]>, devices_per_process: usize, whole_bytes_max: Option<usize>) {
     let make = |n: usize| {
         let (ends, session) = (Ends::default(), Arc::default());
         let mut devices = Vec::new();
         for first in (0..n).step_by(devices_per_process) {
             let own = Arc::new(Wire::with_connector(connector(pair, ends.clone()), WRITE_TIMEOUT));
-            tree_bytes_max.into_iter().for_each(|bytes| own.set_tree_bytes_max(bytes));
+            whole_bytes_max.into_iter().for_each(|bytes| own.set_whole_bytes_max(bytes));
             let session: &Arc<Mutex<Vec<Arc<Wire>>>> = &session;
             session.lock().push(own.clone());
             let engine = Arc::new(Process { own, session: session.clone() });

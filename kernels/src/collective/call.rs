@@ -18,10 +18,9 @@ pub enum ReduceOp {
 
 /// An ordered set of devices that call collectives together.
 ///
-/// The order determines the bits of every reduction, in every engine except MPI and NCCL. Member `c` owns chunk `c` of
-/// an all-reduce and part `c` of a reduce-scatter. The owned data is combined as `((x[c+1] + x[c+2]) + ...) + x[c]`,
-/// with member indices modulo the group size. A ring passes the values in this order and combines the owner's value
-/// last.
+/// The order determines the bits of every reduction, in every engine except MPI and NCCL. Each prime factor of the number
+/// of members, in ascending order, combines as many consecutive values into one: `((v[0] + v[1]) + ...) + v[last]`. So 4
+/// members compute `(x[0] + x[1]) + (x[2] + x[3])`. The order is the same for each element of a tensor.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Group {
     /// Id, unique within a plan.
@@ -53,9 +52,9 @@ pub struct CollectiveCall {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum CollectiveKind {
     /// `(x) -> (y)`: x and y have the same shape on all members and may share memory. Every member gets the same bits
-    /// (by MPI, only if the implementation of MPI ensures this). Member `c` combines chunk `c` of the flat tensor
-    /// ([`crate::tensor::split_range`]) in the order of [`Group`]. So each of n members receives
-    /// `(n-1) * own chunk + (all - own chunk)` elements.
+    /// (by MPI, only if the implementation of MPI ensures this), combined in the order of [`Group`]. If member `c`
+    /// combines chunk `c` of the flat tensor ([`crate::tensor::split_range`]), each of n members receives
+    /// `(n-1) * own chunk + (all - own chunk)` elements. Metrics count this number for every algorithm.
     AllReduce {
         /// How values are combined.
         op: ReduceOp,

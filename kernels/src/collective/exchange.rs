@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 use crate::collective::call::{CollectiveCall, CollectiveKind, ReduceOp};
+use crate::collective::order::{Level, levels};
 use crate::collective::ranks::Ranks;
 use crate::cpu::simd::{dispatch, inlined, map, update};
 use crate::error::{KernelError, Result};
@@ -290,35 +291,80 @@ pub(crate) fn combine_onto(op: ReduceOp, a: &[f32], y: &mut [f32]) {
     }));
 }
 
-/// Combines elements `start..start + len` of all members' x and writes the result to `y` at `to`. The order is that of
-/// [`crate::collective::Group`]: the member after the owner comes first, and the owner comes last.
+/// The reduction of all members' x by one member.
+struct Reduction<'a> {
+    op: ReduceOp,
+    xs: &'a [Posted],
+    levels: Vec<Level>,
+    /// At least one block, and a block for each level, for intermediate values.
+    blocks: Vec<f32>,
+}
+
+impl<'a> Reduction<'a> {
+    fn new(op: ReduceOp, xs: &'a [Posted]) -> Self {
+        let levels = levels(xs.len());
+        Self { op, xs, blocks: vec![0.0; levels.len().max(1) * BLOCK], levels }
+    }
+
+    /// Combines elements `start..start + len` of all members' x in the order of [`crate::collective::order`], and writes
+    /// the result to `y` at `to`. `owner` is the member whose y is written.
+    ///
+    /// # Safety
+    /// All ranges are inside their views. Only the caller accesses y's range. No x is written, except where it is also y.
+    unsafe fn run(&mut self, owner: usize, (start, len): (usize, usize), y: &Posted, to: usize) {
+        let in_place = self.xs[owner].at(start) == y.at(to);
+        for block in (0..len).step_by(BLOCK) {
+            let range = (start + block, BLOCK.min(len - block));
+            // SAFETY: by the contract, the range is inside its view and access is exclusive. If y is also an x, the slice
+            // is created only when no other slice of this memory exists.
+            let y = || unsafe { y.floats_mut(to + block, range.1) };
+            if in_place {
+                let (sum, spare) = self.blocks.split_at_mut(BLOCK);
+                let sum = &mut sum[..range.1];
+                // SAFETY: by the contract.
+                unsafe { combine_members(self.op, self.xs, &self.levels, 0, range, sum, spare) };
+                y().copy_from_slice(sum);
+            } else {
+                // SAFETY: by the contract.
+                unsafe { combine_members(self.op, self.xs, &self.levels, 0, range, y(), &mut self.blocks) };
+            }
+        }
+    }
+}
+
+/// Combines a range `(start, len)` of the x of the members that begin with `first`, over `levels`, into `y`. `spare` has a
+/// block for each level but the first.
 ///
 /// # Safety
-/// All ranges are inside their views. Only the caller accesses y's range. No x is written, except where it is also y.
-unsafe fn reduce(op: ReduceOp, xs: &[Posted], owner: usize, (start, len): (usize, usize), y: &Posted, to: usize) {
-    let n = xs.len();
-    if n == 1 {
-        // SAFETY: by the contract, both ranges are inside their views, and only the caller accesses y's range.
-        return unsafe { copy_elements(&xs[0], start, y, to, len) };
-    }
-    let mut sum = [0f32; BLOCK];
-    let in_place = xs[owner].at(start) == y.at(to);
-    for block in (0..len).step_by(BLOCK) {
-        let block_len = BLOCK.min(len - block);
-        // SAFETY: the range is inside its view by the contract. This block of y is written only after the same block of
-        // every x was read.
-        let x = |i: usize| unsafe { xs[(owner + i) % n].floats(start + block, block_len) };
-        let sum = &mut sum[..block_len];
-        let mut before = x(1);
-        if n > 2 {
-            combine_two(op, before, x(2), sum);
-            (3..n).for_each(|i| combine_into(op, sum, x(i)));
-            before = sum;
+/// The range is inside each x. No x is written during the call.
+unsafe fn combine_members(
+    op: ReduceOp,
+    xs: &[Posted],
+    levels: &[Level],
+    first: usize,
+    range: (usize, usize),
+    y: &mut [f32],
+    spare: &mut [f32],
+) {
+    // SAFETY: by the contract.
+    let x = |member: usize| unsafe { xs[member].floats(range.0, range.1) };
+    match levels {
+        [] => y.copy_from_slice(x(first)),
+        [level] => {
+            combine_two(op, x(first), x(first + 1), y);
+            (2..level.radix).for_each(|digit| combine_into(op, y, x(first + digit)));
         }
-        // SAFETY: by the contract, the range is inside its view and access is exclusive. If y is the owner's x, no
-        // other slice of this memory exists now.
-        let y = unsafe { y.floats_mut(to + block, block_len) };
-        if in_place { combine_onto(op, before, y) } else { combine_two(op, before, x(n), y) }
+        [below @ .., level] => {
+            // SAFETY: by the contract.
+            unsafe { combine_members(op, xs, below, first, range, y, spare) };
+            let (value, spare) = spare.split_at_mut(BLOCK);
+            let value = &mut value[..range.1];
+            for digit in 1..level.radix {
+                // SAFETY: by the contract.
+                unsafe { combine_members(op, xs, below, first + digit * level.stride, range, value, spare) };
+                combine_into(op, y, value);
+            }
+        }
     }
 }
 
@@ -365,7 +411,7 @@ pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Resu
             let own = split_range(y.elements, members, member);
             // SAFETY: before the barrier, each member writes only its own chunk of its own y. If x and y share memory,
             // other members read only their own chunks of it until then.
-            unsafe { reduce(*op, buffers.xs, member, (own.start, own.len()), y, own.start) };
+            unsafe { Reduction::new(*op, buffers.xs).run(member, (own.start, own.len()), y, own.start) };
             barrier()?;
             for (other, other_y) in buffers.ys.iter().enumerate().filter(|(other, _)| *other != member) {
                 let chunk = split_range(y.elements, members, other);
@@ -376,9 +422,10 @@ pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Resu
         }
         CollectiveKind::ReduceScatter { op, parts } => {
             let part = &parts.region(member);
+            let mut reduction = Reduction::new(*op, buffers.xs);
             Runs::new(buffers.x_shape, part).for_each(0..part.element_count(), |from, to, len| {
                 // SAFETY: both ranges are in bounds, and y overlaps no x (both checked). Only this member writes y.
-                unsafe { reduce(*op, buffers.xs, member, (from, len), y, to) };
+                unsafe { reduction.run(member, (from, len), y, to) };
             });
         }
         CollectiveKind::AllGather { parts } => gather(buffers, &parts.list(), &Region::whole(buffers.y_shape)),
@@ -397,12 +444,9 @@ pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Resu
 /// Like [`exchange`], but reads copies of x that nobody writes. No member reads another's y, so no barrier is needed.
 pub(crate) fn exchange_copies(buffers: &ExchangeBuffers<'_>) -> Result<()> {
     let CollectiveKind::AllReduce { op } = &buffers.call.kind else { return exchange(buffers, &|| Ok(())) };
-    let (members, y) = (buffers.xs.len(), buffers.y);
-    for owner in 0..members {
-        let chunk = split_range(y.elements, members, owner);
-        // SAFETY: both ranges are inside their views. Only this member accesses y, and no x shares memory with y.
-        unsafe { reduce(*op, buffers.xs, owner, (chunk.start, chunk.len()), y, chunk.start) };
-    }
+    let y = buffers.y;
+    // SAFETY: both ranges are inside their views. Only this member accesses y, and no x shares memory with y.
+    unsafe { Reduction::new(*op, buffers.xs).run(buffers.call.member, (0, y.elements), y, 0) };
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! Collectives between processes over sockets, with ring and tree algorithms.
+//! Collectives between processes over sockets.
 //!
 //! - WIRE-1: a member reads and writes only its own buffers. It receives all other data over channels and checks it. A
 //!   peer can send wrong values, but cannot make this process allocate or read more than the call specifies.
@@ -8,10 +8,12 @@
 //!   has bytes to send, a wait also ends on the write timeout. A failed group stays failed.
 //!
 //! A member has links only to members with which it exchanges data ([`peers`]). So a member of an all-reduce among n
-//! members has at most log2(n) + 2 links. These links are enough to detect different calls, see the module `port`.
+//! members has log2(n) links if n is a power of two. These links are enough to detect different calls, see the module
+//! `port`.
 //!
-//! Memory: from its first call on, a member of a group holds [`SCRATCH_BYTES`] and about 17 KiB per link. Within a node
-//! the kernel buffers at most 1 MiB per direction of a connection.
+//! Memory: from its first call on, a member of a group holds [`SCRATCH_BYTES`] and about 17 KiB per link, and from its
+//! first reduce-scatter on, up to 4 MiB more. Within a node the kernel buffers at most 1 MiB per direction of a
+//! connection.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
@@ -37,6 +39,7 @@ mod frame;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzz;
+mod levels;
 mod link;
 mod pairs;
 mod port;
@@ -52,13 +55,13 @@ use port::{MemberStatus, Port};
 use tree::Tree;
 
 /// Size of a member's buffer for data in transit, in bytes.
-pub const SCRATCH_BYTES: usize = flow::SLOTS * flow::PIECE_WORDS * size_of::<f32>();
+pub const SCRATCH_BYTES: usize = flow::SLOTS_WORDS * size_of::<f32>();
 
-/// An all-reduce uses the tree if the values of all members together have at most this many bytes, or a quarter of this
-/// for two members. Otherwise it uses the ring. With two members, each member does all additions in the tree and half
-/// of them in the ring. Measured with 2 and 4 processes on 2 cores, over Unix sockets and TCP: tree and ring take the
-/// same time at 64 to 128 KiB per member for two members, and at 256 KiB per member for four members.
-pub const TREE_BYTES_MAX: usize = 512 << 10;
+/// If the tensors of all members of an all-reduce together have at most this many bytes, the members exchange whole tensors
+/// at each level of the reduction. Otherwise they divide the tensor among themselves, which takes less data but twice as
+/// many messages. In measurements with 2, 3 and 4 processes on 2 cores, over Unix sockets, both take the same time at about
+/// 1 MiB for 4 members. For 2 members, whole tensors take half the time at 512 KiB.
+pub const WHOLE_BYTES_MAX: usize = 512 << 10;
 
 /// `(group id, member, peer)`: identifies the member's end of its connection to the peer.
 pub type ChannelKey = (u32, usize, usize);
@@ -67,14 +70,13 @@ pub type ChannelKey = (u32, usize, usize);
 pub type Connect = dyn Fn(&Group, usize, usize) -> io::Result<Channel> + Send + Sync;
 
 /// The members to which `member` needs a channel, in a collective of this kind among `members` members. If a is a peer
-/// of b, then b is a peer of a. The peers of an all-reduce include those of the ring and of the tree, because the size
-/// of the tensor decides between them.
+/// of b, then b is a peer of a.
 pub fn peers(kind: &CollectiveKind, members: usize, member: usize) -> BTreeSet<usize> {
-    let ring = ring::neighbours(members, member);
     let mut peers: BTreeSet<usize> = match kind {
-        CollectiveKind::AllReduce { .. } => Tree::new(members, member, 0).neighbours().chain(ring).collect(),
-        CollectiveKind::ReduceScatter { .. } => ring.into(),
-        CollectiveKind::AllGather { parts } if is_disjoint(parts) => ring.into(),
+        CollectiveKind::AllReduce { .. } | CollectiveKind::ReduceScatter { .. } => {
+            levels::peers(members, member).collect()
+        }
+        CollectiveKind::AllGather { parts } if is_disjoint(parts) => ring::neighbours(members, member).into(),
         CollectiveKind::AllGather { parts } => {
             pairs::peers(member, &parts.list(), &vec![Region::whole(&parts.bounds()); members])
         }
@@ -100,7 +102,7 @@ pub struct Wire {
     received: ReceivedBytes,
     aborted: Arc<OnceLock<KernelError>>,
     write_timeout: Duration,
-    tree_bytes_max: AtomicUsize,
+    whole_bytes_max: AtomicUsize,
 }
 
 /// A member and its status. A call locks the member while it runs.
@@ -140,7 +142,7 @@ impl Wire {
             received: ReceivedBytes::default(),
             aborted: Arc::default(),
             write_timeout,
-            tree_bytes_max: AtomicUsize::new(TREE_BYTES_MAX),
+            whole_bytes_max: AtomicUsize::new(WHOLE_BYTES_MAX),
         }
     }
 
@@ -149,10 +151,10 @@ impl Wire {
         Self { connect: Some(connect), ..Self::new(BTreeMap::new(), write_timeout) }
     }
 
-    /// Sets the size at which all-reduces switch from tree to ring, for measurements and tests. `bytes` replaces
-    /// [`TREE_BYTES_MAX`] and is limited to [`SCRATCH_BYTES`]. All members must use the same value.
-    pub fn set_tree_bytes_max(&self, bytes: usize) {
-        self.tree_bytes_max.store(bytes.min(SCRATCH_BYTES), Ordering::Relaxed);
+    /// Replaces [`WHOLE_BYTES_MAX`], for measurements and tests. `bytes` is limited to [`SCRATCH_BYTES`]. All members must
+    /// use the same value.
+    pub fn set_whole_bytes_max(&self, bytes: usize) {
+        self.whole_bytes_max.store(bytes.min(SCRATCH_BYTES), Ordering::Relaxed);
     }
 
     /// The member's channels, by peer.
@@ -200,26 +202,18 @@ impl Member {
         call: &CollectiveCall,
         words: &mut Words<'_>,
         (x_shape, y_shape): (&[usize], &[usize]),
-        tree_bytes_max: usize,
+        whole_bytes_max: usize,
     ) -> Result<()> {
         let Self { port, scratch } = self;
         let n = call.group.ranks.len();
         match &call.kind {
             CollectiveKind::AllReduce { op } => {
-                let tree_bytes_max = if n == 2 { tree_bytes_max / 4 } else { tree_bytes_max };
-                if n * size_of_val(words.y) <= tree_bytes_max {
-                    tree::all_reduce(port, words, scratch, *op)
-                } else if n > 1 {
-                    ring::all_reduce(port, words, scratch, *op)
-                } else {
-                    tree::broadcast(port, words, 0)
-                }
-            }
-            CollectiveKind::ReduceScatter { parts, .. } if n == 1 => {
-                pairs::all_to_all(port, words, scratch, &[Region::whole(x_shape)], &parts.list())
+                let is_small = n * size_of_val(words.y) <= whole_bytes_max;
+                let reduce = if is_small { levels::all_reduce_whole } else { levels::all_reduce };
+                reduce(port, words, scratch, *op)
             }
             CollectiveKind::ReduceScatter { op, parts } => {
-                ring::reduce_scatter(port, words, scratch, *op, (x_shape, &parts.list()))
+                levels::reduce_scatter(port, words, scratch, *op, (x_shape, &parts.list()))
             }
             CollectiveKind::AllGather { parts } => {
                 if is_disjoint(parts) && n > 1 {
@@ -261,7 +255,7 @@ impl Collective for Wire {
             }
         };
         let (x_shape, y_shape) = (shape_of(reads), shape_of(writes));
-        let limit = self.tree_bytes_max.load(Ordering::Relaxed);
+        let limit = self.whole_bytes_max.load(Ordering::Relaxed);
         match member.run(call, &mut words, (x_shape, y_shape), limit) {
             Ok(()) => {
                 member.port.finish_call();

@@ -183,20 +183,19 @@ fn cut(whole: &[f32], shape: &[usize], region: &Region) -> Vec<f32> {
     (0..region.element_count()).map(|index| whole[flat(index, region, shape)]).collect()
 }
 
-/// Combines the members' values of the part that `owner` owns, in f32. Every engine must keep this order: it begins
-/// with the member after the owner, and ends with the owner.
-fn combine(op: ReduceOp, owner: usize, members: &[Vec<f32>]) -> Vec<f32> {
-    let n = members.len();
-    let mut sum = members[(owner + 1) % n].clone();
-    for i in 2..=n {
-        for (a, b) in sum.iter_mut().zip(&members[(owner + i) % n]) {
-            *a = match op {
-                ReduceOp::Sum => *a + b,
-                ReduceOp::Max => a.max(*b),
-            };
-        }
+/// Combines the members' values in f32. Every engine must keep this order: for each prime factor of the number of
+/// members, in ascending order, as many consecutive values become one.
+fn combine(op: ReduceOp, members: &[Vec<f32>]) -> Vec<f32> {
+    let combine_two = |a: Vec<f32>, b: &Vec<f32>| match op {
+        ReduceOp::Sum => a.iter().zip(b).map(|(a, b)| a + b).collect(),
+        ReduceOp::Max => a.iter().zip(b).map(|(a, b)| a.max(*b)).collect(),
+    };
+    let mut values = members.to_vec();
+    while values.len() > 1 {
+        let factor = (2..).find(|factor| values.len().is_multiple_of(*factor)).unwrap_or(1);
+        values = values.chunks(factor).map(|group| group[1..].iter().fold(group[0].clone(), combine_two)).collect();
     }
-    sum
+    values.concat()
 }
 
 impl Suite<'_> {
@@ -278,8 +277,7 @@ impl Suite<'_> {
         for (elements, op) in [(0, Sum), (1, Sum), (3, Max), (17, Sum), (5003, Sum), (5003, Max)] {
             for in_place in [false, true] {
                 let xs: Vec<_> = (0..n).map(|_| self.values(elements)).collect();
-                let chunk = |owner| combine(op, owner, &xs)[split_range(elements, n, owner)].to_vec();
-                let sum: Vec<f32> = (0..n).flat_map(chunk).collect();
+                let sum = combine(op, &xs);
                 let role = |(i, x): (usize, &Vec<f32>)| {
                     let own = split_range(elements, n, i).len();
                     let (x, received) = (HostTensor::f32(&[elements], x.clone()), (n - 1) * own + elements - own);
@@ -321,10 +319,10 @@ impl Suite<'_> {
         for shape in [vec![5, 7], vec![4, 3, 2], vec![0, 3], LARGE.to_vec()] {
             for parts in splits(&shape, n) {
                 let xs: Vec<_> = (0..n).map(|_| self.values(element_count(&shape))).collect();
+                let sum = combine(ReduceOp::Sum, &xs);
                 let role = |(owner, part): (usize, &Region)| {
                     let x = HostTensor::f32(&shape, xs[owner].clone());
-                    let expected = cut(&combine(ReduceOp::Sum, owner, &xs), &shape, part);
-                    Role::new(x, &part.size, expected, (n - 1) * part.element_count())
+                    Role::new(x, &part.size, cut(&sum, &shape, part), (n - 1) * part.element_count())
                 };
                 let kind = CollectiveKind::ReduceScatter { op: ReduceOp::Sum, parts: form(&shape, &parts) };
                 self.check(kind, parts.iter().enumerate().map(role));

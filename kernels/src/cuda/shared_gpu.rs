@@ -141,15 +141,14 @@ fn exchange_chunks(posts: &[Post<Memory>]) -> Result<()> {
 fn reduce(posts: &[Post<Memory>], me: usize, op: ReduceOp, (shape, part): (&[usize], &Region), y: u64) -> Result<()> {
     let (own, elements) = (&posts[me], part.element_count());
     let bytes = |elements: usize| elements * own.dtype.bytes();
-    let in_order = || (1..=posts.len()).map(|m| &posts[(me + m) % posts.len()]).enumerate();
     let slot = |i: usize, elements: usize| own.memory.workspace + (i * bytes(elements)) as u64;
     let Some(start) = contiguous_start(shape, part) else {
-        for (i, post) in in_order() {
+        for (i, post) in posts.iter().enumerate() {
             let to = StridedRegion::whole(slot(i, elements), &part.size);
             let from = StridedRegion::new(post.memory.x, shape, part.clone());
             copy_region_from(&own.memory.stream, post.memory.context(), &from, &to, own.dtype)?;
         }
-        let xs: Vec<u64> = in_order().map(|(i, _)| slot(i, elements)).collect();
+        let xs: Vec<u64> = posts.iter().enumerate().map(|(i, _)| slot(i, elements)).collect();
         return combine(&own.memory.stream, op, &xs, y, elements);
     };
     let all_on_one_gpu = posts.iter().all(|post| own.memory.stream.is_on(post.memory.context()));
@@ -157,7 +156,7 @@ fn reduce(posts: &[Post<Memory>], me: usize, op: ReduceOp, (shape, part): (&[usi
     for offset in (0..elements).step_by(chunk.max(1)) {
         let count = chunk.min(elements - offset);
         let mut xs = Vec::new();
-        for (i, post) in in_order() {
+        for (i, post) in posts.iter().enumerate() {
             let x = post.memory.x + bytes(start + offset) as u64;
             if own.memory.stream.is_on(post.memory.context()) {
                 xs.push(x);

@@ -7,6 +7,7 @@ use super::lower::collective::{MEMBERS_MAX, contiguous_start};
 use super::raw_stream::{Geometry, PARAMETERS_MAX, RawStream, RowCopy};
 use super::step::{Arg, Operand, SHARED_BYTES_DEFAULT, Step};
 use crate::collective::ReduceOp;
+use crate::collective::order::stack_program;
 use crate::error::{KernelError, Result};
 use crate::op::{Buffer, Launch, Op};
 use crate::region::for_each_run;
@@ -113,7 +114,8 @@ fn issue(stream: &RawStream, step: &Step, read: u64, write: u64) -> Result<()> {
     }
 }
 
-/// Computes `y = ((xs[0] + xs[1]) + ..) + xs[last]` (or the maximum), element by element. `xs[last]` may be `y`.
+/// Combines the values of all members, in the order of [`crate::collective::order`], element by element. Any of `xs` may
+/// be `y`.
 pub(crate) fn combine(stream: &RawStream, op: ReduceOp, xs: &[u64], y: u64, elements: usize) -> Result<()> {
     const THREADS: usize = 256;
     const BLOCKS_MAX: usize = 1024;
@@ -128,11 +130,13 @@ pub(crate) fn combine(stream: &RawStream, op: ReduceOp, xs: &[u64], y: u64, elem
         return Err(KernelError::arguments("reduce", "members on one GPU", expected, xs.len().to_string()));
     }
     let function = stream.gpu.modules.function("combine_members_f32", 0)?;
-    let mut words = [0; MEMBERS_MAX + 4];
+    let program = stack_program(xs.len()).into_iter().enumerate();
+    let program: u64 = program.map(|(member, combinations)| (combinations as u64) << (4 * member)).sum();
+    let mut words = [0; MEMBERS_MAX + 5];
     words[0] = y;
     words[1..=xs.len()].copy_from_slice(xs);
     let largest = u64::from(op == ReduceOp::Max);
-    words[MEMBERS_MAX + 1..].copy_from_slice(&[xs.len() as u64, largest, elements as u64]);
+    words[MEMBERS_MAX + 1..].copy_from_slice(&[program, xs.len() as u64, largest, elements as u64]);
     let blocks = elements.div_ceil(THREADS).min(BLOCKS_MAX) as u32;
     stream.launch(function, &Geometry { grid: [blocks, 1, 1], block: [THREADS as u32, 1, 1], shared_bytes: 0 }, &words)
 }

@@ -73,6 +73,8 @@ pub(super) struct Link {
     outbox_sent: usize,
     /// Bytes of the outgoing transfer that are not yet sent.
     out_left: u64,
+    /// The size of the outbox without the header of the outgoing transfer.
+    outbox_before: usize,
     /// Number of calls that the two ends have completed together.
     pub(super) sequence: u64,
     /// Whether this member has notified the peer that it waits in the current call.
@@ -94,6 +96,7 @@ impl Link {
             outbox: Vec::with_capacity(2 * HEADER_BYTES_MAX),
             outbox_sent: 0,
             out_left: 0,
+            outbox_before: 0,
             sequence: 0,
             announced: false,
             ended: false,
@@ -126,6 +129,7 @@ impl Link {
 
     pub(super) fn begin_out(&mut self, context: &Context, bytes: u64) {
         debug_assert!(self.out_left == 0);
+        self.outbox_before = self.outbox.len();
         self.push_header(context, self.header(context, Kind::Data, bytes), &context.text);
         self.out_left = bytes;
         self.stalled = None;
@@ -326,6 +330,11 @@ impl Link {
 
     /// If the link is between transfers, sends this member's reason for failing. Then closes the outgoing direction.
     pub(super) fn fail(&mut self, context: &Context, error: &KernelError) {
+        if self.out_left > 0 && self.outbox_sent <= self.outbox_before && !self.outbox.is_empty() {
+            // The peer does not know of the transfer yet.
+            self.outbox.truncate(self.outbox_before);
+            self.out_left = 0;
+        }
         if self.out_left == 0 && self.outbox.len() <= HEADER_BYTES_MAX {
             let mut header = self.header(context, Kind::Stopped, 0);
             let text = match error {

@@ -2,9 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::flow::{Flow, In, Out, PIECE_WORDS, Part, Source, Target};
+use super::flow::{Flow, In, Part, Target};
 use super::port::Port;
-use crate::collective::ReduceOp;
 use crate::collective::exchange::taken;
 use crate::error::Result;
 use crate::memory::Words;
@@ -53,38 +52,38 @@ pub(super) fn all_to_all(
     }
     for step in 1..n {
         let (to, from) = ((member + step) % n, (member + n - step) % n);
-        let mut flow = Flow::new(ReduceOp::Sum);
-        sent(member, to, sources, targets).iter().for_each(|common| push_out(&mut flow, source, common));
-        for (_, boxes) in received_boxes.iter().filter(|(sender, _)| *sender == from) {
-            boxes.iter().for_each(|common| push_in(&mut flow, target, common));
-        }
-        let (sends, receives) = (!flow.outs.is_empty(), !flow.ins.is_empty());
-        flow.run(port, words, slots, Some(to).filter(|_| sends), Some(from).filter(|_| receives))?;
+        let sent = sent(member, to, sources, targets);
+        let received = received_boxes.iter().filter(|(sender, _)| *sender == from).flat_map(|(_, boxes)| boxes);
+        let received: Vec<&Region> = received.collect();
+        let receivers = (!sent.is_empty()).then_some(to);
+        let senders = (!received.is_empty()).then_some(from);
+        let mut flow = Flow::new(receivers, senders);
+        sent.iter().for_each(|common| push_out(&mut flow, source, common));
+        received.iter().for_each(|common| push_in(&mut flow, from, target, common));
+        flow.run(port, words, slots)?;
     }
     Ok(())
 }
 
-/// Splits the box `common` into parts of at most one piece. `held` is the region that the tensor holds.
-fn parts(flow: &mut Flow, held: &Region, common: &Region) -> Vec<Part> {
+/// The parts of the box `common` in a tensor that holds the region `held`.
+fn parts(flow: &mut Flow, held: &Region, common: &Region) -> impl Iterator<Item = Part> + use<> {
     let runs = flow.add_box(Runs::new(&held.size, &common.relative_to(held)));
-    let all = common.element_count();
-    let part = |start: usize| Part { runs, range: start..all.min(start + PIECE_WORDS) };
-    (0..all).step_by(PIECE_WORDS).map(part).collect()
+    flow.parts(runs, 0..common.element_count())
 }
 
 fn push_out(flow: &mut Flow, source: &Region, common: &Region) {
     for part in parts(flow, source, common) {
         let words = part.range.len();
-        let from = flow.contiguous(&part).map_or_else(|| Source::Pack(part), Source::X);
-        flow.outs.push(Out { from, words, forwards: false });
+        let from = flow.source(part);
+        flow.push_out(0, words, from, None);
     }
 }
 
-fn push_in(flow: &mut Flow, target: &Region, common: &Region) {
+fn push_in(flow: &mut Flow, from: usize, target: &Region, common: &Region) {
     for part in parts(flow, target, common) {
         let words = part.range.len();
         let to = flow.contiguous(&part).map_or_else(|| Target::Unpack(part), Target::Y);
-        flow.ins.push(In { to, words });
+        flow.ins.push(In { from, to, words });
     }
 }
 

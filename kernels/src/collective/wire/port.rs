@@ -4,8 +4,8 @@
 //! [`QUIET`] sends its call over all its links, and reads the headers that arrived. Members that wait forever wait for
 //! each other in a cycle, and a member waits only for members to which it has links. Equal calls do not wait in a cycle.
 //! So the cycle has a link whose two members wait in different calls. If both calls have the same number, both members
-//! detect the mismatch and report it over their links, as do the members that receive the report. The links of a ring or
-//! tree connect all members, so all of them receive it. If a member has finished a differing call without exchanging
+//! detect the mismatch and report it over their links, as do the members that receive the report. The links of a
+//! reduction, ring or tree connect all members, so all of them receive it. If a member has finished a differing call without exchanging
 //! data, the numbers differ. Then the next header of data reveals the mismatch or, if there is none, the watchdog ends
 //! the session.
 
@@ -153,45 +153,47 @@ impl Port {
                 return Ok(());
             }
             if moved == 0 {
-                self.wait(waits_to, waits_from)?;
+                self.wait(waits_to.as_slice(), waits_from)?;
             }
         }
     }
 
-    /// Waits until `to` accepts bytes, or bytes have arrived from `from`.
-    pub(super) fn wait(&mut self, to: Option<usize>, from: Option<usize>) -> Result<()> {
+    /// Waits until one of the peers `to` accepts bytes, or bytes have arrived from `from`.
+    pub(super) fn wait(&mut self, to: &[usize], from: Option<usize>) -> Result<()> {
         self.status.check()?;
-        self.status.waits_for.store(from.or(to).map_or(0, |peer| peer + 1), Ordering::Relaxed);
+        let awaited = from.or(to.first().copied());
+        self.status.waits_for.store(awaited.map_or(0, |peer| peer + 1), Ordering::Relaxed);
         let waited = self.wait_tick(to, from);
         self.status.waits_for.store(0, Ordering::Relaxed);
         waited
     }
 
-    fn wait_tick(&mut self, to: Option<usize>, from: Option<usize>) -> Result<()> {
-        let wants = |peer: usize| {
-            let mut flags = PollFlags::empty();
-            flags.set(PollFlags::OUT | PollFlags::RDHUP, to == Some(peer));
-            flags.set(PollFlags::IN, from == Some(peer));
-            flags
+    fn wait_tick(&mut self, to: &[usize], from: Option<usize>) -> Result<()> {
+        let mut wanted: Vec<(usize, PollFlags)> =
+            to.iter().map(|peer| (*peer, PollFlags::OUT | PollFlags::RDHUP)).collect();
+        match (from, wanted.iter_mut().find(|(peer, _)| Some(*peer) == from)) {
+            (_, Some((_, flags))) => *flags |= PollFlags::IN,
+            (Some(from), None) => wanted.push((from, PollFlags::IN)),
+            (None, None) => {}
+        }
+        let fd = |(peer, flags): &(usize, PollFlags)| match self.links.get(peer) {
+            Some(link) => Ok(PollFd::from_borrowed_fd(link.channel.as_fd(), *flags)),
+            None => Err(self.context.no_channel(*peer)),
         };
-        let fd = |peer: usize| match self.links.get(&peer) {
-            Some(link) => Ok(PollFd::from_borrowed_fd(link.channel.as_fd(), wants(peer))),
-            None => Err(self.context.no_channel(peer)),
-        };
-        let first = to.or(from).unwrap_or(self.context.member);
-        let mut fds = [fd(first)?, fd(from.unwrap_or(first))?];
-        let fds = if from.is_some_and(|peer| peer != first) { &mut fds[..] } else { &mut fds[..1] };
-        let ready = poll_for(fds, TICK).map_err(|error| self.context.link_error(first, error))?;
-        let hung_up = fds[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR);
-        if let Some(peer) = to {
+        let mut fds = wanted.iter().map(fd).collect::<Result<Vec<_>>>()?;
+        let first = wanted.first().map_or(self.context.member, |(peer, _)| *peer);
+        let ready = poll_for(&mut fds, TICK).map_err(|error| self.context.link_error(first, error))?;
+        let broken = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        let hung_up: Vec<bool> = fds.iter().map(|fd| fd.revents().intersects(broken)).collect();
+        for (peer, hung_up) in to.iter().zip(hung_up) {
             if hung_up {
-                return Err(self.hung_up(peer));
+                return Err(self.hung_up(*peer));
             }
-            let (timeout, (link, context)) = (self.write_timeout, self.link(peer)?);
+            let (timeout, (link, context)) = (self.write_timeout, self.link(*peer)?);
             if link.stalled.is_some_and(|since| since.elapsed() > timeout) {
                 let cause =
                     format!("the peer has accepted no bytes for {} ms during {}", timeout.as_millis(), context.text);
-                return Err(context.link_error(peer, cause));
+                return Err(context.link_error(*peer, cause));
             }
         }
         if ready {

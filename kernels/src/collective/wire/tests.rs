@@ -144,9 +144,9 @@ fn all_reduces(n: usize, lengths: impl IntoIterator<Item = usize>) -> Vec<Case> 
 #[test]
 fn trees_and_rings_return_the_bits_of_the_in_process_engine() {
     for n in 1..=6 {
-        for tree_bytes_max in [0, SCRATCH_BYTES] {
+        for whole_bytes_max in [0, usize::MAX] {
             let wires = engines(n, &[&ALL_REDUCE]);
-            wires.iter().for_each(|wire| wire.set_tree_bytes_max(tree_bytes_max));
+            wires.iter().for_each(|wire| wire.set_whole_bytes_max(whole_bytes_max));
             check_same(&wires, &all_reduces(n, 0..=40));
         }
     }
@@ -232,9 +232,9 @@ fn small_cases(n: usize) -> Vec<Case> {
 fn every_kind_needs_only_the_links_of_its_peers() {
     for n in 2..=17 {
         for case in small_cases(n) {
-            for tree_bytes_max in [0, SCRATCH_BYTES] {
+            for whole_bytes_max in [0, usize::MAX] {
                 let wires = engines(n, &[&case.kind]);
-                wires.iter().for_each(|wire| wire.set_tree_bytes_max(tree_bytes_max));
+                wires.iter().for_each(|wire| wire.set_whole_bytes_max(whole_bytes_max));
                 check_same(&wires, std::slice::from_ref(&case));
             }
         }
@@ -253,7 +253,7 @@ fn peers_are_symmetric_and_few() {
         }
     }
     let most = |n: usize| (0..n).map(|member| peers(&ALL_REDUCE, n, member).len()).max();
-    assert_eq!([3, 16, 384, 4096].map(most), [2, 5, 10, 13].map(Some));
+    assert_eq!([3, 16, 384, 4096].map(most), [2, 4, 9, 12].map(Some));
     assert_eq!(peers(&RECEIVE, 4, 2), [1].into());
     assert_eq!(peers(&CollectiveKind::Send { to: 2 }, 4, 1), [2].into());
     // Each member gets rows only from itself and from the previous member.
@@ -297,7 +297,7 @@ fn fragmented_reads_do_not_change_results() {
             cases.extend(large_cases(3, &[7, 9]));
             let channels = mesh(3, &kinds(&cases), &mut pair).into_iter();
             let wires: Vec<_> = channels.map(|all| Wire::new(all, LONG_TIMEOUT)).collect();
-            wires.iter().for_each(|wire| wire.set_tree_bytes_max([0, TREE_BYTES_MAX][seed as usize % 2]));
+            wires.iter().for_each(|wire| wire.set_whole_bytes_max([0, WHOLE_BYTES_MAX][seed as usize % 2]));
             check_same(&wires, &cases);
         });
     }
@@ -446,9 +446,9 @@ fn all_other_members_report_a_member_that_leaves() {
 }
 
 /// Member `odd_member` of n makes a different call from the others. All members report the mismatch.
-fn check_all_report_the_mismatch(odd_member: usize, different: &[Case], common: &[Case], odd_tree_bytes_max: usize) {
+fn check_all_report_the_mismatch(odd_member: usize, different: &[Case], common: &[Case], odd_whole_bytes_max: usize) {
     let wires = engines(common[0].xs.len(), &[&common[0].kind, &different[0].kind]);
-    wires[odd_member].set_tree_bytes_max(odd_tree_bytes_max);
+    wires[odd_member].set_whole_bytes_max(odd_whole_bytes_max);
     let cases_of = |member| if member == odd_member { different } else { common };
     for result in run_all(as_engines(&wires), cases_of).iter().flatten() {
         assert!(matches!(result, Err(KernelError::CollectiveMismatch { .. })), "{result:?}");
@@ -468,10 +468,10 @@ fn members_that_wait_for_each_other_in_different_calls_report_a_mismatch() {
             y_shapes: vec![vec![10]; n],
             in_place: false,
         };
-        check_all_report_the_mismatch(odd_member, &[broadcast], &cases[..1], TREE_BYTES_MAX);
+        check_all_report_the_mismatch(odd_member, &[broadcast], &cases[..1], WHOLE_BYTES_MAX);
         // The others are in the middle of transfers, so they cannot report the mismatch to the next member.
         let large = all_reduces(n, [100_000]);
-        check_all_report_the_mismatch(odd_member, &large[2..3], &large[..1], TREE_BYTES_MAX);
+        check_all_report_the_mismatch(odd_member, &large[2..3], &large[..1], WHOLE_BYTES_MAX);
     }
 }
 

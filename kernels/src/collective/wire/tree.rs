@@ -1,14 +1,11 @@
-//! Binomial trees, for small tensors and broadcasts. Positions are counted from the root. The positions of a member and
+//! Broadcasts over binomial trees. Positions are counted from the root. The positions of a member and
 //! its neighbour differ in one bit. A child's position differs in one of the member's trailing 0 bits, and the parent's
 //! position differs in the member's lowest 1 bit.
 
 use super::flow::PIECE_WORDS;
 use super::port::Port;
-use crate::collective::ReduceOp;
-use crate::collective::exchange::{combine_into, combine_two};
 use crate::error::Result;
 use crate::memory::Words;
-use crate::tensor::split_range;
 
 /// A member's position in a binomial tree.
 pub(super) struct Tree {
@@ -21,10 +18,6 @@ pub(super) struct Tree {
 impl Tree {
     pub(super) fn new(members: usize, member: usize, root: usize) -> Self {
         Self { root, members, position: (member + members - root) % members }
-    }
-
-    fn of(port: &Port, root: usize) -> Self {
-        Self::new(port.members(), port.context.member, root)
     }
 
     /// The parent and the children.
@@ -47,74 +40,17 @@ impl Tree {
         let below: Vec<_> = distances.take_while(|distance| self.position + distance < self.members).collect();
         below.into_iter().map(|distance| (self.member(self.position + distance), distance))
     }
-
-    /// Number of members in the subtree whose root is `distance` positions after this member.
-    fn subtree(&self, distance: usize) -> usize {
-        distance.min(self.members - self.position - distance)
-    }
 }
 
-/// All-reduce of few bytes. Two members exchange their values; larger groups gather all values at member 0, which
-/// combines them and broadcasts the result. `blocks` has room for every member's values.
-pub(super) fn all_reduce(port: &mut Port, words: &mut Words<'_>, blocks: &mut [f32], op: ReduceOp) -> Result<()> {
-    let (len, n) = (words.y.len(), port.members());
-    if n == 2 {
-        let (peer, bytes) = (1 - port.context.member, size_of_val(words.x()));
-        let (first, second) = blocks[..2 * len].split_at_mut(len);
-        let (own, other) = if peer == 1 { (first, second) } else { (second, first) };
-        port.begin_out(peer, bytes)?;
-        port.begin_in(peer, bytes)?;
-        own.copy_from_slice(words.x());
-        let into = bytemuck::cast_slice_mut(other);
-        port.exchange(Some((peer, bytemuck::cast_slice(own))), Some((peer, into)))?;
-        combine_blocks(op, blocks, n, words.y);
-        return Ok(());
-    }
-    let tree = Tree::of(port, 0);
-    blocks[..len].copy_from_slice(words.x());
-    for (child, distance) in tree.children() {
-        let into = &mut blocks[distance * len..][..tree.subtree(distance) * len];
-        port.begin_in(child, size_of_val(into))?;
-        port.exchange(None, Some((child, bytemuck::cast_slice_mut(into))))?;
-    }
-    if let Some(parent) = tree.parent() {
-        let held = 1 + tree.children().map(|(_, distance)| tree.subtree(distance)).sum::<usize>();
-        let data = bytemuck::cast_slice(&blocks[..held * len]);
-        port.begin_out(parent, data.len())?;
-        port.exchange(Some((parent, data)), None)?;
-    } else {
-        combine_blocks(op, blocks, n, words.y);
-    }
-    broadcast_from_root(port, &tree, words.y)
-}
-
-/// Combines the values of all members in the order of [`crate::collective::Group`]. Block i holds member i's values.
-fn combine_blocks(op: ReduceOp, blocks: &[f32], n: usize, y: &mut [f32]) {
-    let len = y.len();
-    for owner in 0..n {
-        let chunk = split_range(len, n, owner);
-        let of = |member: usize| &blocks[member % n * len..][chunk.clone()];
-        let sum = &mut y[chunk.clone()];
-        if n == 1 {
-            sum.copy_from_slice(of(0));
-            continue;
-        }
-        combine_two(op, of(owner + 1), of(owner + 2), sum);
-        (3..=n).for_each(|i| combine_into(op, sum, of(owner + i)));
-    }
-}
-
+/// Sends the root's x to all. While a piece arrives, the previous one goes to the child with the largest subtree.
 pub(super) fn broadcast(port: &mut Port, words: &mut Words<'_>, root: usize) -> Result<()> {
     if port.context.member == root
         && let (Some(x), y) = words.split()
     {
         y.copy_from_slice(x);
     }
-    broadcast_from_root(port, &Tree::of(port, root), words.y)
-}
-
-/// Sends the root's `y` to all. While a piece arrives, the previous one goes to the child with the largest subtree.
-fn broadcast_from_root(port: &mut Port, tree: &Tree, y: &mut [f32]) -> Result<()> {
+    let y = &mut words.y[..];
+    let tree = Tree::new(port.members(), port.context.member, root);
     let parent = tree.parent();
     let children: Vec<usize> = tree.children().rev().map(|(child, _)| child).collect();
     if let Some(parent) = parent {
