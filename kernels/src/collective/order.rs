@@ -36,7 +36,7 @@ pub(crate) fn levels(members: usize) -> Vec<Level> {
     let (mut levels, mut stride, mut radix) = (Vec::new(), 1, 2);
     while stride < members {
         let rest = members / stride;
-        if rest % radix == 0 {
+        if rest.is_multiple_of(radix) {
             levels.push(Level { stride, radix });
             stride *= radix;
         } else if radix * radix > rest {
