@@ -138,7 +138,8 @@ impl<'a> SearchSpace<'a> {
             let kind = if is_move(kind) && elements_max == 0 { StepKind::Slice } else { kind };
             (kind, axes, elements_max)
         } else {
-            if a.side > b.side || a.sbp.partial().is_some() || b.sbp.partial().is_some() {
+            let has_terms = a.sbp.partial().is_some() || b.sbp.partial().is_some();
+            if a.side > b.side || (has_terms && !self.moves_terms(&a.sbp, &b.sbp)) {
                 return None;
             }
             (StepKind::Transfer, Vec::new(), self.elements_pulled_max(&a.sbp, &b.sbp))
@@ -146,6 +147,12 @@ impl<'a> SearchSpace<'a> {
         self.edges_evaluated.set(self.edges_evaluated.get() + 1);
         let cost_seconds = self.model.seconds(kind, elements_max * self.dtype.bytes());
         Some(Edge { kind, axes, elements_max, cost_seconds })
+    }
+
+    /// Whether a transfer can move terms: each target device reads the term of the source device at its coordinates.
+    fn moves_terms(&self, from: &NdSbp, to: &NdSbp) -> bool {
+        let sizes = |side: usize| &self.placements[side].1;
+        from == to && sizes(0) == sizes(1) && *self.overlap == Overlap::Disjoint
     }
 
     /// Number of elements that the busiest target device pulls in a transfer.

@@ -10,7 +10,7 @@ use shardflow_kernels::tensor::HostTensor;
 
 use super::interpret::interpret;
 use super::search::{Side, combinations};
-use super::step::LocalStep;
+use super::step::{LocalStep, StepKind};
 use super::*;
 use crate::sbp::Sbp;
 use crate::sbp::region::same_bits;
@@ -299,5 +299,14 @@ proptest! {
         let from = layout_from_draws(&source, shape.len(), &from, max[0]);
         let to = layout_from_draws(&target, shape.len(), &to, max[1]);
         check_exact(&shape, &from, &to);
+    }
+}
+
+#[test]
+fn terms_move_to_other_devices_without_a_reduction() {
+    let (source, target) = (grid(0, 2, 2), grid(4, 2, 2));
+    for text in ["P,S0", "B,P", "P,P"] {
+        let plan = plan(&[6, 4], DType::F32, &layout(&source, text), &layout(&target, text), &CostModel::default());
+        assert_eq!(plan.unwrap().steps.iter().map(|step| step.kind).collect::<Vec<_>>(), [StepKind::Transfer], "{text}");
     }
 }

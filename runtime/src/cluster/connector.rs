@@ -401,7 +401,7 @@ mod tests {
     #[test]
     fn the_partners_of_a_process_grow_with_the_logarithm_of_the_data_axis() {
         let most = |mesh: &str| partners_of_all(mesh).iter().map(BTreeSet::len).max();
-        assert_eq!(["data=8", "data=64"].map(most), [4, 7].map(Some));
+        assert_eq!(["data=8", "data=64"].map(most), [3, 6].map(Some));
     }
 
     #[test]

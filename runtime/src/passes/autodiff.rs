@@ -29,7 +29,7 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Vec<Var>> {
         }
         let grad = |output: &Var| {
             let parts = grads.remove(output)?;
-            Some(graph.layer(node.location, |graph| total(graph, *output, parts)))
+            Some(graph.layer(node.location, |graph| total(graph, parts)))
         };
         let outputs: Vec<Option<Var>> = node.outputs.iter().map(grad).collect();
         graph.current_placement = node.placement;
@@ -56,20 +56,14 @@ fn needs_gradient(graph: &Graph) -> Vec<bool> {
     needed
 }
 
-/// The sum of all contributions to a gradient. Contributions on one placement are added there, so only their sum is
-/// transferred.
-fn total(graph: &mut Graph, of: Var, parts: Vec<Var>) -> Var {
-    let add = |graph: &mut Graph, sum, part| graph.kernel("grad_sum", Op::Add, &[sum, part])[0];
-    let mut sums: Vec<Var> = Vec::new();
-    for part in parts {
+/// The sum of the contributions to a gradient, in their order on all placements. Each contribution is added on its own
+/// placement, so the sum moves along with the backward pass, and crosses to a placement only once for each chunk.
+fn total(graph: &mut Graph, parts: Vec<Var>) -> Var {
+    let add = |sum, part| {
         graph.current_placement = graph.placement_of(part);
-        match sums.iter_mut().find(|sum| graph.placement_of(**sum) == graph.current_placement) {
-            Some(sum) => *sum = add(graph, *sum, part),
-            None => sums.push(part),
-        }
-    }
-    graph.current_placement = graph.placement_of(of);
-    sums.into_iter().reduce(|total, sum| add(graph, total, sum)).expect("a gradient has a contribution")
+        graph.kernel("grad_sum", Op::Add, &[sum, part])[0]
+    };
+    parts.into_iter().reduce(add).expect("a gradient has a contribution")
 }
 
 /// Returns the gradients of a node's inputs, given the gradients of its outputs.

@@ -8,6 +8,11 @@
 //! - LAY-3: if a tensor can have no entry except one split along an axis, kernels that can read this split do so;
 //! - LAY-4: a kernel may read terms (`Partial`) along an axis only if one of the inputs can already have these terms.
 //!
+//! One more rule keeps the order of sums:
+//! - LAY-5: if the gradient of a use of a shared parameter can have terms along an axis, the gradients of all uses are
+//!   added as terms along this axis. So devices add the gradients of all uses before they reduce their sum, wherever the
+//!   uses are.
+//!
 //! If the rules leave a kernel no candidate, all its candidates stay.
 //!
 //! Cost decides among the remaining candidates. Without these rules, the cheapest choice would gather weights or
@@ -23,6 +28,7 @@ use crate::boxing::Planner;
 use crate::graph::{Graph, Node, NodeOp, Rate, Var, ops};
 use crate::layout_error::LayoutError;
 use crate::passes::optimizer::owner_sums;
+use crate::placement::Axis;
 use crate::sbp::choose::{Candidate, NodeSpec, Problem, TensorSpec, choose as choose_layouts};
 use crate::sbp::rule::{NdSignature, Rule, Signature};
 use crate::sbp::{NdSbp, PlacedLayout, Sbp};
@@ -156,15 +162,15 @@ fn spec(
     let mut signatures = Vec::new();
     if node.rate == Rate::MicroBatch {
         signatures = NdSignature::combinations(&splits.restricted(graph, node, &spec, &by_axis), counts);
+    } else if matches!(node.op, NodeOp::Kernel(Op::Add)) {
+        signatures = NdSignature::combinations(&splits.terms_first(graph, &spec, &by_axis), counts);
     }
     // The rules allow no candidate if the op cannot read a parameter in its given layout. All candidates then stay, and
     // `explain` lists the layout change.
     if signatures.is_empty() {
         signatures = NdSignature::combinations(&by_axis, counts);
     }
-    if node.rate == Rate::MicroBatch {
-        splits.record(&spec, &signatures);
-    }
+    splits.record(&spec, &signatures);
     spec.add_candidates(&rule, tensors, whole_seconds(graph, node), signatures)?;
     Ok(Some(spec))
 }
@@ -214,6 +220,23 @@ impl Splits {
             all.iter().filter(allowed).cloned().collect()
         };
         by_axis.iter().enumerate().map(along).collect()
+    }
+
+    /// The signatures along each axis that LAY-5 allows.
+    fn terms_first(&self, graph: &Graph, spec: &NodeSpec, by_axis: &[Vec<Signature<Sbp>>]) -> Vec<Vec<Signature<Sbp>>> {
+        let along = |(axis, all): (&Axis, &Vec<Signature<Sbp>>)| {
+            let can_have_terms = |tensor: &usize| {
+                let axes = graph.placements[graph.placement_of(graph.var(*tensor))].axes();
+                let own = axes.iter().position(|other| other == axis);
+                own.is_some_and(|own| {
+                    self.0[*tensor].get(own).is_some_and(|entries| entries.iter().any(|e| e.is_partial()))
+                })
+            };
+            let reads_terms = |s: &&Signature<Sbp>| s.inputs.iter().all(|entry| entry.is_partial());
+            let has_terms = spec.inputs.iter().any(can_have_terms);
+            all.iter().filter(|s| !has_terms || reads_terms(s)).cloned().collect()
+        };
+        spec.placement.axes().iter().zip(by_axis).map(along).collect()
     }
 
     /// Records the possible layouts of the node's outputs.

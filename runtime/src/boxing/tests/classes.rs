@@ -3,7 +3,7 @@
 use shardflow_kernels::tensor::Region;
 
 use super::*;
-use crate::boxing::step::{Pull, StepKind};
+use crate::boxing::step::Pull;
 
 /// The pulls of all target devices, computed in one pass over these devices.
 fn all_pulls(step: &BoxingStep) -> Vec<Vec<Pull>> {
