@@ -1,4 +1,4 @@
-//! The socket engine passes the conformance suite over socket pairs and over TCP, with trees and with rings.
+//! The socket engine passes the conformance suite over socket pairs and over TCP, with whole and with divided tensors.
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
@@ -178,7 +178,7 @@ fn streams_that_hold_bytes() {
 }
 
 #[test]
-fn one_device_per_process_with_rings_only() {
+fn one_device_per_process_with_divided_tensors_only() {
     check(unix_pair, 1, Some(0));
 }
 

@@ -307,6 +307,10 @@ fn terms_move_to_other_devices_without_a_reduction() {
     let (source, target) = (grid(0, 2, 2), grid(4, 2, 2));
     for text in ["P,S0", "B,P", "P,P"] {
         let plan = plan(&[6, 4], DType::F32, &layout(&source, text), &layout(&target, text), &CostModel::default());
-        assert_eq!(plan.unwrap().steps.iter().map(|step| step.kind).collect::<Vec<_>>(), [StepKind::Transfer], "{text}");
+        assert_eq!(
+            plan.unwrap().steps.iter().map(|step| step.kind).collect::<Vec<_>>(),
+            [StepKind::Transfer],
+            "{text}"
+        );
     }
 }

@@ -142,7 +142,7 @@ fn all_reduces(n: usize, lengths: impl IntoIterator<Item = usize>) -> Vec<Case> 
 }
 
 #[test]
-fn trees_and_rings_return_the_bits_of_the_in_process_engine() {
+fn whole_and_divided_tensors_return_the_bits_of_the_in_process_engine() {
     for n in 1..=6 {
         for whole_bytes_max in [0, usize::MAX] {
             let wires = engines(n, &[&ALL_REDUCE]);
@@ -434,7 +434,7 @@ fn an_abort_ends_a_stalled_write() {
 
 #[test]
 fn all_other_members_report_a_member_that_leaves() {
-    // The others reduce on a ring, or on a tree.
+    // The others divide the tensor, or exchange it whole.
     for (n, len) in [(4, 100_000), (9, 100_000), (9, 1)] {
         let mut wires = engines(n, &[&ALL_REDUCE]);
         drop(wires.pop());
@@ -459,7 +459,7 @@ fn check_all_report_the_mismatch(odd_member: usize, different: &[Case], common: 
 fn members_that_wait_for_each_other_in_different_calls_report_a_mismatch() {
     for (n, odd_member) in [(3, 0), (3, 1), (3, 2), (9, 0), (9, 3), (9, 8)] {
         let cases = all_reduces(n, [10, 11]);
-        // The odd member runs a ring and the others run a tree, so they wait for each other.
+        // The odd member divides the tensor and the others exchange it whole, so they wait for each other.
         check_all_report_the_mismatch(odd_member, &cases[4..5], &cases[..1], 0);
         // Two members wait for each other, and neither has sent anything.
         let broadcast = Case {
