@@ -193,21 +193,30 @@ fn two_placements(g: &mut Graph) -> Var {
     g.cross_entropy(logits, targets)
 }
 
+/// The saved model after some steps.
+fn saved(build: fn(&mut Graph) -> Var, mesh: &str, max_norm: f32, steps: usize) -> Vec<u8> {
+    let mut g = graph(mesh);
+    let loss = build(&mut g);
+    g.minimize(loss, AdamW { max_norm, ..AdamW::default() });
+    let plan = compile(g, &CompileOptions::default()).unwrap_or_else(|e| panic!("{mesh}: {e}"));
+    let mut session = Session::start(plan, &SessionOptions::default()).expect("a session");
+    for seed in 0..steps {
+        let inputs = [("ids", tokens(seed)), ("targets", tokens(seed + 1))];
+        session.step(&inputs, 1e-2).unwrap_or_else(|e| panic!("{mesh}: {e}"));
+    }
+    let path = std::env::temp_dir().join(format!("shardflow-saved-{mesh}-{}", std::process::id()));
+    session.save(&path).expect("saved");
+    let bytes = std::fs::read(&path).expect("a saved file");
+    std::fs::remove_file(&path).expect("a saved file");
+    bytes
+}
+
 /// One norm clips all gradients. The test compares moments, because AdamW's updates hide the scale of a gradient.
 #[test]
 fn clipping_uses_the_norm_over_all_placements() {
     within(60, || {
         let moments = |mesh: &str| {
-            let mut g = graph(mesh);
-            let loss = two_placements(&mut g);
-            g.minimize(loss, AdamW { max_norm: 0.01, ..AdamW::default() });
-            let plan = compile(g, &CompileOptions::default()).unwrap_or_else(|e| panic!("{mesh}: {e}"));
-            let mut session = Session::start(plan, &SessionOptions::default()).expect("a session");
-            session.step(&[("ids", tokens(0)), ("targets", tokens(1))], 1e-2).unwrap_or_else(|e| panic!("{mesh}: {e}"));
-            let path = std::env::temp_dir().join(format!("shardflow-clip-{mesh}-{}", std::process::id()));
-            session.save(&path).expect("saved");
-            let bytes = std::fs::read(&path).expect("a saved file");
-            std::fs::remove_file(&path).expect("a saved file");
+            let bytes = saved(two_placements, mesh, 0.01, 1);
             let file = safetensors::SafeTensors::deserialize(&bytes).expect("whole");
             let data = file.tensor("adamw.m/table").expect("is trained").data().to_vec();
             data.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect::<Vec<_>>()
@@ -293,6 +302,17 @@ fn check_near(got: &Results, expected: &Results, case: &str) {
 #[test]
 fn a_table_can_be_used_on_the_first_and_the_last_stage() {
     check_program(tied, true);
+}
+
+/// In groups of 5 and 10 devices, values are added in different orders.
+#[test]
+fn the_norm_that_clips_does_not_depend_on_stages() {
+    within(60, || {
+        let expected = saved(tied, "tensor=5", MAX_NORM, 20);
+        for mesh in ["stage=2,tensor=5", "tensor=5,stage=2"] {
+            assert!(saved(tied, mesh, MAX_NORM, 20) == expected, "{mesh}");
+        }
+    });
 }
 
 #[test]

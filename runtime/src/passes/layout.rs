@@ -21,6 +21,7 @@
 use std::collections::BTreeSet;
 use std::panic::Location;
 
+use shardflow_actors::label::Role;
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::element_count;
 
@@ -151,6 +152,8 @@ fn spec(
         }
         NodeOp::Kernel(op) => ops::rule(op, &shapes)?,
         NodeOp::Custom(op) => op.rule()?,
+        // The pass has set the layouts of the norm.
+        NodeOp::Relayout if node.role == Role::Norm => return Ok(None),
         NodeOp::Relayout => {
             let x: String = ('a'..='z').take(shapes[0].len()).collect();
             Rule::parse(&format!("{x}->{x}"))?

@@ -79,22 +79,43 @@ fn add_uses(graph: &mut Graph, sums: Vec<(Var, Var)>) -> Vec<(Var, Var)> {
     totals
 }
 
-/// Adds the node `NormTotal` on all devices that have sums of squares.
+/// Adds up the sums of squares of all devices. The sums of each placement are reduced on this placement first, so the
+/// order of the additions does not depend on other placements. Then only the first device of each placement has a row
+/// that is not zero, so the order of `NormTotal` does not matter.
 fn norm_total(graph: &mut Graph, sums: &[Var], parameters: usize) -> Var {
     let placements: Vec<usize> = sums.iter().map(|sums| graph.placement_of(*sums)).collect();
+    let output = [(vec![parameters, 2], DType::F32, Rate::Step)];
+    let reduce = |graph: &mut Graph, sums: &Var| {
+        graph.current_placement = graph.placement_of(*sums);
+        if graph.placements[graph.current_placement].device_count() == 1 {
+            return *sums;
+        }
+        let location = graph.producer(*sums).location;
+        graph.layer(location, |graph| {
+            let reduced = graph.push("norm_part", NodeOp::Relayout, &[*sums], &output)[0];
+            if placements.len() == 1 {
+                return reduced;
+            }
+            let first = graph.push("norm_part", NodeOp::Relayout, &[reduced], &output)[0];
+            let layout = owner_sums(&graph.placements[graph.current_placement]);
+            graph.tensors[first.index()].layout = Some(layout);
+            first
+        })
+    };
+    let parts: Vec<Var> = sums.iter().map(|sums| reduce(graph, sums)).collect();
+    if let [total] = parts[..] {
+        return total;
+    }
     let mut devices: Vec<usize> = placements.iter().flat_map(|p| graph.placements[*p].devices()).copied().collect();
     devices.sort_unstable();
     devices.dedup();
-    if let ([sums], [_]) = (sums, &devices[..]) {
-        return *sums;
-    }
-    graph.current_placement = match placements[..] {
-        [only] => only,
-        _ if devices.len() == graph.mesh.device_count() => graph.placement_index(graph.mesh.whole()),
-        _ => graph.placement_index(Placement::of_all(devices)),
+    graph.current_placement = if devices.len() == graph.mesh.device_count() {
+        graph.placement_index(graph.mesh.whole())
+    } else {
+        graph.placement_index(Placement::of_all(devices))
     };
-    let output = [(vec![parameters, 2], DType::F32, Rate::Step)];
-    graph.layer(graph.producer(sums[0]).location, |graph| graph.push("norm_total", NodeOp::NormTotal, sums, &output))[0]
+    let location = graph.producer(sums[0]).location;
+    graph.layer(location, |graph| graph.push("norm_total", NodeOp::NormTotal, &parts, &output))[0]
 }
 
 /// The layout of `NormSums`. Each device contributes the gradient parts whose first copy it holds.
