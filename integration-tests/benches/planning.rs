@@ -139,7 +139,11 @@ fn main() {
         let seconds = begin.elapsed().as_secs_f64();
         let (nodes, classes) = (plan.graph.nodes().len(), plan.classes.devices.len());
         let devices = plan.device_count();
+        let begin = Instant::now();
+        let explained = black_box(plan.explain()).len();
+        let explain = begin.elapsed().as_secs_f64();
         println!("{}: {nodes} nodes, {classes} classes, {seconds:.2} s, peak of {} MiB so far", case.name, peak_mib());
+        println!("  explain: {explain:.2} s, {} kB", explained / 1000);
         let (plan, last) = (Arc::new(plan), devices - 1);
         let part = median_ms(|| _ = black_box(plan.clone().instance_of(last..devices)));
         let hash = median_ms(|| _ = black_box(plan.hash()));

@@ -6,6 +6,7 @@ use shardflow::boxing::step::StepKind;
 use shardflow::graph::NodeOp;
 use shardflow::plan::BaseKey;
 use shardflow::plan::instance::Instance;
+use shardflow_actors::label::Role;
 use shardflow_integration_tests::training::{Model, ONE, options, within};
 use shardflow_kernels::collective::CollectiveKind;
 use shardflow_kernels::op::Op;
@@ -39,7 +40,11 @@ fn predicted(plan: &Instance) -> Vec<u64> {
 fn buckets(plan: &Instance) -> BTreeMap<usize, u64> {
     let mut bytes = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.values().zip(plan.actions.values()) {
-        for (action, spec) in actions.iter().zip(&actor.actions).filter(|a| a.0.name.starts_with("all-reduce")) {
+        for (action, spec) in actions.iter().zip(&actor.actions) {
+            let calls = matches!(action.launches.first().map(|launch| &launch.op), Some(Op::Collective(_)));
+            if spec.label.role != Role::Communication || !calls {
+                continue;
+            }
             assert_eq!(spec.per_step, 1);
             for launch in &action.launches {
                 let Op::Collective(call) = &launch.op else { panic!("a bucket is one collective") };

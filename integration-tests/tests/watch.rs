@@ -133,9 +133,8 @@ fn check_actors(got: &Values, metrics: &Metrics) {
     let value = |name: &str| got[name];
     for actor in &metrics.actors {
         for (action, firings, seconds) in &actor.actions {
-            let labels = format!("{{actor=\"{}\",action=\"{action}\"}}", actor.name);
-            let (count, busy) =
-                (value(&format!("{}_count{labels}", names::FIRING)), value(&format!("{}_sum{labels}", names::FIRING)));
+            let labels = format!("{{actor=\"{}\",action=\"{action}\",role=\"", actor.name);
+            let [count, busy] = ["count", "sum"].map(|kind| sum(got, &format!("{}_{kind}", names::FIRING), &labels));
             assert_eq!(count, *firings as f64, "{labels}");
             assert!((busy - seconds).abs() < 1e-6, "{labels}: got {busy}, expected {seconds}");
         }

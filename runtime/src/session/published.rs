@@ -5,6 +5,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+use shardflow_actors::label::Label;
 use shardflow_actors::shell::Control;
 use shardflow_actors::snapshot::ActorSnapshot;
 use shardflow_actors::spec::{ActorId, RegisterId};
@@ -113,8 +114,16 @@ impl PublishedMetrics {
         for FiringRecord { action, idle_ns, launched_ns, ended_ns, cause, .. } in new_firings.firings {
             let spec = &sources.plan.spec.actors[actor];
             let firing = self.firings.entry((actor, action)).or_insert_with(|| {
-                let action = spec.actions[action as usize].name.clone();
-                histogram!(names::FIRING, "actor" => spec.name.clone(), "action" => action)
+                let action = &spec.actions[action as usize];
+                let Label { role, chunk, program } = &action.label;
+                histogram!(
+                    names::FIRING,
+                    "actor" => spec.name.clone(),
+                    "action" => action.name.clone(),
+                    "role" => role.name(),
+                    "chunk" => chunk.to_string(),
+                    "program" => program.to_string()
+                )
             });
             firing.record(seconds(ended_ns - launched_ns));
             let wait = self.waits.entry((actor, cause)).or_insert_with(|| {
