@@ -350,7 +350,7 @@ fn tensors_and_inputs_can_skip_stages() {
 fn programs_have_the_same_bits_in_one_process_and_in_several() {
     let programs: [fn(&mut Graph) -> Var; 7] =
         [tied, tied_late, shared_by_all, returning, whole_mesh_ends, overlapping, skipping];
-    within(120, move || {
+    within(300, move || {
         for (index, build) in programs.into_iter().enumerate() {
             for (mesh, processes) in
                 [("stage=4", 2), ("stage=4", 4), ("data=2,stage=2,tensor=2", 3), ("data=3", 3), ("data=6", 4)]

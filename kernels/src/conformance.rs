@@ -50,7 +50,7 @@ pub fn run_attentions(device: &Device) -> Vec<ConformanceFailure> {
 /// creates devices `0..n`, each with an arena of [`COLLECTIVES_ARENA_BYTES`] and a new engine that was created for
 /// [`collectives_groups`].
 pub fn run_collectives(make: &Make<'_>) -> Vec<ConformanceFailure> {
-    let requirements = EngineRequirements::of(4, SummationOrder::InOrder);
+    let requirements = EngineRequirements::of(6, SummationOrder::InOrder);
     failures(|report| collectives::run(report, make, &requirements))
 }
 

@@ -14,7 +14,7 @@ use crate::region::{Runs, check_inside, for_each_run, subtract};
 use crate::tensor::regions::Regions;
 use crate::tensor::{DType, Region, split_range};
 
-/// Number of elements per block. A reduction keeps one block in the L1 cache.
+/// Number of elements per block. A reduction keeps one block per level in the L1 cache.
 const BLOCK: usize = 1024;
 
 /// Copies into a result of at least this many elements bypass the caches, which are too small for the result. In
@@ -336,7 +336,7 @@ impl<'a> Reduction<'a> {
 /// block for each level but the first.
 ///
 /// # Safety
-/// The range is inside each x. No x is written during the call.
+/// The range is inside each x. No x is written during the call, so `y` overlaps none of them.
 unsafe fn combine_members(
     op: ReduceOp,
     xs: &[Posted],

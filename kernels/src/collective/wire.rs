@@ -8,7 +8,7 @@
 //!   has bytes to send, a wait also ends on the write timeout. A failed group stays failed.
 //!
 //! A member has links only to members with which it exchanges data ([`peers`]). So a member of an all-reduce among n
-//! members has log2(n) links if n is a power of two. These links are enough to detect different calls, see the module
+//! members has `p - 1` links for each prime factor p of n, such as 9 links if n is 384. These links are enough to detect different calls, see the module
 //! `port`.
 //!
 //! Memory: from its first call on, a member of a group holds [`SCRATCH_BYTES`] and about 17 KiB per link, and from its
@@ -62,6 +62,8 @@ pub const SCRATCH_BYTES: usize = flow::SLOTS_WORDS * size_of::<f32>();
 /// many messages. In measurements with 2, 3 and 4 processes on 2 cores, over Unix sockets, both take the same time at about
 /// 1 MiB for 4 members. For 2 members, whole tensors take half the time at 512 KiB.
 pub const WHOLE_BYTES_MAX: usize = 512 << 10;
+
+const _: () = assert!(WHOLE_BYTES_MAX <= SCRATCH_BYTES);
 
 /// `(group id, member, peer)`: identifies the member's end of its connection to the peer.
 pub type ChannelKey = (u32, usize, usize);
@@ -133,7 +135,8 @@ impl Wire {
     /// [`peers`] in all calls of the group.
     ///
     /// If a write makes no progress for `write_timeout`, the group fails. A write makes no progress while the receiver
-    /// is late, so the timeout must exceed the largest delay between two members within a step.
+    /// is late or busy with a slower link, so the timeout must exceed the largest delay between two members within a step,
+    /// and the time to transfer 4 MiB over the slowest link.
     pub fn new(channels: BTreeMap<ChannelKey, Channel>, write_timeout: Duration) -> Self {
         Self {
             unused_channels: Mutex::new(channels),

@@ -263,7 +263,8 @@ impl RunningFlow<'_> {
         let Some(peer) = self.awaited(port)? else { return Ok(false) };
         // A transfer of no bytes still has a header.
         let Some(piece) = self.flow.ins.get(self.received.piece) else {
-            return Ok(port.receive(peer, &mut [])? > 0);
+            port.receive(peer, &mut [])?;
+            return Ok(port.link(peer)?.0.in_done());
         };
         let slot = self.slot(self.slot_in(piece), piece.words);
         let into = match &piece.to {

@@ -21,11 +21,11 @@ use crate::memory::Words;
 use crate::region::Runs;
 use crate::tensor::{Region, split_range};
 
-/// Maximum number of words that a reduce-scatter keeps between two levels.
-const BETWEEN_WORDS_MAX: usize = 1 << 20;
+/// Maximum number of words that a reduce-scatter keeps between two levels. Tests need several slices of small tensors.
+const BETWEEN_WORDS_MAX: usize = if cfg!(test) { 1000 } else { 1 << 20 };
 
 /// Maximum number of words that an all-reduce passes through all levels at once.
-const BLOCK_WORDS: usize = 1 << 20;
+const BLOCK_WORDS: usize = if cfg!(test) { 50_000 } else { 1 << 20 };
 
 /// The members with which `member` exchanges values.
 pub(super) fn peers(members: usize, member: usize) -> impl Iterator<Item = usize> {
@@ -78,21 +78,21 @@ impl Division {
         self.others().map(|digit| self.level.with_digit(self.member, digit))
     }
 
-    /// The flow of this level. `parts` returns the elements of x at a position, as a range of a box. The results of the
+    /// The flow of this level. `parts` returns the elements of x at some positions, as ranges of boxes. The results of the
     /// own positions are written to y, one after another from `start` on. If `passes_back`, x and y have the same shape,
     /// and the results are passed back at once.
     fn reduce(
         &self,
         op: ReduceOp,
-        parts: impl Fn(usize) -> (Runs, Range<usize>),
+        parts: impl Fn(Range<usize>) -> Vec<(Runs, Range<usize>)>,
         mut start: usize,
         passes_back: bool,
     ) -> Flow {
         let mut flow = Flow::new(self.peers(), self.peers());
         let mut pieces_of = |digit: usize| -> Vec<Part> {
-            let parts = self.positions(digit).map(&parts);
-            let pieces = parts.map(|(runs, range)| (flow.add_box(runs), range)).collect::<Vec<_>>();
-            pieces.into_iter().flat_map(|(runs, range)| flow.parts(runs, range)).collect()
+            let parts = parts(self.positions(digit)).into_iter();
+            let boxes: Vec<_> = parts.map(|(runs, range)| (flow.add_box(runs), range)).collect();
+            boxes.into_iter().flat_map(|(runs, range)| flow.parts(runs, range)).collect()
         };
         let pieces: Vec<Vec<Part>> = (0..self.level.radix).map(&mut pieces_of).collect();
         let own_digit = self.own_digit();
@@ -128,12 +128,19 @@ impl Division {
     fn pass_back(&self, range: impl Fn(Range<usize>) -> Range<usize>) -> Flow {
         let mut flow = Flow::new(self.peers(), self.peers());
         let own = range(self.own());
-        for receiver in 0..flow.outs.len() {
-            flow.push_out(receiver, own.len(), Source::Y(own.clone()), None);
-        }
-        for (digit, from) in self.others().zip(self.peers()) {
-            let theirs = range(self.positions(digit));
-            flow.ins.push(In { from, words: theirs.len(), to: Target::Y(theirs) });
+        let others: Vec<_> = self.others().map(|digit| range(self.positions(digit))).collect();
+        let longest = others.iter().chain([&own]).map(Range::len).max().unwrap_or(0);
+        // The peers take turns, so that none of them waits for the whole data of another one.
+        for start in (0..longest).step_by(flow.piece_words) {
+            let words = flow.piece_words;
+            let piece = |all: &Range<usize>| all.end.min(all.start + start)..all.end.min(all.start + start + words);
+            let out = piece(&own);
+            for receiver in 0..flow.outs.len() {
+                flow.push_out(receiver, out.len(), Source::Y(out.clone()), None);
+            }
+            for (theirs, from) in others.iter().map(piece).zip(self.peers()) {
+                flow.ins.push(In { from, words: theirs.len(), to: Target::Y(theirs) });
+            }
         }
         flow
     }
@@ -168,13 +175,13 @@ fn all_reduce_block(
     let range = |positions: Range<usize>| {
         split_range(all, n, positions.start).start..split_range(all, n, positions.end - 1).end
     };
-    let part = |position: usize| {
-        let range = range(position..position + 1);
-        (Runs::flat(range.clone()), 0..range.len())
+    let parts = |positions: Range<usize>| {
+        let range = range(positions);
+        vec![(Runs::flat(range.clone()), 0..range.len())]
     };
     for (index, division) in divisions.iter().enumerate() {
         let last = index + 1 == divisions.len();
-        let flow = division.reduce(op, part, range(division.own()).start, last);
+        let flow = division.reduce(op, parts, range(division.own()).start, last);
         flow.run(port, &mut Words::new(x.take(), y), slots)?;
     }
     let earlier = divisions.iter().rev().skip(1);
@@ -250,6 +257,7 @@ pub(super) fn reduce_scatter(
     };
     let slice_len = longest.min(BETWEEN_WORDS_MAX / kept.len().max(1)).max(1);
     if scratch.len() < SLOTS_WORDS + kept.len() * slice_len {
+        scratch.reserve_exact(SLOTS_WORDS + kept.len() * slice_len - scratch.len());
         scratch.resize(SLOTS_WORDS + kept.len() * slice_len, 0.0);
     }
     let (slots, between) = scratch.split_at_mut(SLOTS_WORDS);
@@ -259,11 +267,15 @@ pub(super) fn reduce_scatter(
             let len = parts[position].element_count();
             from.min(len)..(from + slice_len).min(len)
         };
-        let start = |position: usize| (kept.start..position).map(|position| slice(position).len()).sum::<usize>();
-        let of_x = |position: usize| (parts[position].clone(), slice(position));
-        let of_between = |position: usize| {
-            let len = slice(position).len();
-            (Runs::flat(start(position)..start(position) + len), 0..len)
+        // Where each kept position, and the one after the last, begins between two levels.
+        let mut starts = vec![0];
+        kept.clone().for_each(|position| starts.push(starts[position - kept.start] + slice(position).len()));
+        let start = |position: usize| starts[position - kept.start];
+        let of_x =
+            |positions: Range<usize>| positions.map(|position| (parts[position].clone(), slice(position))).collect();
+        let of_between = |positions: Range<usize>| {
+            let range = start(positions.start)..start(positions.end);
+            vec![(Runs::flat(range.clone()), 0..range.len())]
         };
         for (index, division) in divisions.iter().enumerate() {
             let last = index + 1 == divisions.len();
@@ -292,5 +304,5 @@ pub(super) fn reduce_scatter(
 
 /// The position that a member keeps after all levels.
 fn position(members: usize, member: usize) -> usize {
-    Division::all(members, member).last().map_or(0, |division| division.own().start)
+    levels(members).iter().map(|level| level.digit(member) * (members / level.stride / level.radix)).sum()
 }

@@ -1,13 +1,13 @@
-//! All links of one member: transfers over two links at once, waits, and failure detection.
+//! All links of one member: transfers over several links at once, waits, and failure detection.
 //!
 //! Different calls are detected even if the members that make them exchange no data. A member that has waited for
 //! [`QUIET`] sends its call over all its links, and reads the headers that arrived. Members that wait forever wait for
 //! each other in a cycle, and a member waits only for members to which it has links. Equal calls do not wait in a cycle.
 //! So the cycle has a link whose two members wait in different calls. If both calls have the same number, both members
 //! detect the mismatch and report it over their links, as do the members that receive the report. The links of a
-//! reduction, ring or tree connect all members, so all of them receive it. If a member has finished a differing call without exchanging
-//! data, the numbers differ. Then the next header of data reveals the mismatch or, if there is none, the watchdog ends
-//! the session.
+//! reduction, ring or tree connect all members, so all of them receive it. If a member has finished a differing call
+//! without exchanging data, the numbers differ. Then the next header of data reveals the mismatch or, if there is none,
+//! the watchdog ends the session.
 
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;

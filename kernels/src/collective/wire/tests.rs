@@ -201,7 +201,7 @@ fn large_cases(n: usize, shape: &[usize]) -> Vec<Case> {
 
 #[test]
 fn every_kind_is_correct_over_many_pieces() {
-    for n in [2, 3, 4] {
+    for n in [2, 3, 4, 6, 8, 9] {
         let cases = large_cases(n, &[701, 433]);
         check_same(&engines(n, &kinds(&cases)), &cases);
     }
