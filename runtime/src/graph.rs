@@ -168,7 +168,8 @@ pub enum NodeOp {
     NormSums {
         indices: Vec<usize>,
     },
-    /// Sums `NormSums` over all devices of its placement. Each device first adds up the inputs that it holds, in order.
+    /// Sums the totals of `NormSums` of several placements over all devices of its own placement. Only the first device of
+    /// a placement has its total; other devices have zeros. Each device first adds up the inputs that it holds, in order.
     NormTotal,
     /// Computes the clipping factor from `NormTotal`.
     ClipScale {

@@ -8,8 +8,8 @@
 //!   has bytes to send, a wait also ends on the write timeout. A failed group stays failed.
 //!
 //! A member has links only to members with which it exchanges data ([`peers`]). So a member of an all-reduce among n
-//! members has `p - 1` links for each prime factor p of n, such as 9 links if n is 384. These links are enough to detect different calls, see the module
-//! `port`.
+//! members has `p - 1` links for each prime factor p of n, such as 9 links if n is 384. These links are enough to detect
+//! different calls, see the module `port`.
 //!
 //! Memory: from its first call on, a member of a group holds [`SCRATCH_BYTES`] and about 17 KiB per link, and from its
 //! first reduce-scatter on, up to 4 MiB more. Within a node the kernel buffers at most 1 MiB per direction of a
@@ -210,10 +210,14 @@ impl Member {
         let Self { port, scratch } = self;
         let n = call.group.ranks.len();
         match &call.kind {
+            CollectiveKind::AllReduce { .. } if n == 1 => tree::broadcast(port, words, 0),
             CollectiveKind::AllReduce { op } => {
                 let is_small = n * size_of_val(words.y) <= whole_bytes_max;
                 let reduce = if is_small { levels::all_reduce_whole } else { levels::all_reduce };
                 reduce(port, words, scratch, *op)
+            }
+            CollectiveKind::ReduceScatter { parts, .. } if n == 1 => {
+                pairs::all_to_all(port, words, scratch, &[Region::whole(x_shape)], &parts.list())
             }
             CollectiveKind::ReduceScatter { op, parts } => {
                 levels::reduce_scatter(port, words, scratch, *op, (x_shape, &parts.list()))

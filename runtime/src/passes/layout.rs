@@ -152,7 +152,7 @@ fn spec(
         }
         NodeOp::Kernel(op) => ops::rule(op, &shapes)?,
         NodeOp::Custom(op) => op.rule()?,
-        // The pass has set the layouts of the norm.
+        // `optimizer::norm_total` and `set_update_layouts` have set these layouts.
         NodeOp::Relayout if node.role == Role::Norm => return Ok(None),
         NodeOp::Relayout => {
             let x: String = ('a'..='z').take(shapes[0].len()).collect();

@@ -1,4 +1,4 @@
-//! Reductions in the levels of [`crate::collective::order`].
+//! Reductions among two or more members, in the levels of [`crate::collective::order`].
 //!
 //! In a reduce-scatter, the data that a member still combines shrinks at each level. At a level of radix r, a member
 //! divides this data into r ranges, one per digit. It sends each range to the member with this digit, and combines the
@@ -14,7 +14,7 @@ use std::ops::Range;
 use super::flow::{Combination, Flow, In, Part, SLOTS_WORDS, Source, Target};
 use super::port::Port;
 use crate::collective::ReduceOp;
-use crate::collective::exchange::{combine_into, combine_onto, combine_two};
+use crate::collective::exchange::{combine_into, combine_two};
 use crate::collective::order::{Level, levels};
 use crate::error::Result;
 use crate::memory::Words;
@@ -24,7 +24,7 @@ use crate::tensor::{Region, split_range};
 /// Maximum number of words that a reduce-scatter keeps between two levels. Tests need several slices of small tensors.
 const BETWEEN_WORDS_MAX: usize = if cfg!(test) { 1000 } else { 1 << 20 };
 
-/// Maximum number of words that an all-reduce passes through all levels at once.
+/// Maximum number of words that an all-reduce passes through all levels at once. Tests need several blocks.
 const BLOCK_WORDS: usize = if cfg!(test) { 50_000 } else { 1 << 20 };
 
 /// The members with which `member` exchanges values.
@@ -151,10 +151,6 @@ impl Division {
 pub(super) fn all_reduce(port: &mut Port, words: &mut Words<'_>, slots: &mut [f32], op: ReduceOp) -> Result<()> {
     let divisions = Division::all(port.members(), port.context.member);
     let (x, y) = words.split();
-    if divisions.is_empty() {
-        x.into_iter().for_each(|x| y.copy_from_slice(x));
-        return Ok(());
-    }
     let block_words = if divisions.len() > 1 { BLOCK_WORDS } else { y.len().max(1) };
     for start in (0..y.len().max(1)).step_by(block_words) {
         let block = start..y.len().min(start + block_words);
@@ -197,43 +193,22 @@ pub(super) fn all_reduce_whole(port: &mut Port, words: &mut Words<'_>, slots: &m
     let len = y.len();
     for level in levels(port.members()) {
         let (digit, radix) = (level.digit(member), level.radix);
+        let own = x.take().unwrap_or(&*y);
         for distance in 1..radix {
             let (to, from) = ((digit + distance) % radix, (digit + radix - distance) % radix);
             let [receiver, sender] = [to, from].map(|digit| level.with_digit(member, digit));
-            let out = bytemuck::cast_slice(x.unwrap_or(&*y));
+            let out = bytemuck::cast_slice(own);
             let into = bytemuck::cast_slice_mut(&mut slots[from * len..][..len]);
             port.begin_out(receiver, out.len())?;
             port.begin_in(sender, into.len())?;
             port.exchange(Some((receiver, out)), Some((sender, into)))?;
         }
-        combine_in_order(op, slots, digit, radix, x.take(), y);
-    }
-    if let Some(x) = x {
-        y.copy_from_slice(x);
+        slots[digit * len..][..len].copy_from_slice(own);
+        let slot = |digit: usize| &slots[digit * len..][..len];
+        combine_two(op, slot(0), slot(1), y);
+        (2..radix).for_each(|digit| combine_into(op, y, slot(digit)));
     }
     Ok(())
-}
-
-/// Combines the values of all digits into `y`. `slots` has the values of the other members by digit. The values of this
-/// member, which has the digit `own`, are in `x` or, if it is `None`, in `y`.
-fn combine_in_order(op: ReduceOp, slots: &mut [f32], own: usize, radix: usize, x: Option<&[f32]>, y: &mut [f32]) {
-    let len = y.len();
-    let (lower, higher) = slots.split_at_mut(own * len);
-    let higher = |digit: usize| &higher[(digit - own) * len..][..len];
-    let mut rest = own + 1..radix;
-    if own > 0 {
-        let (sum, others) = lower.split_at_mut(len);
-        (1..own).for_each(|digit| combine_into(op, sum, &others[(digit - 1) * len..][..len]));
-        match x {
-            Some(x) => combine_two(op, sum, x, y),
-            None => combine_onto(op, sum, y),
-        }
-    } else if let Some(x) = x
-        && let Some(next) = rest.next()
-    {
-        combine_two(op, x, higher(next), y);
-    }
-    rest.for_each(|digit| combine_into(op, y, higher(digit)));
 }
 
 /// Reduce-scatter; x has the shape `whole`. If the values between two levels exceed [`BETWEEN_WORDS_MAX`], the parts are
@@ -256,9 +231,10 @@ pub(super) fn reduce_scatter(
         _ => 0..0,
     };
     let slice_len = longest.min(BETWEEN_WORDS_MAX / kept.len().max(1)).max(1);
-    if scratch.len() < SLOTS_WORDS + kept.len() * slice_len {
-        scratch.reserve_exact(SLOTS_WORDS + kept.len() * slice_len - scratch.len());
-        scratch.resize(SLOTS_WORDS + kept.len() * slice_len, 0.0);
+    let scratch_words = SLOTS_WORDS + kept.len() * slice_len;
+    if scratch.len() < scratch_words {
+        scratch.reserve_exact(scratch_words - scratch.len());
+        scratch.resize(scratch_words, 0.0);
     }
     let (slots, between) = scratch.split_at_mut(SLOTS_WORDS);
     let y_len = words.y.len();
@@ -293,11 +269,6 @@ pub(super) fn reduce_scatter(
             };
             flow.run(port, &mut words, slots)?;
         }
-    }
-    if divisions.is_empty() {
-        let (x, y) = words.split();
-        parts[0]
-            .for_each(0..longest, |place, at, len| y[at..][..len].copy_from_slice(&x.unwrap_or(&[])[place..][..len]));
     }
     Ok(())
 }
